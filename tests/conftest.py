@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Eight fake CPU devices, and rules that turn silent mistakes into errors."""
+
+import os
+
+# Must be set before JAX starts. TPU_SKIP_MDS_QUERY keeps libtpu, where it is installed, from looking for a TPU.
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from pathlib import Path  # noqa: E402
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with data and golden files that do not ship with the project."""
+    if not SHARED.exists():
+        pytest.skip(f"needs {SHARED.name}/ beside the project")
+    return SHARED
