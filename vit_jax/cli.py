@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The door of every command: flags to a Config, and user errors to one line.
+
+TensorFlow, JAX and Abseil talk a lot at start-up; :func:`run` keeps what a user can act on.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from vit_jax import config, distributed
+from vit_jax.errors import UserError
+
+USER_ERROR = 2  # exit status: something in the command, its config or its files
+PREEMPTED = 75  # exit status (EX_TEMPFAIL): a checkpoint was saved, start the same command again
+
+
+def define_config_flag() -> None:
+    """Adds ``--config=configs/X.py`` and ``--config.key=value``."""
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file; --config.key=value overrides one of its fields."
+    )
+
+
+def define_process_flags() -> None:
+    """Adds the flags that connect several processes; none are needed on TPU pods or under SLURM."""
+    flags.DEFINE_string(
+        "coordinator", "", "HOST:PORT of process 0, if there are several processes."
+    )
+    flags.DEFINE_integer("num_processes", 0, "How many processes train together.")
+    flags.DEFINE_integer("process_id", -1, "Which of them this is, from 0.")
+    flags.DEFINE_integer(
+        "process_timeout", 300, "Seconds to wait for the other processes at the start."
+    )
+
+
+def connect() -> None:
+    """Connects the processes that the flags of :func:`define_process_flags` describe."""
+    f = flags.FLAGS
+    distributed.initialize(
+        f.coordinator, f.num_processes, f.process_id, f.process_timeout
+    )
+
+
+def read_config() -> config.Config:
+    """The Config that the flags describe.
+
+    Raises:
+      UserError: no ``--config``, an unknown key, or a value that a field does not allow.
+    """
+    values = flags.FLAGS.config
+    if values is None:
+        raise UserError("--config is missing: give --config=configs/digits.py or your own")
+    if isinstance(values, config.Config):
+        return values
+    return config.from_dict(dict(values.items()))
+
+
+def run(main: Callable[[list[str]], Any]) -> None:
+    """Runs ``main(positional arguments)`` as a command and exits.
+
+    Exit status: 0, or what ``main`` returned; 2 after a ``UserError`` or a bad flag, reported in one line.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.ERROR)  # Orbax and Flax warn about what is normal here
+
+    def guarded(argv: list[str]) -> int:
+        try:
+            return main(argv[1:]) or 0
+        except UserError as e:
+            print(f"error: {e}", file=sys.stderr)
+            return USER_ERROR
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parses flags; whatever is wrong with them, or with the config file, becomes one line."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as e:
+        message = str(e)
+    except FileNotFoundError as e:
+        message = f"--config names a file that does not exist: {e.filename}"
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        message = f"{_config_argument(argv)}: {e}".replace("\n", " ")
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(USER_ERROR)
+
+
+def _config_argument(argv: list[str]) -> str:
+    return next((a for a in argv if a.startswith(("--config", "-config"))), "--config")
