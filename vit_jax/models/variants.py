@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model zoo: names, the sizes behind them, and what sizes are possible."""
+
+import dataclasses
+import re
+from typing import Any, NamedTuple
+
+from vit_jax.config import ModelConfig, nearest
+from vit_jax.errors import UserError
+
+
+class Size(NamedTuple):
+    """One row of Table 1."""
+
+    depth: int
+    width: int
+    mlp_dim: int
+    heads: int
+
+
+# B, L, H: Table 1. Ti, S: the official code. The rest: big_vision ("Scaling Vision
+# Transformers", arXiv 2106.04560, and later). Case only matters between g and G.
+SIZES = {
+    "mu": Size(1, 32, 128, 2),
+    "Ti": Size(12, 192, 768, 3),
+    "S": Size(12, 384, 1536, 6),
+    "M": Size(12, 512, 2048, 8),
+    "B": Size(12, 768, 3072, 12),
+    "L": Size(24, 1024, 4096, 16),
+    "So400m": Size(27, 1152, 4304, 16),
+    "H": Size(32, 1280, 5120, 16),
+    "g": Size(40, 1408, 6144, 16),
+    "g-opt": Size(40, 1536, 6144, 16),
+    "G": Size(48, 1664, 8192, 16),
+    "G-opt": Size(48, 1536, 8192, 16),
+    "e": Size(56, 1792, 15360, 16),
+}
+
+# Residual units per stage of the ResNet baselines, R50x1 and so on.
+RESNETS = {
+    "R26": (2, 2, 2, 2),
+    "R50": (3, 4, 6, 3),
+    "R101": (3, 4, 23, 3),
+    "R152": (3, 8, 36, 3),
+    "R200": (3, 24, 36, 3),
+}
+
+# Stems of the hybrids: (residual units per stage, patch on the feature map). The number
+# in the name is the total stride (Section 4.1): for 16 the units of stage 4 move into
+# stage 3. Except R+X/16, which is of stride 4 * 8 = 32 in spite of its name.
+STEMS = {
+    ("R", 16): ((), 8),
+    ("R26", 32): ((2, 2, 2, 2), 1),
+    ("R50", 16): ((3, 4, 9), 1),
+    ("R50", 32): ((3, 4, 6, 3), 1),
+}
+
+_NAME = re.compile(
+    r"(?:(?P<stem>R\d*)(?:x(?P<factor>[1-9]\d*))?[+_])?"
+    r"(?:ViT[-_])?(?P<size>[a-z][a-z0-9-]*)[/_](?P<patch>[1-9]\d*)",
+    re.IGNORECASE,
+)
+_RESNET = re.compile(r"(?P<stem>R\d+)x(?P<factor>[1-9]\d*)", re.IGNORECASE)
+
+
+def resolve(cfg: ModelConfig) -> ModelConfig:
+    """Fills the zeros of ``cfg`` in from its name and checks that the sizes fit.
+
+    ``num_classes`` and ``image_size`` may stay 0: then the model returns what the head
+    would read, and takes images of the size it first sees.
+    ``resnet_width`` tells whether there is a ResNet: 0 afterwards means none.
+
+    Raises:
+      UserError: naming the field.
+    """
+    row = _sizes_of(cfg.name) if cfg.name else {}
+    cfg = dataclasses.replace(
+        cfg, **{k: v for k, v in row.items() if not getattr(cfg, k)}
+    )
+    if cfg.resnet and not cfg.resnet_width:
+        cfg = dataclasses.replace(cfg, resnet_width=1)
+    if is_resnet(cfg):
+        features = 256 * cfg.resnet_width * 2 ** (len(cfg.resnet) - 1)
+        head = "gap" if cfg.head == "token" else cfg.head  # "token" is the default
+        cfg = dataclasses.replace(cfg, width=features, head=head, patch=1)
+    _check(cfg)
+    return cfg
+
+
+def is_resnet(cfg: ModelConfig) -> bool:
+    """Whether this is a ResNet baseline, without a Transformer."""
+    return bool(cfg.resnet) and not cfg.depth
+
+
+def has_class_token(cfg: ModelConfig) -> bool:
+    """Whether token 0 is the class token rather than a patch."""
+    return cfg.head in ("token", "masked_patch")
+
+
+def token_grid(cfg: ModelConfig, image_size: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of patches of a (height, width) image, for a resolved ``cfg``.
+
+    The ResNet pads, so it rounds up; cutting patches drops an incomplete one.
+    """
+    rows, columns = (-(-n // _stem_stride(cfg)) // cfg.patch for n in image_size)
+    return rows, columns
+
+
+def token_stride(cfg: ModelConfig) -> int:
+    """Pixels from one patch to the next, for a resolved ``cfg``."""
+    return _stem_stride(cfg) * cfg.patch
+
+
+def check_images(cfg: ModelConfig, shape: tuple[int, ...]) -> None:
+    """UserError unless images of this shape can go through the model ``cfg``."""
+    if len(shape) != 4 or shape[3] != cfg.channels:
+        raise UserError(
+            f"images have the shape {shape}: the model wants (batch, height, width, "
+            f"{cfg.channels}), the last being model.channels"
+        )
+    if 0 in token_grid(cfg, shape[1:3]):
+        raise UserError(
+            f"images of {shape[1]}x{shape[2]} pixels are smaller than one patch, "
+            f"{token_stride(cfg)}x{token_stride(cfg)} (model.name {cfg.name!r}, "
+            f"model.patch {cfg.patch})"
+        )
+
+
+def _stem_stride(cfg: ModelConfig) -> int:
+    return 4 * 2 ** max(len(cfg.resnet) - 1, 0) if cfg.resnet_width else 1
+
+
+def _sizes_of(name: str) -> dict[str, Any]:
+    """The fields that a name gives."""
+    if match := _RESNET.fullmatch(name):
+        stem = match["stem"].upper()
+        if stem in RESNETS:
+            return {"resnet": RESNETS[stem], "resnet_width": int(match["factor"])}
+    elif match := _NAME.fullmatch(name):
+        same = [s for s in SIZES if s.lower() == match["size"].lower()]
+        if len(same) > 1:  # g and G, g-opt and G-opt: the case of the letter decides
+            same = [s for s in same if s[0] == match["size"][0]]
+        stem, patch = (match["stem"] or "").upper(), int(match["patch"])
+        if same and not stem:
+            return SIZES[same[0]]._asdict() | {"patch": patch}
+        if same and (stem, patch) in STEMS:
+            resnet, patch = STEMS[stem, patch]
+            width = int(match["factor"] or 1)
+            found = {"resnet": resnet, "resnet_width": width, "patch": patch}
+            return SIZES[same[0]]._asdict() | found
+    names = [f"ViT-{size}/{patch}" for size in SIZES for patch in (14, 16, 32)]
+    names += [f"{s}+ViT-{size}/{p}" for s, p in STEMS for size in SIZES]
+    names += [f"{resnet}x{factor}" for resnet in RESNETS for factor in (1, 2, 3, 4)]
+    raise UserError(
+        f"unknown model name {name!r}: {nearest(name, names)}a name is "
+        f"'ViT-SIZE/PATCH' with SIZE one of {list(SIZES)}, a hybrid such as "
+        f"{[f'{s}+ViT-B/{p}' for s, p in STEMS]}, or a ResNet, one of {list(RESNETS)} "
+        "with a width factor, such as 'R50x1'"
+    )
+
+
+def _check(cfg: ModelConfig) -> None:
+    """UserError for sizes that no model can have, naming the field."""
+
+    def refuse(field: str, reason: str) -> None:
+        raise UserError(f"model.{field} is {getattr(cfg, field)!r}: {reason}")
+
+    transformer = () if is_resnet(cfg) else ("depth", "mlp_dim", "heads")
+    for field in ("width", *transformer, "patch", "channels"):
+        if getattr(cfg, field) < 1:
+            row = f"the name {cfg.name!r} does not give it" if cfg.name else "no name"
+            refuse(field, f"it must be at least 1 ({row})")
+    for field in ("num_classes", "resnet_width"):
+        if getattr(cfg, field) < 0:
+            refuse(field, "it must not be negative")
+    if min(cfg.resnet, default=1) < 1:
+        refuse("resnet", "every stage must have at least one unit")
+    for field in ("dropout", "attention_dropout", "stochastic_depth"):
+        if not 0 <= getattr(cfg, field) < 1:
+            refuse(field, "it must be at least 0 and below 1")
+    if is_resnet(cfg):
+        for field in ("pre_logits", "dropout", "attention_dropout", "stochastic_depth"):
+            if getattr(cfg, field):
+                refuse(field, f"a ResNet baseline ({cfg.name!r}) has nothing like it")
+        if cfg.head != "gap":
+            refuse("head", "a ResNet baseline only has 'gap'")
+        return
+    if cfg.width % cfg.heads:
+        refuse("heads", f"it does not divide model.width {cfg.width}")
+    parts = {"learned2d": 2, "sincos2d": 4}.get(cfg.positions, 1)
+    if cfg.width % parts:
+        refuse("positions", f"{parts} does not divide model.width {cfg.width}")
+    if cfg.positions in ("relative", "none") and cfg.position_at != "stem":
+        refuse("position_at", f"model.positions {cfg.positions!r} adds nothing there")
+    if cfg.pre_logits and cfg.head == "masked_patch":
+        refuse("pre_logits", "the head 'masked_patch' is one linear layer")
+    if cfg.image_size != (0, 0) and min(token_grid(cfg, cfg.image_size)) < 1:
+        size = token_stride(cfg)
+        refuse("image_size", f"smaller than one patch, which is {size}x{size} pixels")
