@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training command as a user calls it: one clear line for every mistake, and no traceback."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+ENV = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+TINY = "--config=tests/tiny.py"
+
+
+def run(*args, module="vit_jax.main"):
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, args)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300
+    )
+
+
+def folder_of_images(path, classes=("cat", "dog"), count=6):
+    for name in classes:
+        (path / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (20, 16), (40 * i, 10, 200)).save(path / name / f"{i}.png")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], ["--config is missing"]),
+        ([TINY], ["--workdir is missing"]),
+        ([TINY, "--config.stepss=3"], ["stepss", "steps"]),
+        ([TINY, "--config.steps=many"], ["steps", "many"]),
+        ([TINY, "--config.loss=softmx"], ["config.loss", "softmx", "softmax"]),
+        ([TINY, "--config.data.source=fodler"], ["config.data.source", "fodler", "folder"]),
+        ([TINY, "--config.batch=7", "--config.accumulate=2"], ["config.batch=7", "config.accumulate"]),
+        (["--config=configs/digitss.py"], ["configs/digitss.py"]),
+        ([TINY, "--wrkdir=x"], ["wrkdir", "workdir"]),
+        ([TINY, "surplus"], ["surplus"]),
+    ],
+)
+def test_a_mistake_in_the_command_is_one_line(args, words, tmp_path):
+    workdir = tmp_path / "run"
+    if args != [TINY]:
+        args = [*args, f"--workdir={workdir}"]
+    result = run(*args)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize("case", ["missing", "empty", "empty class", "unknown tfds"])
+def test_bad_data_is_one_line(case, tmp_path):
+    path = tmp_path / "photos"
+    args = ["--config.data.source=folder", f"--config.data.path={path}"]
+    words = [str(path), "data.path"]
+    if case == "empty":
+        path.mkdir()
+    elif case == "empty class":
+        folder_of_images(path)
+        (path / "emu").mkdir()
+        words = ["emu"]
+    elif case == "unknown tfds":
+        args, words = ["--config.data.source=tfds", "--config.data.name=cifar11"], ["cifar11", "cifar10"]
+    result = run(TINY, *args, "--config.data.num_classes=0", f"--workdir={tmp_path / 'run'}")
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+    for word in words:
+        assert word in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_images_trains_without_an_edit(tmp_path):
+    path = folder_of_images(tmp_path / "photos")
+    result = run(
+        TINY, "--config.data.source=folder", f"--config.data.path={path}", "--config.data.num_classes=0",
+        "--config.steps=2", "--config.batch=4", f"--workdir={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    for phase in ("devices", "data", "initialize", "first batch", "compile"):
+        assert any(line.startswith(phase) and line.endswith(" s") for line in result.stdout.splitlines())
+    assert "2 classes" in result.stdout
+    assert "python -m vit_jax.predict" in result.stdout
+    assert '"cat"' in (tmp_path / "run" / "dataset.json").read_text()
+    assert result.stderr == ""
+
+
+def test_the_benchmark_prints_the_cost_of_the_loop():
+    result = run(TINY, "--what=train,infer", "--rounds=1", "--round_steps=2", "--json", module="vit_jax.benchmark")
+    assert result.returncode == 0, result.stderr
+    assert '"loop_over_step":' in result.stdout
+
+
+def test_an_unknown_benchmark_is_one_line():
+    result = run(TINY, "--what=speed", module="vit_jax.benchmark")
+    assert result.returncode == 2
+    assert "unknown --what 'speed'" in result.stderr

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program and the loop, in one process. Kills and signals are in test_preemption.py."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import TINY
+
+from vit_jax import config, data, train
+from vit_jax.checkpoint import Checkpointer, load_params
+from vit_jax.errors import UserError
+from vit_jax.feed import Feed, put
+from vit_jax.progress import read_metrics
+
+
+@pytest.fixture(scope="module")
+def program():
+    return train.build(TINY)
+
+
+@pytest.fixture(scope="module")
+def batches(program):
+    source = data.train_batches(program.cfg.data, batch=TINY.batch, seed=TINY.seed)
+    return [put(next(source), program.batch_sharding) for _ in range(4)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A workdir with a whole run, and its result."""
+    workdir = tmp_path_factory.mktemp("finished")
+    return workdir, train.train(TINY, str(workdir))
+
+
+def curve(cfg, devices, steps):
+    """Losses of the first steps."""
+    program = train.build(cfg, devices)
+    state = program.init()
+    source = data.train_batches(program.cfg.data, batch=cfg.batch, seed=cfg.seed)
+    losses = []
+    for _ in range(steps):
+        state, metrics = program.train_step(state, put(next(source), program.batch_sharding))
+        losses.append(float(metrics["loss"]))
+    return np.asarray(losses)
+
+
+def test_first_loss_is_that_of_a_uniform_guess(program, batches):
+    """The head starts at zero, so every class is as likely."""
+    _, metrics = program.train_step(program.init(), batches[0])
+    assert float(metrics["loss"]) == pytest.approx(math.log(5), rel=1e-6)
+
+
+def test_state_counts_steps_and_is_float32(program, batches):
+    state, _ = program.train_step(program.init(), batches[0])
+    assert int(state.step) == 1
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+
+
+def test_one_and_eight_devices_train_alike():
+    one, eight = curve(TINY, jax.devices()[:1], 20), curve(TINY, jax.devices(), 20)
+    assert one[-1] < one[0]
+    # float32 sums in another order: a few 1e-7 per step
+    np.testing.assert_allclose(one, eight, rtol=1e-5)
+
+
+def test_micro_batches_train_like_one_batch():
+    whole = curve(TINY, jax.devices()[:2], 8)
+    parts = curve(config.replace(TINY, accumulate=4), jax.devices()[:2], 8)
+    np.testing.assert_allclose(whole, parts, rtol=1e-5)
+
+
+def test_polyak_average_follows_the_formula(batches):
+    cfg = config.replace(TINY, optim__polyak=0.9)
+    program = train.build(cfg)
+    state = program.init()
+    expected = jax.device_get(state.params)
+    for batch in batches:
+        state, _ = program.train_step(state, batch)
+        expected = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * np.asarray(p), expected, state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.ema, expected)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(program, batches):
+    state = program.init()
+    before = jax.device_get(state)
+    bad = batches[0] | {"image": jnp.full(batches[0]["image"].shape, jnp.nan, jnp.float32)}
+    after, metrics = program.train_step(state, jax.device_put(bad, program.batch_sharding))
+    assert float(metrics["skipped"]) == 1.0
+    assert int(after.step) == 1
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.params), before.params)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.opt_state), before.opt_state)
+
+
+@pytest.mark.parametrize(
+    ("n", "step", "last", "expected"),
+    [(10, 10, 20, True), (10, 11, 20, False), (10, 20, 20, True), (0, 10, 20, False), (0, 20, 20, True), (7, 20, 20, True)],
+)
+def test_every(n, step, last, expected):
+    assert train.every(n, step, last) == expected
+
+
+def test_a_run_leaves_what_the_design_promises(finished):
+    workdir, result = finished
+    assert result.step == 20
+    assert set(result.metrics) >= {"test/accuracy", "test/loss"}
+    assert config.from_dict(json.loads((workdir / "config.json").read_text())).model.num_classes == 5
+    assert json.loads((workdir / "dataset.json").read_text())["num_classes"] == 5
+    assert list(workdir.glob("events.out.tfevents.*"))
+    assert (workdir / "checkpoints" / "20").is_dir()
+    lines = read_metrics(str(workdir))
+    assert [m["step"] for m in lines if "train/loss" in m] == [5, 10, 15, 20]
+    assert [m["step"] for m in lines if "test/accuracy" in m] == [10, 20]
+    assert {"train/images_per_second", "train/data_wait", "train/learning_rate", "train/grad_norm"} <= set(lines[0])
+
+
+def test_the_same_command_again_only_evaluates(finished):
+    workdir, result = finished
+    again = train.train(TINY, str(workdir))
+    assert again.metrics == result.metrics
+    assert not again.preempted
+
+
+def test_two_runs_are_bit_identical(finished, tmp_path):
+    train.train(TINY, str(tmp_path))
+    a, b = load_params(str(finished[0])), load_params(str(tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_ten_and_ten_steps_are_twenty(finished, tmp_path):
+    train.train(config.replace(TINY, steps=10), str(tmp_path))
+    train.train(TINY, str(tmp_path))
+    a, b = load_params(str(finished[0])), load_params(str(tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    steps = [m["step"] for m in read_metrics(str(tmp_path)) if "train/loss" in m]
+    assert steps == [5, 10, 15, 20]
+
+
+@pytest.mark.parametrize(
+    "change", [{"model__width": 32}, {"data__image_size": 32}, {"seed": 1}, {"batch": 32}, {"loss": "sigmoid"}]
+)
+def test_a_workdir_of_another_run_is_refused(finished, change):
+    workdir, _ = finished
+    before = (workdir / "config.json").read_text()
+    with pytest.raises(UserError, match="another config") as e:
+        train.train(config.replace(TINY, **change), str(workdir))
+    assert next(iter(change)).replace("__", ".") in str(e.value)
+    assert (workdir / "config.json").read_text() == before
+
+
+def test_a_live_workdir_is_refused(program, tmp_path):
+    info = data.describe(program.cfg.data)
+    with (
+        train.claim(str(tmp_path), program.cfg, info),
+        pytest.raises(UserError, match="in use by another process"),
+        train.claim(str(tmp_path), program.cfg, info),
+    ):
+        pass
+
+
+def test_a_workdir_that_cannot_be_written(program, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--workdir=.*cannot be written"):
+        train.train(TINY, str(tmp_path / "file" / "run"))
+
+
+def test_a_batch_that_does_not_divide():
+    with pytest.raises(UserError, match=r"config\.batch=12 does not divide over 8 devices"):
+        train.build(config.replace(TINY, batch=12))
+
+
+def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    cfg = config.replace(TINY, steps=10, checkpoint__every=5, max_bad_steps=3)
+    train.train(cfg, str(tmp_path))
+    good = load_params(str(tmp_path))
+    # Momentum of the good run, then steps so large that the loss overflows.
+    cfg = config.replace(cfg, steps=40, optim__learning_rate=1e30, optim__clip=0.0, checkpoint__every=1000)
+    with pytest.raises(UserError, match=r"not finite in 3 steps in a row, up to step \d+.*checkpoints/10"):
+        train.train(cfg, str(tmp_path))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["10", "5"]
+    jax.tree.map(np.testing.assert_array_equal, good, load_params(str(tmp_path)))
+
+
+def test_lines_of_steps_after_the_checkpoint_are_removed(tmp_path):
+    train.train(config.replace(TINY, steps=10), str(tmp_path))
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 15, "train/loss": 1.0}\n{"step": 16, "train/l')  # killed while writing
+    train.train(TINY, str(tmp_path))
+    steps = [m["step"] for m in read_metrics(str(tmp_path)) if "train/loss" in m]
+    assert steps == [5, 10, 15, 20]
+
+
+def test_feed_hands_on_order_and_errors(program):
+    def source():
+        yield {"image": np.zeros((16, 2), np.float32)}
+        yield {"image": np.ones((16, 2), np.float32)}
+        raise UserError("the third batch is bad")
+
+    feed = Feed(source(), program.batch_sharding)
+    assert [float(next(feed)["image"][0, 0]) for _ in range(2)] == [0.0, 1.0]
+    with pytest.raises(UserError, match="third batch"):
+        next(feed)
+    feed.close()
+
+
+def test_evaluation_counts_every_example_once():
+    """37 examples, batch 16, 8 devices: the mean is over 37."""
+    cfg = config.replace(TINY, data__source="digits", data__image_size=8, data__num_classes=0, data__test_share=37 / 1797)
+    info = data.describe(cfg.data)
+    assert info.num_test == 37
+    program = train.build(cfg, info=info)
+    results = train.evaluate(program, info, program.init())
+    assert results["test/count"] == 37
+    assert results["test/accuracy"] * 37 == pytest.approx(round(results["test/accuracy"] * 37), abs=1e-4)
+
+
+def test_checkpoints_restore_the_whole_state(finished):
+    workdir, _ = finished
+    program = train.build(TINY)
+    checkpoints = Checkpointer(str(workdir), TINY.checkpoint)
+    state = checkpoints.restore(program.state_shape)
+    assert int(state.step) == 20

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a person sees of a run, and the files that hold its numbers."""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+
+import jax
+from etils import epath
+from tqdm import tqdm
+
+METRICS = "metrics.jsonl"
+
+
+def say(message: str) -> None:
+    """One line on standard output, from process 0 only, above a progress bar if there is one."""
+    if jax.process_index() == 0:
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Announces a part of the start-up while it runs, and how long it took."""
+    start = time.perf_counter()
+    if sys.stdout.isatty() and jax.process_index() == 0:
+        print(f"{name:<12} ...", end="\r", flush=True)
+    yield
+    say(f"{name:<12} {time.perf_counter() - start:6.1f} s")
+
+
+class Bar:
+    """A progress bar on a terminal; elsewhere one plain line per logged step."""
+
+    def __init__(self, steps: int, start: int):
+        show = sys.stdout.isatty() and jax.process_index() == 0
+        self._bar = tqdm(
+            total=steps, initial=start, disable=not show, file=sys.stdout,
+            unit="step", dynamic_ncols=True, smoothing=0.05,
+        )
+        self._steps = steps
+
+    def step(self) -> None:
+        self._bar.update()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        loss = metrics["train/loss"]
+        speed = metrics["train/images_per_second"]
+        wait = metrics["train/data_wait"]
+        eta = metrics["train/eta_seconds"]
+        text = f"loss {loss:.4f}  {speed:,.0f} images/s  data wait {wait:.1%}"
+        if self._bar.disable:
+            say(f"step {step}/{self._steps}  {text}  ETA {_clock(eta)}")
+        else:
+            self._bar.set_postfix_str(text)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class MetricsWriter:
+    """``metrics.jsonl`` and TensorBoard event files of a workdir, from process 0 only.
+
+    Args:
+      workdir: local or gs:// folder.
+      start: step that the run continues from; lines of later steps, written by a process that died before its
+        checkpoint was complete, are removed, so that no step appears twice.
+    """
+
+    def __init__(self, workdir: str, start: int):
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        self._path = epath.Path(workdir) / METRICS
+        kept = [m for m in read_metrics(workdir) if m["step"] <= start]
+        self._lines = [json.dumps(m) for m in kept]
+        self._local = "://" not in str(workdir)
+        self._rewrite()
+        self._events = _event_writer(str(workdir))
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        if not self._active:
+            return
+        line = json.dumps({"step": step, **{k: _number(v) for k, v in metrics.items()}})
+        self._lines.append(line)
+        if self._local:
+            with self._path.open("a") as f:
+                f.write(line + "\n")
+        else:  # object stores cannot append
+            self._rewrite()
+        if self._events:
+            self._events(step, metrics)
+
+    def _rewrite(self) -> None:
+        text = "".join(line + "\n" for line in self._lines)
+        partial = self._path.with_suffix(".partial")
+        partial.write_text(text)
+        partial.replace(self._path)
+
+
+def read_metrics(workdir: str) -> list[dict[str, float]]:
+    """The lines of ``metrics.jsonl``; a last line that was cut by a kill is left out."""
+    path = epath.Path(workdir) / METRICS
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
+
+
+def _event_writer(workdir: str):
+    """``write(step, metrics)`` into a TensorBoard file; None where tensorboard is not installed."""
+    try:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    except ImportError:
+        return None
+    writer = EventFileWriter(workdir)
+
+    def write(step: int, metrics: Mapping[str, float]) -> None:
+        values = [Summary.Value(tag=k, simple_value=v) for k, v in metrics.items()]
+        writer.add_event(
+            Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+        )
+        writer.flush()
+
+    return write
+
+
+def _number(value: float) -> float:
+    return float(f"{float(value):.7g}")
+
+
+def _clock(seconds: float) -> str:
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

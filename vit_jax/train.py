@@ -1,0 +1,593 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training program, and the loop that runs it.
+
+:func:`train_step` is the program; :func:`build` places it on a mesh; :func:`train` feeds it. ``plan`` compiles what
+``build`` returns, ``benchmark`` times it and the config tests trace it, so none of them can drift from training.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+
+from vit_jax import config, data, evaluators, models, objectives, optim, sharding, weights
+from vit_jax.checkpoint import Checkpointer, State
+from vit_jax.config import Config
+from vit_jax.distributed import Preemption
+from vit_jax.errors import UserError
+from vit_jax.feed import Feed, put
+from vit_jax.progress import Bar, MetricsWriter, phase, say
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def train_step(
+    state: State,
+    batch: Batch,
+    *,
+    cfg: Config,
+    loss_fn: Callable[[Any, Batch, jax.Array], tuple[jax.Array, Metrics]],
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+) -> tuple[State, Metrics]:
+    """One optimizer step on one global batch.
+
+    ``batch["image"]`` is (B, H, W, C), uint8 or float in [-1, 1]. A step whose loss or gradient is not finite changes
+    nothing but the step number, and says so in ``metrics["skipped"]``.
+    """
+    key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
+    batch = batch | {"image": normalize(batch["image"])}
+    if cfg.mixup:
+        batch = objectives.mixup_batch(cfg, jax.random.fold_in(key, 0), batch)
+    loss, metrics, grads = _gradient(cfg, loss_fn, state.params, batch, key)
+    norm = optax.global_norm(grads)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = optax.incremental_update(params, state.ema, 1 - cfg.optim.polyak) if cfg.optim.polyak else state.ema
+
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
+    params, opt_state, ema = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    metrics = metrics | {
+        "loss": loss,
+        "grad_norm": norm,
+        "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        "skipped": 1.0 - finite.astype(jnp.float32),
+    }
+    return State(params, opt_state, state.step + 1, ema), metrics
+
+
+def normalize(images: jax.Array) -> jax.Array:
+    """uint8 pixels 0..255 -> float32 in [-1, 1]; float images are in that range already."""
+    if images.dtype == jnp.uint8:
+        return images.astype(jnp.float32) / 127.5 - 1.0
+    return images
+
+
+def _gradient(cfg, loss_fn, params, batch, key):
+    """Loss, metrics and gradient of the mean over the batch, in ``cfg.accumulate`` micro-batches one after another."""
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    n = cfg.accumulate
+    if n == 1:
+        (loss, metrics), grads = value_and_grad(params, batch, jax.random.fold_in(key, 1))
+        return loss, metrics, grads
+    # Micro-batch i takes rows i, i + n, ...: every device keeps its own rows.
+    micro = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(total, i_batch):
+        i, part = i_batch
+        (loss, metrics), grads = value_and_grad(params, part, jax.random.fold_in(key, 1 + i))
+        return jax.tree.map(jnp.add, total, (loss, metrics, grads)), None
+
+    first = jax.tree.map(lambda x: x[0], micro)
+    (loss, metrics), grads = jax.eval_shape(value_and_grad, params, first, key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (loss, metrics, grads))
+    total, _ = jax.lax.scan(add, zeros, (jnp.arange(n), micro))
+    return jax.tree.map(lambda x: x / n, total)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a run computes, placed on a mesh. Shapes carry their shardings, so everything can be lowered as it is."""
+
+    cfg: Config  # with model.num_classes and model.image_size filled in
+    model: Any
+    mesh: jax.sharding.Mesh
+    state_shape: State
+    batch_shape: dict[str, jax.ShapeDtypeStruct]
+    init: Callable[[], State]  # jitted
+    start_from: Callable[[Any], State]  # params -> State, jitted
+    train_step: Callable[[State, Batch], tuple[State, Metrics]]  # jitted; the State it is given is consumed
+    forward: Callable[[Any, jax.Array], dict[str, jax.Array]]  # jitted: params, images -> logits, pre_logits
+
+    @property
+    def state_sharding(self) -> State:
+        return jax.tree.map(lambda s: s.sharding, self.state_shape)
+
+    @property
+    def batch_sharding(self) -> jax.sharding.NamedSharding:
+        return sharding.batch_sharding(self.mesh)
+
+
+def build(
+    cfg: Config, devices: Sequence[jax.Device] | None = None, info: data.DataInfo | None = None
+) -> Program:
+    """The one definition of the program: the loop runs it, ``plan`` compiles it for devices that are not there.
+
+    Args:
+      cfg: the run.
+      devices: to place it on; all devices of all processes if not given.
+      info: what ``data.describe(cfg.data)`` says; asked for only where the config leaves the number of classes open.
+
+    Raises:
+      UserError: a config that contradicts itself, the data or the number of devices.
+    """
+    cfg, info = _complete(cfg, info)
+    for hint in objectives.check(cfg, bool(info and info.multilabel), cfg.model.num_classes):
+        say(f"hint         {hint}")
+    evaluators.check(cfg)
+    mesh = sharding.create_mesh(cfg, devices)
+    model = models.create(cfg.model)
+    images = jax.ShapeDtypeStruct((1, *cfg.model.image_size, cfg.model.channels), jnp.float32)
+
+    def init_params():
+        key = jax.random.fold_in(jax.random.key(cfg.seed), 0)
+        return model.init(key, jnp.zeros(images.shape, images.dtype))["params"]
+
+    params_shape = jax.eval_shape(init_params)
+    tx, schedule = optim.create(cfg.optim, cfg.steps, params_shape)
+
+    def start_from(params):
+        ema = jax.tree.map(jnp.copy, params) if cfg.optim.polyak else {}
+        return State(params, tx.init(params), jnp.zeros((), jnp.int32), ema)
+
+    state_shape = jax.eval_shape(lambda: start_from(init_params()))
+    state_sharding = sharding.state_sharding(cfg, mesh, state_shape)
+    batch_sharding = sharding.batch_sharding(mesh)
+    placed = models.create(cfg.model, sharding.gather_block(cfg, mesh))  # the same model, reading parameters in parts
+    loss_of_whole = objectives.OBJECTIVES[cfg.loss](placed, cfg)
+
+    def loss_fn(params, batch, key):
+        return loss_of_whole(sharding.gather(cfg, mesh, params), batch, key)
+
+    def forward(params, images):
+        params = sharding.gather(cfg, mesh, params)
+        logits, out = placed.apply({"params": params}, normalize(images), method="forward")
+        return {"logits": logits, "pre_logits": out["pre_logits"]}
+
+    step = functools.partial(train_step, cfg=cfg, loss_fn=loss_fn, tx=tx, schedule=schedule)
+    return Program(
+        cfg=cfg,
+        model=model,
+        mesh=mesh,
+        state_shape=_with_sharding(state_shape, state_sharding),
+        batch_shape={
+            k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=batch_sharding)
+            for k, s in _batch_shape(cfg, info).items()
+        },
+        init=jax.jit(lambda: start_from(init_params()), out_shardings=state_sharding),
+        start_from=jax.jit(start_from, out_shardings=state_sharding),
+        train_step=jax.jit(
+            step,
+            in_shardings=(state_sharding, batch_sharding),
+            out_shardings=(state_sharding, sharding.replicated(mesh)),
+            donate_argnums=0,
+        ),
+        forward=jax.jit(forward),
+    )
+
+
+def _complete(cfg: Config, info: data.DataInfo | None) -> tuple[Config, data.DataInfo | None]:
+    """Fills in what the data and the objective decide."""
+    classes = cfg.model.num_classes
+    if cfg.loss == "masked_patch":
+        resolved = dataclasses.replace(cfg, model=models.resolve(cfg.model))
+        classes = objectives.masked_outputs(resolved)
+    elif not classes:
+        info = info or data.describe(cfg.data)
+        classes = info.num_classes
+    if info and cfg.loss != "masked_patch" and classes < info.num_classes:
+        raise UserError(
+            f"config.model.num_classes={classes}, but the data has {info.num_classes} classes: "
+            "set it to 0 to take the number from the data"
+        )
+    size = cfg.model.image_size
+    if size == (0, 0):
+        size = (cfg.data.image_size, cfg.data.image_size)
+    return config.replace(cfg, model__num_classes=classes, model__image_size=size), info
+
+
+def _batch_shape(cfg: Config, info: data.DataInfo | None) -> dict[str, jax.ShapeDtypeStruct]:
+    size = cfg.data.image_size
+    label = jax.ShapeDtypeStruct((cfg.batch,), jnp.int32)
+    if info and info.multilabel:
+        label = jax.ShapeDtypeStruct((cfg.batch, cfg.model.num_classes), jnp.float32)
+    image = jax.ShapeDtypeStruct((cfg.batch, size, size, cfg.model.channels), jnp.uint8)
+    return {"image": image, "label": label}
+
+
+def _with_sharding(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings
+    )
+
+
+# The loop --------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    step: int
+    metrics: dict[str, float]  # of the last evaluation
+    preempted: bool
+
+
+def every(n: int, step: int, last: int) -> bool:
+    """Whether to act after ``step`` of ``last`` steps when acting every ``n`` steps and at the end."""
+    return step == last or (n > 0 and step % n == 0)
+
+
+def train(cfg: Config, workdir: str, devices: Sequence[jax.Device] | None = None) -> Result:
+    """Trains, or continues what ``workdir`` holds, and evaluates.
+
+    Raises:
+      UserError: bad config, data or workdir, or a loss that stayed non-finite.
+    """
+    with phase("devices"):
+        devices = list(devices or jax.devices())
+    say(f"{'':<12} {len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es), jax {jax.__version__}")
+    with phase("data"):
+        info = data.describe(cfg.data)
+    program = build(cfg, devices, info)
+    cfg = program.cfg
+    _say_sizes(program, info)
+    with contextlib.ExitStack() as stack:
+        preemption = stack.enter_context(contextlib.closing(Preemption()))
+        stack.enter_context(claim(workdir, cfg, info))
+        stack.enter_context(jax.set_mesh(program.mesh))
+        checkpoints = stack.enter_context(contextlib.closing(Checkpointer(workdir, cfg.checkpoint)))
+        with phase("restore" if checkpoints.latest else "initialize"):
+            state = checkpoints.restore(program.state_shape) or _initial_state(program)
+            start = int(state.step)
+        if start:
+            say(f"{'':<12} continuing after step {start}: {checkpoints.path(start)}")
+        loop = Loop(program, info, workdir, checkpoints, preemption)
+        with _explain_out_of_memory(cfg):
+            result = loop.run(state)
+        checkpoints.wait()
+    _say_end(result, cfg, workdir, checkpoints)
+    return result
+
+
+class Loop:
+    """Feeds the program: metrics are read one step late, so that the device never waits for the host."""
+
+    def __init__(
+        self,
+        program: Program,
+        info: data.DataInfo,
+        workdir: str,
+        checkpoints: Checkpointer | None,
+        preemption: Preemption,
+        train_step: Callable[[State, Batch], tuple[State, Metrics]] | None = None,
+    ):
+        self.program, self.cfg, self.info = program, program.cfg, info
+        self.workdir, self.checkpoints, self.preemption = workdir, checkpoints, preemption
+        self.train_step = train_step  # compiled already; None: compiled when the loop starts
+        self.results: dict[str, float] = {}  # of the last evaluation
+        self.bad_in_row = 0
+
+    def run(self, state: State) -> Result:
+        """Trains from ``state`` to the last step of the config, or until the process is asked to stop."""
+        cfg, last = self.cfg, self.cfg.steps
+        self.start = step = int(state.step)
+        self.writer = MetricsWriter(self.workdir, step)
+        if step >= last:
+            self._evaluate(state, step)
+            return Result(step, self.results, preempted=False)
+        bar, feed = Bar(last, step), self._feed()
+        self.interval = _Interval(cfg, feed)
+        profiler = _Profiler(cfg.profile, self.workdir)
+        pending: tuple[int, Metrics] | None = None
+        try:
+            with phase("first batch"):
+                batch = next(feed)
+            train_step = self.train_step or self._compile(batch)
+            self.interval.restart()
+            while step < last and not self.preemption.requested(step):
+                state, metrics = train_step(state, batch)
+                batch = next(feed) if step + 1 < last else batch
+                step += 1
+                bar.step()
+                if pending:
+                    self._record(*pending, bar)
+                pending = (step, metrics)
+                profiler.step(step, metrics)
+                evaluate = every(cfg.eval.every, step, last)
+                save = every(cfg.checkpoint.every, step, last)
+                if evaluate or save:
+                    # The step in flight must be known to be good before it is evaluated or saved.
+                    self._record(*pending, bar)
+                    pending = None
+                    with self.interval.paused():
+                        if evaluate:
+                            self._evaluate(state, step)
+                        if save:
+                            self._save(state, step)
+            if pending:
+                self._record(*pending, bar)
+            if step < last:
+                say(f"asked to stop: saving step {step}")
+                self._save(state, step)
+            return Result(step, self.results, preempted=step < last)
+        finally:
+            feed.close()
+            bar.close()
+
+    def _feed(self) -> Feed:
+        cfg = self.cfg
+        source = data.train_batches(
+            cfg.data, batch=cfg.batch, seed=cfg.seed, start=self.start,
+            process_index=jax.process_index(), process_count=jax.process_count(),
+        )
+        waiting = lambda seconds: say(f"waiting for data since {seconds:.0f} s")
+        return Feed(source, self.program.batch_sharding, on_wait=waiting)
+
+    def _compile(self, batch: Batch) -> Callable[[State, Batch], tuple[State, Metrics]]:
+        """Compiles for a batch as the data has it: masks and float images are possible."""
+        shapes = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for k, x in batch.items()}
+        with phase("compile"):
+            return self.program.train_step.lower(self.program.state_shape, shapes).compile()
+
+    def _record(self, step: int, metrics: Metrics, bar: Bar) -> None:
+        """Looks at the metrics of a finished step. Called one step late, so that the device never waits."""
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        self.bad_in_row = self.bad_in_row + 1 if values["skipped"] else 0
+        if self.bad_in_row >= self.cfg.max_bad_steps:
+            self._give_up(step)
+        self.interval.add(values)
+        if every(self.cfg.log_every, step, self.cfg.steps):
+            line = self.interval.summary(step)
+            self.writer.write(step, line)
+            bar.log(step, line)
+
+    def _save(self, state: State, step: int) -> None:
+        # While steps fail, what was good before stays the newest checkpoint.
+        if self.checkpoints and step > self.start and not self.bad_in_row:
+            self.checkpoints.save(state, step, self.results)
+
+    def _give_up(self, step: int) -> None:
+        where = "there is no checkpoint yet"
+        if self.checkpoints and self.checkpoints.latest:
+            self.checkpoints.wait()
+            where = f"the last good checkpoint is {self.checkpoints.path(self.checkpoints.latest)}"
+        raise UserError(
+            f"the loss or its gradient was not finite in {self.bad_in_row} steps in a row, up to step {step} "
+            f"(config.max_bad_steps={self.cfg.max_bad_steps}); {where}. Lower config.optim.learning_rate, set "
+            "config.optim.clip=1.0 or look at the data"
+        )
+
+    def _evaluate(self, state: State, step: int) -> None:
+        self.results = evaluate(self.program, self.info, state, self.preemption)
+        if self.results:
+            self.writer.write(step, self.results)
+            numbers = "  ".join(f"{k} {v:.4f}" for k, v in self.results.items())
+            say(f"step {step}/{self.cfg.steps}  {numbers}")
+
+
+def evaluate(program: Program, info: data.DataInfo, state: State, preemption: Preemption | None = None) -> dict[str, float]:
+    """Runs the evaluators of the config on the averaged parameters if there are any, else on the parameters.
+
+    Returns ``{"test/accuracy": ...}``; nothing if the process was asked to stop meanwhile.
+    """
+    cfg = program.cfg
+    params = state.ema if cfg.optim.polyak else state.params
+
+    def batches(data_cfg: config.DataConfig, split: str) -> Iterator[Batch]:
+        n = program.mesh.size
+        size = -(-(cfg.eval.batch or cfg.batch) // n) * n
+        source = data.eval_batches(
+            data_cfg, batch=size, split=split,
+            process_index=jax.process_index(), process_count=jax.process_count(),
+        )
+        for batch in source:
+            if preemption and preemption.signalled:
+                raise _Stopped
+            yield put(batch, program.batch_sharding)
+
+    context = evaluators.Context(cfg=cfg, params=params, forward=program.forward, batches=batches, info=info)
+    try:
+        return {k: float(v) for k, v in evaluators.run(context).items()}
+    except _Stopped:
+        return {}
+
+
+class _Stopped(Exception):
+    """An evaluation was interrupted by preemption."""
+
+
+class _Interval:
+    """Means of the metrics, and speed, since the last logged step. Time spent on evaluating and saving is left out."""
+
+    def __init__(self, cfg: Config, feed: Feed):
+        self._cfg, self._feed = cfg, feed
+        self.restart()
+
+    def restart(self) -> None:
+        self._start, self._waited, self._sums, self._count = time.perf_counter(), self._feed.waited, {}, 0
+
+    def add(self, values: dict[str, float]) -> None:
+        self._count += 1
+        for k, v in values.items():
+            self._sums[k] = self._sums.get(k, 0.0) + v
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+    def summary(self, step: int) -> dict[str, float]:
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        per_step = seconds / self._count
+        line = {f"train/{k}": v / self._count for k, v in self._sums.items() if k != "skipped"}
+        line |= {
+            "train/skipped_steps": self._sums["skipped"],
+            "train/bad_examples": float(len(data.bad_examples())),
+            "train/images_per_second": self._cfg.batch / per_step,
+            "train/step_ms": 1e3 * per_step,
+            "train/data_wait": min((self._feed.waited - self._waited) / seconds, 1.0),
+            "train/eta_seconds": (self._cfg.steps - step) * per_step,
+        }
+        self.restart()
+        return line
+
+
+class _Profiler:
+    """Traces the steps "first:last" of the config into the workdir, for TensorBoard's profile tab."""
+
+    def __init__(self, steps: str, workdir: str):
+        self._steps, self._workdir = steps, workdir
+        try:
+            self._first, self._last = map(int, steps.split(":")) if steps else (0, 0)
+        except ValueError:
+            raise UserError(f"config.profile={steps!r}: write FIRST:LAST, for example 100:110") from None
+
+    def step(self, step: int, metrics: Metrics) -> None:
+        if self._steps and step == self._first:
+            jax.profiler.start_trace(self._workdir)
+        if self._steps and step == self._last:
+            jax.block_until_ready(metrics)
+            jax.profiler.stop_trace()
+
+
+def _initial_state(program: Program) -> State:
+    cfg = program.cfg
+    if not cfg.pretrained:
+        return program.init()
+    params = weights.load_for_training(cfg.pretrained, cfg.model)
+    return program.start_from(params)
+
+
+# A workdir -------------------------------------------------------------------
+
+# A run may be resumed with other values of these only: they leave its model, data and optimizer state as they are.
+_MAY_CHANGE = (
+    "steps", "eval.", "checkpoint.", "log_every", "profile", "max_bad_steps", "sharding", "mesh", "accumulate",
+    "model.remat", "data.cache_gib", "data.max_bad", "optim.learning_rate", "optim.schedule",
+    "optim.end_learning_rate", "optim.warmup", "optim.cooldown", "optim.timescale", "optim.clip",
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def claim(workdir: str, cfg: Config, info: data.DataInfo) -> Iterator[None]:
+    """Creates ``workdir`` with ``config.json`` and ``dataset.json``, or checks that it belongs to the same run.
+
+    Raises:
+      UserError: it cannot be written, another process is using it, or its config has another model or other data.
+    """
+    folder = epath.Path(workdir)
+    stored = folder / "config.json"
+    if stored.exists():
+        _check_same_run(workdir, config.from_dict(json.loads(stored.read_text())), cfg)
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                if "://" not in workdir:
+                    stack.enter_context(_lock(workdir))
+                stored.write_text(config.to_json(cfg))
+                (folder / "dataset.json").write_text(json.dumps(_dataset(cfg, info), indent=2) + "\n")
+            except OSError as e:
+                raise UserError(f"--workdir={workdir} cannot be written: {e}") from e
+        yield
+
+
+def _check_same_run(workdir: str, old: Config, new: Config) -> None:
+    changes = config.difference(old, new)
+    fatal = [c for c in changes if not c.startswith(_MAY_CHANGE)]
+    if fatal:
+        raise UserError(
+            f"{workdir} holds a run with another config ({'; '.join(fatal)}): give the same values, or another --workdir"
+        )
+    for change in changes:
+        say(f"config       {change}")
+
+
+@contextlib.contextmanager
+def _lock(workdir: str) -> Iterator[None]:
+    import fcntl  # not on Windows, where nothing is locked
+
+    with open(epath.Path(workdir) / ".lock", "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"--workdir={workdir} is in use by another process: wait for it or give another --workdir"
+            ) from None
+        yield
+
+
+def _dataset(cfg: Config, info: data.DataInfo) -> dict[str, Any]:
+    """What a user of the checkpoint must know about the data."""
+    return {
+        "source": cfg.data.source,
+        "name": cfg.data.name,
+        "num_classes": info.num_classes,
+        "class_names": list(info.class_names),
+        "num_train": info.num_train,
+        "num_test": info.num_test,
+        "multilabel": info.multilabel,
+        "image_size": list(cfg.model.image_size),
+        "eval_transforms": config.to_dict(cfg.data)["eval_transforms"],
+    }
+
+
+def _say_sizes(program: Program, info: data.DataInfo) -> None:
+    cfg = program.cfg
+    params = sum(np.prod(p.shape, dtype=np.int64) for p in jax.tree.leaves(program.state_shape.params))
+    say(f"{'':<12} {info.num_train:,} training and {info.num_test:,} test images, {info.num_classes} classes")
+    say(
+        f"{'':<12} batch {cfg.batch} = {cfg.batch // jax.process_count()} per host = "
+        f"{cfg.batch // program.mesh.size} per device, in {cfg.accumulate} micro-batch(es); "
+        f"{cfg.model.name or 'ViT'} with {params:,} parameters"
+    )
+
+
+def _say_end(result: Result, cfg: Config, workdir: str, checkpoints: Checkpointer) -> None:
+    path = checkpoints.path(checkpoints.latest) if checkpoints.latest else "none"
+    if result.preempted:
+        say(f"stopped after step {result.step} of {cfg.steps}; checkpoint: {path}; start the same command to continue")
+        return
+    for name, value in result.metrics.items():
+        say(f"{name:<16} {value:.4f}")
+    say(f"checkpoint       {path}")
+    say(f"curves           tensorboard --logdir {workdir}   (numbers: {epath.Path(workdir) / 'metrics.jsonl'})")
+    say(f"predict          python -m vit_jax.predict {workdir} IMAGE...")
+    say(f"export           python -m vit_jax.convert {workdir} model.npz")
+
+
+@contextlib.contextmanager
+def _explain_out_of_memory(cfg: Config) -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        raise UserError(
+            f"the device ran out of memory with config.batch={cfg.batch}: raise config.accumulate (now "
+            f"{cfg.accumulate}), set config.model.remat=full (now {cfg.model.remat}), config.sharding=fsdp (now "
+            f"{cfg.sharding}), or lower config.batch. {str(e).splitlines()[0]}"
+        ) from e
