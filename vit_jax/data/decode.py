@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoded image -> uint8 (H, W, 3), whatever the file holds, and resizing.
+
+Grey, palette, alpha, CMYK and 16-bit images become 8-bit RGB (alpha is dropped, the first
+frame of an animation is taken, EXIF rotation is applied). What cannot be decoded raises a
+tensorflow error; whether it does depends on the file alone, never on the crop, so that a
+resumed run replaces the same examples.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from vit_jax.data.tensorflow_cpu import tf
+
+# More would take over a gigabyte per image and thread; a header may claim anything.
+MAX_PIXELS = 2**28
+
+Image = Any  # tf.Tensor: string () or uint8 (H, W, 3)
+
+
+def shape_of(image: Image) -> Any:
+    """int32 (3,): height, width, channels; from the header alone for JPEG."""
+    if image.dtype != tf.string:
+        return tf.shape(image)
+
+    def of_jpeg() -> Any:
+        shape = tf.image.extract_jpeg_shape(image)
+        return tf.cond(
+            _orientation(image) >= 5,  # these swap the sides
+            lambda: tf.gather(shape, [1, 0, 2]),
+            lambda: shape,
+        )
+
+    return tf.cond(is_jpeg(image), of_jpeg, lambda: tf.shape(_decode_other(image)))
+
+
+def decode(image: Image) -> Image:
+    """The pixels; an image that is decoded already passes through."""
+    if image.dtype != tf.string:
+        return image
+    return _rgb(
+        tf.cond(
+            is_jpeg(image),
+            lambda: _decode_jpeg(image),
+            lambda: _decode_other(image),
+        )
+    )
+
+
+def decode_crop(image: Image, window: Any, *, target: int) -> Image:
+    """The part ``window`` (top, left, height, width) of the image, int32.
+
+    A JPEG is decoded only there. ``target`` > 0 allows a quicker way that is not exact:
+    where both sides of the window are at least 2, 4 or 8 times ``target`` the image is
+    decoded at that fraction of its size, in the DCT domain, and colour is upsampled by
+    repetition.
+    """
+    if image.dtype != tf.string:
+        return _slice(image, window)
+
+    def full() -> Image:
+        return _slice(decode(image), window)
+
+    def fused() -> Image:
+        if not target:
+            return tf.image.decode_and_crop_jpeg(image, window, channels=3)
+
+        def at(ratio: int) -> Callable[[], Image]:
+            return lambda: tf.raw_ops.DecodeAndCropJpeg(
+                contents=image,
+                crop_window=tf.maximum(window // ratio, [0, 0, 1, 1]),
+                channels=3,
+                ratio=ratio,
+                fancy_upscaling=False,
+                dct_method="INTEGER_FAST",
+            )
+
+        times = tf.reduce_min(window[2:]) // target
+        power = tf.cast(times >= 2, tf.int32) + tf.cast(times >= 4, tf.int32)
+        power += tf.cast(times >= 8, tf.int32)
+        return tf.switch_case(power, [at(1), at(2), at(4), at(8)])
+
+    plain = is_jpeg(image) & _is_complete(image) & ~_has_exif(image)
+    return _rgb(tf.cond(plain, fused, full))
+
+
+def resize_to(
+    image: Image,
+    size: Any,
+    *,
+    method: str = "bilinear",
+    antialias: bool = False,
+) -> Image:
+    """uint8 (H, W, 3) -> uint8 (size, size, 3); ``size`` may be (height, width)."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if method == "bilinear" and not antialias:  # reads uint8 directly
+        resized = tf.raw_ops.ResizeBilinear(
+            images=image[None], size=[height, width], half_pixel_centers=True
+        )[0]
+        result = tf.cast(resized + 0.5, tf.uint8)
+    else:
+        resized = tf.image.resize(image, [height, width], method, antialias=antialias)
+        result = tf.cast(tf.clip_by_value(resized + 0.5, 0, 255), tf.uint8)
+    if isinstance(size, int):
+        return tf.ensure_shape(result, (size, size, 3))
+    return _rgb(result)
+
+
+def is_jpeg(image: Image) -> Any:
+    """Whether the file starts as a JPEG does."""
+    return tf.strings.substr(image, 0, 2) == b"\xff\xd8"
+
+
+def _decode_jpeg(image: Image) -> Image:
+    with tf.control_dependencies([_not_huge(tf.image.extract_jpeg_shape(image))]):
+        pixels = tf.io.decode_jpeg(image, channels=3)
+    return tf.cond(
+        _has_exif(image),
+        lambda: _orient(pixels, _orientation(image)),
+        lambda: pixels,
+    )
+
+
+def _decode_other(image: Image) -> Image:
+    is_png = tf.strings.substr(image, 1, 3) == b"PNG"
+
+    def png_sides() -> Any:
+        # Bytes 16 to 23 hold the width and the height, most significant byte first.
+        header = tf.io.decode_raw(tf.strings.substr(image, 16, 8), tf.uint8)
+        parts = tf.reshape(tf.cast(header, tf.int64), (2, 4))
+        return tf.reduce_sum(parts * [[2**24, 2**16, 2**8, 1]], axis=1)
+
+    sides = tf.cond(is_png, png_sides, lambda: tf.zeros([2], tf.int64))
+    with tf.control_dependencies([_not_huge(sides)]):
+        decoded = tf.io.decode_image(image, channels=3, expand_animations=False)
+    return _rgb(decoded)
+
+
+def _not_huge(shape: Any) -> Any:
+    pixels = tf.reduce_prod(tf.cast(shape[:2], tf.int64))
+    return tf.debugging.Assert(
+        pixels <= MAX_PIXELS, [f"more than {MAX_PIXELS} pixels:", shape]
+    )
+
+
+def _is_complete(image: Image) -> Any:
+    """Whether a JPEG ends as it should. One cut short still decodes above the cut: it
+    must fail as a whole, not only in those crops that reach down to it."""
+    return tf.strings.substr(image, -2, 2) == b"\xff\xd9"
+
+
+_EXIF = b"Exif\x00\x00"
+_HEADER = 4096  # bytes searched for the orientation; cameras write it near the start
+
+
+def _has_exif(image: Image) -> Any:
+    """Whether EXIF data comes first (APP1) or right behind the JFIF header (APP0)."""
+    size = len(_EXIF)
+    first = tf.strings.substr(image, 6, size) == _EXIF
+    return first | (tf.strings.substr(image, 24, size) == _EXIF)
+
+
+def _orientation(image: Image) -> Any:
+    """EXIF orientation, int32 in [1, 8]; 1 where there is none.
+
+    The entry is tag 0x0112, type 3 (short), count 1, value, in either byte order.
+    """
+
+    def search() -> Any:
+        # Not all files are that long: the padding keeps substr in range.
+        head = tf.strings.substr(image, 0, _HEADER)
+        head = tf.cast(tf.io.decode_raw(head, tf.uint8), tf.int32)
+        length = tf.size(head) - 9
+
+        def find(pattern: list[int], at: int) -> Any:
+            hit = tf.reduce_all(
+                tf.stack([head[i : i + length] == b for i, b in enumerate(pattern)]), 0
+            )
+            value = tf.boolean_mask(head[at : at + length], hit)
+            return tf.concat([value, [1]], 0)[0]
+
+        big = find([0x01, 0x12, 0, 3, 0, 0, 0, 1, 0], 9)
+        little = find([0x12, 0x01, 3, 0, 1, 0, 0, 0], 8)
+        value = tf.maximum(big, little)
+        return tf.where(value > 8, 1, value)
+
+    return tf.cond(_has_exif(image), search, lambda: tf.constant(1))
+
+
+def _orient(pixels: Image, orientation: Any) -> Image:
+    """Undoes the rotation or mirroring that EXIF orientation 1 to 8 records."""
+    transposed = lambda: tf.transpose(pixels, [1, 0, 2])
+    return tf.switch_case(
+        orientation - 1,
+        [
+            lambda: pixels,
+            lambda: tf.reverse(pixels, [1]),
+            lambda: tf.reverse(pixels, [0, 1]),
+            lambda: tf.reverse(pixels, [0]),
+            transposed,
+            lambda: tf.reverse(transposed(), [1]),
+            lambda: tf.reverse(transposed(), [0, 1]),
+            lambda: tf.reverse(transposed(), [0]),
+        ],
+    )
+
+
+def _slice(image: Image, window: Any) -> Image:
+    begin = tf.concat([window[:2], [0]], 0)
+    return tf.slice(image, begin, tf.concat([window[2:], [3]], 0))
+
+
+def _rgb(image: Image) -> Image:
+    return tf.ensure_shape(image, (None, None, 3))

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tensorflow side of the pipeline: decode, transform and batch, in parallel."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from vit_jax.config import DataConfig
+from vit_jax.data import transforms
+from vit_jax.data.decode import decode, shape_of
+from vit_jax.data.sources import IGNORED, Dataset, Labels, Split
+from vit_jax.data.tensorflow_cpu import tf
+
+ERRORS = (tf.errors.OpError,)
+
+Fed = dict[str, np.ndarray]
+Example = Callable[[dict[str, Any]], dict[str, Any]]  # tensors of one example
+
+_PREFETCH = 2  # finished batches that wait for the device
+
+
+def example_function(
+    cfg: DataConfig, split: Split, dataset: Dataset, *, training: bool, knob: str
+) -> Example:
+    """What is done to one example: bytes and seed in, image (and label) out."""
+    if training:
+        chosen = cfg.train_transforms or dataset.train_transforms
+        chosen = chosen or transforms.DEFAULT_TRAIN
+    else:
+        chosen = cfg.eval_transforms or transforms.DEFAULT_EVAL
+    transform = transforms.compose(
+        chosen,
+        size=cfg.image_size,
+        # What is measured must not depend on a shortcut of training.
+        exact=not training or cfg.decode == "exact",
+        knob=knob,
+    )
+
+    def make(fed: dict[str, Any]) -> dict[str, Any]:
+        image, labels = _open(fed, split, dataset)
+        made = {"image": transform(image, fed["seed"])}
+        if split.kind == "record":
+            made["label"] = _target(labels, dataset)
+        return made
+
+    if training:
+        return make
+    specs = tf.data.Dataset.from_tensors(_dummy()).map(make).element_spec
+
+    def make_or_leave_empty(fed: dict[str, Any]) -> dict[str, Any]:
+        return tf.cond(
+            fed["use"],
+            lambda: make(fed),
+            lambda: tf.nest.map_structure(lambda t: tf.zeros(t.shape, t.dtype), specs),
+        )
+
+    return make_or_leave_empty
+
+
+def batches(
+    steps: range, feed: Callable[[int], Fed], batch: int, example: Example
+) -> Iterator[dict[str, np.ndarray]]:
+    """One batch per step, made ahead of time in the background, in order."""
+
+    def in_order(step: np.ndarray) -> list[np.ndarray]:
+        fed = feed(int(step))
+        return [fed[k] for k in _SPECS]
+
+    def fetch(step: Any) -> dict[str, Any]:
+        types = [spec.dtype for spec in _SPECS.values()]
+        values = tf.numpy_function(in_order, [step], types)
+        return {
+            k: tf.ensure_shape(v, (batch, *spec.shape))
+            for (k, spec), v in zip(_SPECS.items(), values, strict=True)
+        }
+
+    dataset = tf.data.Dataset.range(steps.start, steps.stop).map(fetch)
+    dataset = dataset.prefetch(1).unbatch()
+    dataset = dataset.map(example, num_parallel_calls=tf.data.AUTOTUNE)
+    dataset = dataset.batch(batch, drop_remainder=True).prefetch(_PREFETCH)
+    yield from dataset.with_options(_options()).as_numpy_iterator()
+
+
+def readable(fed: Fed, example: Example) -> dict[int, dict[str, np.ndarray]]:
+    """What can be made of one step: row -> image (and label)."""
+    dataset = tf.data.Dataset.from_tensor_slices(
+        {k: _tensor(k, v) for k, v in fed.items()}
+    ).enumerate()
+    dataset = dataset.map(
+        lambda i, one: (i, example(one)), num_parallel_calls=tf.data.AUTOTUNE
+    )
+    dataset = dataset.ignore_errors().with_options(_options())
+    return {int(i): made for i, made in dataset.as_numpy_iterator()}
+
+
+def stack(made: dict[int, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Rows 0, 1, ... as one batch."""
+    rows = [made[i] for i in range(len(made))]
+    return {k: np.stack([r[k] for r in rows]) for k in rows[0]}
+
+
+def reason(fed: Fed, row: int, example: Example) -> str:
+    """Why one row cannot be made: the first line of what tensorflow says."""
+    one = {k: _tensor(k, v[row : row + 1])[0] for k, v in fed.items()}
+    try:
+        example(one)
+    except ERRORS as e:
+        return _first_line(e)
+    return "failed once and then did not"
+
+
+def decoded_bytes(split: Split, dataset: Dataset, samples: int = 32) -> float:
+    """Estimate of the memory all images take when decoded."""
+    chosen = np.unique(np.linspace(0, len(split) - 1, samples).astype(np.int64))
+    sizes = []
+    for data in split.fetch(split.index(chosen)):
+        try:
+            image, _ = _open({"data": tf.constant(data)}, split, dataset)
+            sizes.append(int(np.prod(shape_of(image).numpy()[:2])) * 3)
+        except ERRORS:
+            continue
+    return float(np.mean(sizes)) * len(split) if sizes else np.inf
+
+
+def decode_all(split: Split, dataset: Dataset) -> tuple[Split, dict[int, str]]:
+    """The same examples decoded, and what could not be: position -> reason."""
+
+    def make(i: Any, data: Any) -> dict[str, Any]:
+        image, labels = _open({"data": data}, split, dataset)
+        image = decode(image)
+        made = {"i": i, "shape": tf.shape(image), "pixels": tf.reshape(image, [-1])}
+        return made | ({} if labels is None else {"labels": labels})
+
+    size = len(split)
+    shapes = np.zeros((size, 3), np.int32)
+    chunks, found, counts = [], [], []
+    values: list[np.ndarray] = []
+    for start in range(0, size, _CHUNK):
+        index = np.arange(start, min(start + _CHUNK, size))
+        data = split.fetch(split.index(index))
+        dataset = tf.data.Dataset.from_tensor_slices((index, _tensor("data", data)))
+        dataset = dataset.map(make, num_parallel_calls=tf.data.AUTOTUNE)
+        dataset = dataset.ignore_errors().ragged_batch(_CHUNK)
+        for made in dataset.with_options(_options()):
+            i = made["i"].numpy()
+            found.append(i)
+            shapes[i] = made["shape"].numpy().reshape(-1, 3)
+            chunks.append(made["pixels"].flat_values.numpy())
+            if "labels" in made:
+                values.append(made["labels"].flat_values.numpy())
+                counts.append(made["labels"].row_lengths().numpy())
+    done = np.concatenate([np.zeros(0, np.int64), *found])
+    starts = np.zeros(size, np.int64)
+    lengths = shapes.astype(np.int64).prod(axis=1)
+    starts[done] = np.cumsum(lengths[done]) - lengths[done]
+    pixels = np.concatenate([np.zeros(0, np.uint8), *chunks])
+
+    def fetch(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        images = np.empty(len(index), object)
+        for row, (a, n) in enumerate(zip(starts[index], lengths[index], strict=True)):
+            images[row] = pixels[a : a + n].tobytes()
+        return images, shapes[index]
+
+    bad = {}
+    for i in np.setdiff1d(np.arange(size), done).tolist():
+        try:
+            make(i, tf.constant(split.fetch(split.index(np.array([i])))[0]))
+        except ERRORS as e:
+            bad[i] = _first_line(e)
+    labels = split.labels
+    if split.kind == "record":
+        per_example: list[Any] = [()] * size
+        edges = np.cumsum(np.concatenate([np.zeros(1, np.int64), *counts]))
+        flat = np.concatenate([np.zeros(0, np.int64), *values])
+        for i, a, b in zip(done, edges[:-1], edges[1:], strict=True):
+            per_example[i] = flat[a:b]
+        labels = Labels.several(per_example)
+    elif labels is not None:
+        labels = Labels.several(labels.of(split.index(np.arange(size))))
+
+    def name(i: int) -> str:
+        return split.name(int(split.index(np.array([i]))[0]))
+
+    return Split(size, "pixels", fetch, name, labels), bad
+
+
+_CHUNK = 1024  # examples decoded between two returns to Python
+
+_SPECS = {
+    "seed": tf.TensorSpec((2,), tf.int64),
+    "use": tf.TensorSpec((), tf.bool),
+    "data": tf.TensorSpec((), tf.string),
+    "shape": tf.TensorSpec((3,), tf.int32),
+}
+
+
+def _open(fed: dict[str, Any], split: Split, dataset: Dataset) -> tuple[Any, Any]:
+    """(image: string or uint8 (H, W, 3), labels) of one example; only a record has
+    labels here, int64 (n,), and they are refused where they are out of range."""
+    data = fed["data"]
+    if split.kind == "path":
+        return tf.io.read_file(data), None
+    if split.kind == "encoded":
+        return data, None
+    if split.kind == "record":
+        assert split.parse is not None
+        image, labels = split.parse(data)
+        return image, _checked(labels, dataset)
+    pixels = tf.reshape(tf.io.decode_raw(data, tf.uint8), fed["shape"])
+    return tf.ensure_shape(pixels, (None, None, 3)), None
+
+
+def _checked(labels: Any, dataset: Dataset) -> Any:
+    count = dataset.num_classes
+    in_range = tf.reduce_all((labels >= IGNORED) & (labels < count))
+    problem = f"a label is out of range: it must be in [0, {count - 1}], not"
+    checks = [tf.debugging.Assert(in_range, [problem, labels])]
+    if not dataset.multilabel:
+        problem = "several labels in a single-label data set:"
+        checks.append(tf.debugging.Assert(tf.size(labels) <= 1, [problem, labels]))
+    with tf.control_dependencies(checks):
+        return tf.identity(labels)
+
+
+def _target(labels: Any, dataset: Dataset) -> Any:
+    """Labels of a record as the batch has them: int32 () or float32 (K,)."""
+    count, labels = dataset.num_classes, tf.cast(labels, tf.int32)
+    if not dataset.multilabel:
+        return tf.concat([labels, [IGNORED]], 0)[0]
+    hot = tf.reduce_max(tf.one_hot(labels, count, dtype=tf.float32), axis=0)
+    hot = tf.maximum(hot, 0.0)  # no label at all: the maximum over nothing is -inf
+    return tf.where(tf.reduce_any(labels == IGNORED), tf.fill([count], -1.0), hot)
+
+
+def _tensor(key: str, values: np.ndarray) -> Any:
+    return tf.constant(values, _SPECS[key].dtype)
+
+
+def _dummy() -> dict[str, Any]:
+    return {k: tf.zeros(s.shape, s.dtype) for k, s in _SPECS.items()}
+
+
+def _first_line(error: Exception) -> str:
+    text = str(getattr(error, "message", error)).strip().splitlines()[0]
+    text = text.split("}} ", 1)[-1]  # "{{function_node ...}} what happened"
+    return text.split(" [Op:")[0][:200]
+
+
+def _options() -> Any:
+    options = tf.data.Options()
+    options.deterministic = True
+    return options

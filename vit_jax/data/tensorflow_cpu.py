@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one place where tensorflow is imported: it must never take an accelerator.
+
+TensorFlow allocates nearly all memory of every GPU it sees, and JAX then dies of
+out-of-memory; a TPU can belong to only one of the two. So the devices are hidden in the
+same breath as the import, before any op can run.
+"""
+
+import logging
+import os
+
+# Warnings about missing CPU instructions and the log line per undecodable image (which
+# we count and name ourselves) say nothing a user can act on.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import tensorflow as tf  # noqa: E402
+
+for _kind in ("GPU", "TPU"):
+    try:
+        tf.config.set_visible_devices([], _kind)
+    except RuntimeError:  # the caller's own tensorflow code ran before us
+        if tf.config.get_visible_devices(_kind):
+            logging.getLogger(__name__).warning(
+                "tensorflow was used before vit_jax.data was imported and holds a "
+                "%s that jax may need",
+                _kind,
+            )
+
+__all__ = ["tf"]

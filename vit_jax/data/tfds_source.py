@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image classification sets of tensorflow-datasets, by name and split expression."""
+
+import difflib
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vit_jax.config import DataConfig
+from vit_jax.data.sources import Dataset, Labels, Split, held_out
+from vit_jax.data.tensorflow_cpu import tf
+from vit_jax.errors import UserError
+
+import tensorflow_datasets as tfds  # isort: skip  (after tensorflow_cpu)
+
+log = logging.getLogger(__name__)
+
+
+def load(cfg: DataConfig) -> Dataset:
+    """The set ``cfg.name`` in ``cfg.path`` (tfds' own data_dir where that is empty)."""
+    builder = prepared(cfg.name, cfg.path)
+    features = builder.info.features
+    image, label = "image", "label"
+    for key in (image, label):
+        if key not in features:
+            raise UserError(
+                f"tfds set {cfg.name!r} has no feature {key!r}, only "
+                f"{sorted(features)}: it is not an image classification set"
+            )
+    names = tuple(getattr(features[label], "names", None) or ())
+
+    def split(name: str) -> Split:
+        return read(builder, name, lambda example: example[label])
+
+    train = split(cfg.train_split)
+    test_split = _test_split(builder, cfg.test_split)
+    if test_split:
+        test = split(test_split)
+    else:
+        rest, out = held_out(train, cfg.test_share)
+        train, test = train.select(rest), train.select(out)
+    return Dataset(train, test, names, splits=split)
+
+
+def prepared(name: str, data_dir: str = "") -> Any:
+    """The tfds builder, downloaded and prepared if that is still to be done."""
+    if not name:
+        raise UserError(
+            "data.source is 'tfds' but data.name is empty: set --config.data.name, "
+            "for example to 'cifar10'"
+        )
+    where: Any = {"data_dir": str(Path(data_dir).expanduser())} if data_dir else {}
+    if data_dir.startswith("gs://"):
+        where = {"data_dir": data_dir}
+    try:
+        builder = tfds.builder(name, **where)
+    except (tfds.core.DatasetNotFoundError, ValueError) as e:
+        known = tfds.list_builders(with_community_datasets=False)
+        near = difflib.get_close_matches(name.split("/")[0], known, n=3, cutoff=0.5)
+        hint = f"did you mean one of {near}? " if near else ""
+        raise UserError(
+            f"unknown tfds set {name!r} (data.name): {hint}"
+            f"{str(e).splitlines()[0][:200]}"
+        ) from e
+    if not _is_prepared(builder):
+        if name.split(":")[0] == "imagenet2012":
+            check_imagenet_archives(builder)
+        log.info("preparing tfds set %s in %s", name, builder.data_dir)
+        try:
+            builder.download_and_prepare()
+        except Exception as e:  # of many kinds: network, disk, checksum, manual step
+            raise UserError(
+                f"tfds set {name!r} is not in {builder.data_dir} and could not be "
+                f"prepared: {type(e).__name__}: {str(e).strip()[:400]}"
+            ) from e
+    return builder
+
+
+def read(builder: Any, split: str, label: Any) -> Split:
+    """One split as a list of encoded images; ``label(example)`` gives the class.
+
+    A tfds split expression such as ``train[:98%]`` is taken literally.
+    """
+    try:
+        dataset = builder.as_dataset(
+            split=split,
+            decoders={"image": tfds.decode.SkipDecoding()},
+            read_config=tfds.ReadConfig(
+                interleave_cycle_length=1, try_autocache=False
+            ),
+        )
+    except (ValueError, KeyError, AssertionError) as e:
+        raise UserError(
+            f"tfds set {builder.name!r} has no split {split!r}: it has "
+            f"{sorted(builder.info.splits)}, and slices such as 'train[:98%]'"
+        ) from e
+    images, labels = [], []
+    for example in dataset.as_numpy_iterator():
+        images.append(example["image"])
+        labels.append(int(label(example)))
+    return from_encoded(images, labels, f"{builder.name} {split}")
+
+
+def from_encoded(images: list[Any], labels: list[int], name: str) -> Split:
+    """A split held in memory: encoded images (bytes) or decoded ones (uint8 arrays)."""
+    if images and isinstance(images[0], np.ndarray):
+        shapes = np.array([i.shape for i in images], np.int32)
+        pixels = np.array([i.tobytes() for i in images] + [None], object)[:-1]
+        return Split(
+            len(images),
+            "pixels",
+            lambda i: (pixels[i], shapes[i]),
+            lambda i: f"{name} example {i}",
+            Labels.single(labels),
+        )
+    array = np.array([*images, None], object)[:-1]
+    return Split(
+        len(images),
+        "encoded",
+        lambda i: array[i],
+        lambda i: f"{name} example {i}",
+        Labels.single(labels),
+    )
+
+
+_TRAIN_TAR, _VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+
+
+def check_imagenet_archives(builder: Any) -> None:
+    """Says which ImageNet archive is missing or misplaced, before tfds fails oddly."""
+    manual = Path(builder.info.dataset_size and "" or _manual_dir(builder))
+    missing = [n for n in (_TRAIN_TAR, _VAL_TAR) if not (manual / n).is_file()]
+    if not missing:
+        return
+    data_dir = manual.parent.parent
+    places = [data_dir, manual.parent, *(p for p in manual.glob("*") if p.is_dir())]
+    hints = []
+    for name in missing:
+        found = next((p / name for p in places if (p / name).is_file()), None)
+        hints.append(f"{name} is {f'at {found}, move it' if found else 'missing'}")
+    raise UserError(
+        f"ImageNet must be downloaded by hand (from image-net.org, after "
+        f"registering): {'; '.join(hints)}. The exact tree is {manual}/{_TRAIN_TAR} "
+        f"(about 138 GB) and {manual}/{_VAL_TAR} (about 6.3 GB), both left packed"
+    )
+
+
+def _manual_dir(builder: Any) -> Path:
+    return Path(str(builder._data_dir_root)) / "downloads" / "manual"
+
+
+def _is_prepared(builder: Any) -> bool:
+    return bool(builder.info.splits)
+
+
+def _test_split(builder: Any, wanted: str) -> str:
+    """The split to test on: the wanted one, or what stands in for a plain "test"."""
+    have = builder.info.splits
+    if wanted != "test" or wanted in have:
+        return wanted
+    return next((n for n in ("validation", "val") if n in have), "")
+
+
+_ = tf  # tensorflow must be imported, with its accelerators hidden, before tfds

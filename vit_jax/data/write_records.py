@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns a folder, a manifest or a tfds set into sharded records.
+
+    python -m vit_jax.data.write_records photos/ records/
+    python -m vit_jax.data.write_records labels.csv records/ --format=array_record
+    python -m vit_jax.data.write_records tfds:cifar10 records/ --split=train
+
+Images are copied as they are, in one fixed random order, so that shards can also be read
+in sequence. Shards are written side by side; one that is finished is not written again
+when the command is repeated after an interruption.
+"""
+
+import argparse
+import dataclasses
+import errno
+import hashlib
+import io
+import json
+import math
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+import numpy as np
+
+from vit_jax import cli
+from vit_jax.config import DataConfig
+from vit_jax.data import order, sources
+from vit_jax.data.records import (
+    ARRAY_RECORD,
+    FORMATS,
+    IMAGE_KEY,
+    LABEL_KEY,
+    NAME_KEY,
+    TFRECORD,
+)
+from vit_jax.data.sources import Dataset, Split
+from vit_jax.data.tensorflow_cpu import tf
+from vit_jax.errors import UserError
+
+SHARD_BYTES = 128 * 2**20  # aimed at: large reads, and enough shards to share out
+_SHUFFLE = 0x77726974  # names the permutation of the examples
+
+
+def write(
+    source: str,
+    dest: str,
+    *,
+    split: str = "",
+    format: str = TFRECORD,
+    shards: int = 0,
+    workers: int = 0,
+    progress: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Writes the splits of ``source`` into the folder ``dest``.
+
+    Args:
+      source: a folder, a .csv or .jsonl manifest, or ``tfds:NAME``.
+      split: "train", "test" or, if "", both.
+      shards: files per split; 0: as many as make them about 128 MiB.
+      workers: shards written at a time; 0: one per CPU.
+
+    Returns:
+      The index of each split, which is also in ``dest/SPLIT.json``.
+
+    Raises:
+      UserError: the source is no data set, or the disk is full.
+    """
+    if format not in FORMATS:
+        raise UserError(f"unknown format {format!r}: choose one of {list(FORMATS)}")
+    if source.startswith("tfds:"):
+        cfg = DataConfig(source="tfds", name=source.removeprefix("tfds:"))
+    else:
+        cfg = DataConfig(source="folder", path=source)
+    dataset = sources.load(cfg)
+    tf.io.gfile.makedirs(dest)
+    result = {}
+    for name in (split,) if split else ("train", "test"):
+        part = sources.evaluation_split(cfg, dataset, name)
+        result[name] = _write_split(
+            dataset, part, dest, name, format, shards, workers, progress
+        )
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One shard: which examples, where to, and what identifies a finished one."""
+
+    file: str
+    positions: np.ndarray
+    fingerprint: str
+
+
+def _write_split(
+    dataset: Dataset,
+    part: Split,
+    dest: str,
+    name: str,
+    format: str,
+    shards: int,
+    workers: int,
+    progress: bool,
+) -> dict[str, Any]:
+    size = len(part)
+    if not shards:
+        sample = np.linspace(0, size - 1, min(size, 64)).astype(np.int64)
+        mean = np.mean([len(b) for b in _encoded(part, sample)])
+        shards = min(max(1, math.ceil(mean * size / SHARD_BYTES)), size)
+    if not 0 < shards <= size:
+        raise UserError(f"--shards is {shards}: it must lie in [1, {size}]")
+    shuffled = order.permutation(np.arange(size), size, _SHUFFLE)
+    jobs = []
+    for i in range(shards):
+        positions = shuffled[i * size // shards : (i + 1) * size // shards]
+        file = os.path.join(dest, f"{name}-{i:05d}-of-{shards:05d}.{format}")
+        jobs.append(_Job(file, positions, _fingerprint(dataset, part, positions)))
+    done, lock = 0, threading.Lock()
+    infos: dict[str, dict[str, Any]] = {}
+    counts = np.zeros(dataset.num_classes, np.int64)
+    pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
+    futures = {pool.submit(_write_shard, j, dataset, part, format): j for j in jobs}
+    try:
+        for future in as_completed(futures):
+            info, labels = future.result()
+            with lock:
+                infos[info["file"]] = info
+                counts += np.bincount(labels[labels >= 0], minlength=len(counts))
+                done += 1
+            if progress:
+                print(
+                    f"\r{name}: {done} of {shards} shards", end="", flush=True
+                )
+    except (OSError, tf.errors.OpError) as e:
+        pool.shutdown(cancel_futures=True)
+        raise _failure(e, dest, len(infos), shards) from e
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if progress:
+        print()
+    index = {
+        "format": format,
+        "examples": size,
+        "multilabel": dataset.multilabel,
+        "class_names": list(dataset.class_names),
+        "class_counts": counts.tolist(),
+        "image_key": IMAGE_KEY,
+        "label_key": LABEL_KEY,
+        "shards": [infos[os.path.basename(j.file)] for j in jobs],
+    }
+    _replace(os.path.join(dest, name + ".json"), json.dumps(index, indent=1).encode())
+    return index
+
+
+def _write_shard(
+    job: _Job, dataset: Dataset, part: Split, format: str
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Writes one shard unless it is there already; returns its index entry and labels."""
+    sidecar = job.file + ".npz"
+    if tf.io.gfile.exists(job.file) and tf.io.gfile.exists(sidecar):
+        with tf.io.gfile.GFile(sidecar, "rb") as stream, np.load(stream) as old:
+            found = tf.io.gfile.stat(job.file).length
+            if str(old["fingerprint"]) == job.fingerprint and found == old["bytes"]:
+                return _info(job, found), old["labels"]
+    temporary = job.file + ".tmp"
+    offsets, label_lists = [0], []
+    try:
+        writer = _writer(temporary, format)
+        try:
+            for position in job.positions:
+                record, labels = _record(dataset, part, int(position))
+                writer.write(record)
+                offsets.append(offsets[-1] + len(record) + 16)
+                label_lists.append(labels)
+        finally:
+            writer.close()
+        size = tf.io.gfile.stat(temporary).length
+        if format == TFRECORD and size != offsets[-1]:
+            raise OSError(errno.ENOSPC, "the shard is shorter than what was written")
+        flat = np.array([v for x in label_lists for v in x], np.int32)
+        buffer = io.BytesIO()
+        np.savez(
+            buffer,
+            offsets=np.array(offsets if format == TFRECORD else [], np.int64),
+            labels=flat,
+            label_counts=np.array([len(x) for x in label_lists], np.int32),
+            bytes=size,
+            fingerprint=job.fingerprint,
+        )
+        _replace(sidecar, buffer.getvalue())
+        tf.io.gfile.rename(temporary, job.file, overwrite=True)
+    except BaseException:
+        if tf.io.gfile.exists(temporary):
+            tf.io.gfile.remove(temporary)
+        raise
+    return _info(job, size), flat
+
+
+def _record(dataset: Dataset, part: Split, position: int) -> tuple[bytes, list[int]]:
+    one = np.array([position])
+    index = part.index(one)
+    image = _encoded(part, one)[0]
+    assert part.labels is not None
+    labels = part.labels.of(index)[0].tolist()
+    feature = {
+        IMAGE_KEY: _bytes(image),
+        LABEL_KEY: tf.train.Feature(int64_list=tf.train.Int64List(value=labels)),
+        NAME_KEY: _bytes(os.path.basename(part.name(int(index[0]))).encode()),
+    }
+    example = tf.train.Example(features=tf.train.Features(feature=feature))
+    return example.SerializeToString(deterministic=True), labels
+
+
+def _encoded(part: Split, positions: np.ndarray) -> list[bytes]:
+    """The encoded images as they are; decoded ones become PNG files, which lose nothing."""
+    data = part.fetch(part.index(positions))
+    if part.kind == "path":
+        return [_read(path) for path in data]
+    if part.kind == "pixels":
+        return [
+            tf.io.encode_png(np.frombuffer(p, np.uint8).reshape(s)).numpy()
+            for p, s in zip(*data, strict=True)
+        ]
+    return list(data)
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as stream:
+        return stream.read()
+
+
+def _bytes(value: bytes) -> Any:
+    return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+
+
+def _writer(file: str, format: str) -> Any:
+    if format == ARRAY_RECORD:
+        try:
+            from array_record.python.array_record_module import ArrayRecordWriter
+        except ImportError as e:
+            raise UserError(
+                "--format=array_record needs the package array_record: pip install "
+                "array_record, or use --format=tfrecord"
+            ) from e
+        return ArrayRecordWriter(file, "group_size:1")  # one seek per random read
+    return tf.io.TFRecordWriter(file)
+
+
+def _info(job: _Job, size: int) -> dict[str, Any]:
+    return {
+        "file": os.path.basename(job.file),
+        "examples": len(job.positions),
+        "bytes": int(size),
+    }
+
+
+def _fingerprint(dataset: Dataset, part: Split, positions: np.ndarray) -> str:
+    """Changes when a shard would hold other examples, labels or classes."""
+    digest = hashlib.sha256(json.dumps(dataset.class_names).encode())
+    index = part.index(positions)
+    assert part.labels is not None
+    for i, labels in zip(index, part.labels.of(index), strict=True):
+        digest.update(part.name(int(i)).encode() + b"\0" + labels.tobytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _replace(file: str, data: bytes) -> None:
+    """Writes a whole file or nothing."""
+    with tf.io.gfile.GFile(file + ".tmp", "wb") as stream:
+        stream.write(data)
+    tf.io.gfile.rename(file + ".tmp", file, overwrite=True)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _failure(error: Exception, dest: str, done: int, shards: int) -> UserError:
+    full = isinstance(error, tf.errors.ResourceExhaustedError) or (
+        isinstance(error, OSError) and error.errno in _FULL
+    )
+    what = "the disk is full" if full else f"{type(error).__name__}: {error}"
+    return UserError(
+        f"writing to {dest} failed after {done} of {shards} shards: {what}; make room "
+        "or mend it and run the same command again, which keeps the finished shards"
+    )
+
+
+def main() -> None:
+    """Entry point of ``python -m vit_jax.data.write_records``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vit_jax.data.write_records",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", help="folder, .csv or .jsonl manifest, or tfds:NAME")
+    parser.add_argument("dest", help="folder for the shards")
+    parser.add_argument("--split", default="", help="train or test; default: both")
+    parser.add_argument("--format", default=TFRECORD, help=" or ".join(FORMATS))
+    parser.add_argument("--shards", type=int, default=0, help="per split; 0: by size")
+    parser.add_argument("--workers", type=int, default=0, help="0: one per CPU")
+    args = vars(parser.parse_args())
+    for name, index in write(**args, progress=True).items():
+        print(
+            f"{name}: {index['examples']} examples of {len(index['class_names'])} "
+            f"classes in {len(index['shards'])} {index['format']} shards"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)
+
