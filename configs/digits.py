@@ -1,18 +1,19 @@
-"""The demo: a small ViT on the 1,797 scanned digits that ship with scikit-learn."""
+"""The demo: a small ViT learns the 1,797 scanned digits that ship with scikit-learn."""
 
-from vit_jax.config import (
-    CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, config_dict,
-)
+from vit_jax.config import CheckpointConfig as Checkpoint
+from vit_jax.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig
+from vit_jax.config import config_dict
 
 
 def get_config():
+    sizes = ModelConfig(name="", width=64, depth=4, mlp_dim=128, heads=4, patch=4)
+    shift = ({"op": "resize", "size": 18}, {"op": "random_crop", "size": 16})
+    centre = ({"op": "resize", "size": 18}, {"op": "central_crop", "size": 16})
+    images = DataConfig("digits", image_size=16, train_transforms=shift, eval_transforms=centre)
+    adam = OptimConfig("adam", learning_rate=2e-3, warmup=100, weight_decay=0.1, clip=1.0)
     return config_dict(
         Config(
-            model=ModelConfig(name="", width=96, depth=6, mlp_dim=192, heads=4, patch=4),
-            data=DataConfig(source="digits", image_size=24),
-            optim=OptimConfig(learning_rate=1e-3, warmup=100, weight_decay=0.1, clip=1.0),
-            eval=EvalConfig(every=200),
-            checkpoint=CheckpointConfig(every=200),
-            steps=1000, batch=64, log_every=20,
+            sizes, images, adam, EvalConfig(every=500), Checkpoint(every=500),
+            steps=1500, batch=64, log_every=50,
         )
-    )
+    )  # fmt: skip

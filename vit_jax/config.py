@@ -119,6 +119,16 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class SweepConfig:
+    """How ``python -m vit_jax.sweep`` selects a learning rate (Appendix B.1.1); a single run ignores it."""
+
+    learning_rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03)  # the grid
+    holdout: float = 0.1  # share of the training set that the runs of the grid are compared on
+    seeds: int = 3  # final runs on the whole training set, with seed, seed + 1, ...
+    metric: str = "test/accuracy"  # what is compared, at the end of a run; the highest wins
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -127,6 +137,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
     steps: int = 10_000  # optimizer steps of the run
     batch: int = 512  # images per optimizer step, over all hosts, devices and micro-batches

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""R50+ViT-B/32 pre-training, Table 3. Argument: imagenet21k (default), imagenet or jft.
+
+    python -m vit_jax.main --config=configs/r50_vit_b32.py:imagenet --workdir=DIR
+
+Give --config.data.path=SHARDS for imagenet21k and jft (neither is public in one form).
+The paper trains it on jft only (Table 6), which is not public: expect what the images
+give. On imagenet21k and imagenet it trains like ViT-B/32 (Appendix B.1).
+Cost: 106 exaFLOPs for 7 epochs of jft (Table 6). Not run by us.
+"""
+
+from vit_jax import recipes
+from vit_jax.config import config_dict
+
+
+def get_config(dataset="imagenet21k"):
+    return config_dict(recipes.pretrain("R50+ViT-B/32", dataset))

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every config file builds, is short, says what to expect, and traces as a program."""
+
+import ast
+import importlib.util
+from pathlib import Path
+
+import jax
+import pytest
+
+from vit_jax import config, data, models, recipes, train
+from vit_jax.errors import UserError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+FILES = {p.stem: p for p in sorted(CONFIGS.glob("*.py"))}
+# What may be written after the colon, --config=configs/vit_l16.py:imagenet.
+TABLE3 = [
+    "vit_b16", "vit_b32", "vit_l16", "vit_l32", "vit_h14",
+    "r50_vit_b16", "r50_vit_b32", "r50_vit_l16", "r50_vit_l32",
+]  # fmt: skip
+ARGUMENTS = {
+    **{name: list(recipes.PRETRAIN) for name in TABLE3},
+    "resnet": [m for m in recipes.PRETRAIN["jft"] if "ViT" not in m],
+    "finetune": list(recipes.FINETUNE),
+    "finetune_table2": ["ViT-L/16", "ViT-H/14"],
+    "vtab": list(recipes.VTAB),
+    "augreg_i1k": list(recipes.AUGREG_DEFAULT["imagenet"]),
+    "augreg_i21k": list(recipes.AUGREG_DEFAULT["imagenet21k"]),
+    "masked_patch": ["imagenet", "jft"],
+    "vit_g14": list(recipes.SCALING),
+}
+
+
+def load(name, *arguments):
+    spec = importlib.util.spec_from_file_location(f"configs.{name}", FILES[name])
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return config.from_dict(module.get_config(*arguments))
+
+
+def test_names_that_scripts_rely_on_exist():
+    assert set(FILES) >= {
+        "digits", "cifar10", "vit_b16", "vit_l16", "vit_h14", "r50_vit_b16", "finetune",
+        "masked_patch", "vit_s16_i1k",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_config_files_are_short_and_say_what_to_expect(name):
+    text = FILES[name].read_text()
+    assert len(text.splitlines()) <= 25
+    docstring = ast.get_docstring(ast.parse(text))
+    assert docstring
+    if name != "digits":
+        assert f"configs/{name}.py" in docstring
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_argument_gives_a_config_that_fits(name):
+    """Every row of the tables: sizes resolve, the schedule fits, the head does."""
+    cases = [(a,) for a in ARGUMENTS.get(name, [])]
+    for arguments in [(), *cases]:
+        cfg = load(name, *arguments)
+        assert cfg.optim.warmup < cfg.steps
+        model = models.resolve(cfg.model)
+        assert model.width > 0
+        if cfg.loss == "masked_patch":
+            assert model.head == "masked_patch"
+        size = cfg.data.image_size
+        assert 0 not in models.token_grid(model, (size, size))
+
+
+@pytest.mark.parametrize("name", sorted(set(ARGUMENTS) & set(FILES)))
+def test_an_unknown_argument_is_refused_by_name(name):
+    with pytest.raises(UserError, match="choose one of"):
+        load(name, "nonsense")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_two_steps_trace(name):
+    """Two train steps, shapes only: what comes out is what goes in."""
+    cfg = _shorter(load(name))
+    info = data.DataInfo(10, tuple(map(str, range(10))), 100, 100, multilabel=False)
+    program = train.build(
+        cfg, jax.devices()[:1], info if not cfg.model.num_classes else None
+    )
+    state, batch = program.state_shape, program.batch_shape
+    for _ in range(2):
+        after, metrics = jax.eval_shape(program.train_step, state, batch)
+        assert _shapes(after) == _shapes(state)
+        assert all(m.shape == () for m in metrics.values())
+        assert {"loss", "learning_rate", "grad_norm"} <= set(metrics)
+        state = after
+    assert batch["image"].shape[:1] == (cfg.batch,)
+
+
+def _shorter(cfg):
+    """The same widths; equal blocks are traced once, ResNet stages have one unit."""
+    resolved = models.resolve(cfg.model)
+    if resolved.depth:
+        cfg = config.replace(cfg, model__layers="scan")
+    if resolved.resnet:
+        cfg = config.replace(cfg, model__resnet=(1,) * len(resolved.resnet))
+    return cfg
+
+
+def _shapes(tree):
+    return jax.tree.map(lambda s: (s.shape, s.dtype), tree)

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sweep selects, retrains, can be stopped, and starts only plain commands."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from absl import flags
+
+from vit_jax import cli, sweep
+from vit_jax.config import Config, SweepConfig
+from vit_jax.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+CFG = Config(steps=7, sweep=SweepConfig(learning_rates=(0.1, 0.01, 1.0), seeds=2))
+
+
+class Runs:
+    """Stands in for ``python -m vit_jax.main``: writes the metrics of a run."""
+
+    def __init__(self, accuracy, status=0):
+        self.accuracy, self.status, self.commands = accuracy, status, []
+
+    def __call__(self, command):
+        self.commands.append(command)
+        value = {k: v for k, _, v in (c.partition("=") for c in command)}
+        lr = float(value["--config.optim.learning_rate"])
+        held_out = float(value["--config.data.holdout"]) > 0
+        accuracy = self.accuracy(lr, int(value["--config.seed"]), held_out)
+        if accuracy is not None:
+            write(value["--workdir"], [(3, 0.0), (7, accuracy)])
+        return self.status if accuracy is None else 0
+
+
+def write(workdir, points):
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"step": s, "test/accuracy": a}) for s, a in points]
+    (Path(workdir) / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+class CommandLine:
+    """Runs ``sweep.main`` in this process, with a stand-in for the runs."""
+
+    def __init__(self, monkeypatch, workdir):
+        self.monkeypatch, self.workdir = monkeypatch, workdir
+
+    def __call__(self, runs, cfg=CFG, arguments=("--config=c.py",), only_list=False):
+        values = {"workdir": f"{self.workdir}/", "list": only_list}
+        argv = ["sweep", *arguments, f"--workdir={self.workdir}/"]
+        self.monkeypatch.setattr(sweep, "_call", runs)
+        self.monkeypatch.setattr(cli, "read_config", lambda: cfg)
+        self.monkeypatch.setattr(flags, "FLAGS", SimpleNamespace(**values))
+        self.monkeypatch.setattr(sys, "argv", argv)
+        return sweep.main([])
+
+
+@pytest.fixture
+def command_line(monkeypatch, tmp_path):
+    return CommandLine(monkeypatch, tmp_path)
+
+
+def peak(lr, seed, held_out):
+    """0.1 is best; final runs are a little better, and differ by seed."""
+    return 1 - 0.1 * abs(math.log10(lr) + 1) - (0.05 if held_out else 0.01 * seed)
+
+
+def test_selects_on_the_held_out_slice_and_retrains_with_every_seed(command_line):
+    runs = Runs(peak)
+    assert command_line(runs) == 0
+    found = json.loads((command_line.workdir / "sweep.json").read_text())
+    assert found["learning_rate"] == 0.1
+    assert found["selection"] == pytest.approx({"0.1": 0.95, "0.01": 0.85, "1.0": 0.85})
+    assert found["final"] == pytest.approx([1.0, 0.99])
+    assert found["mean"] == pytest.approx(0.995)
+    assert found["std"] == pytest.approx(0.01 / 2**0.5)  # of a sample
+    holdouts = [c for run in runs.commands for c in run if "holdout" in c]
+    assert (
+        holdouts
+        == ["--config.data.holdout=0.1"] * 3 + ["--config.data.holdout=0.0"] * 2
+    )
+
+
+def test_continues_after_being_stopped(command_line):
+    """Finished runs stay; one without its last step is started again, where it was."""
+    stopped = Runs(lambda lr, *a: None if lr == 0.01 else peak(lr, *a), cli.PREEMPTED)
+    assert command_line(stopped) == cli.PREEMPTED
+    assert len(stopped.commands) == 2
+    write(command_line.workdir / "select/lr_0.01", [(3, 0.99)])  # step 3 of 7
+    again = Runs(peak)
+    assert command_line(again) == 0
+    started = [c[-1].split("/")[-1] for c in again.commands]
+    assert started == [
+        "lr_0.01", "lr_1.0", "lr_0.1_seed_0", "lr_0.1_seed_1",
+    ]  # fmt: skip
+    assert command_line(nothing := Runs(peak)) == 0
+    assert nothing.commands == []
+
+
+def test_a_learning_rate_that_diverges_loses(command_line):
+    runs = Runs(lambda lr, *a: None if lr == 1.0 else peak(lr, *a), status=2)
+    assert command_line(runs) == 0
+    found = json.loads((command_line.workdir / "sweep.json").read_text())
+    assert found["learning_rate"] == 0.1
+    assert math.isnan(found["selection"]["1.0"])
+
+
+def test_all_failing_is_an_error(command_line):
+    with pytest.raises(UserError, match="none of the 3 runs"):
+        command_line(Runs(lambda *a: None, status=2))
+
+
+def test_a_failing_final_run_gives_its_status(command_line):
+    failing = Runs(
+        lambda lr, seed, held_out: peak(lr, 0, True) if held_out else None, 2
+    )
+    assert command_line(failing) == 2
+    assert not (command_line.workdir / "sweep.json").exists()
+
+
+def test_a_grid_of_one_needs_no_selection(command_line):
+    cfg = Config(steps=7, sweep=SweepConfig(learning_rates=(0.01,), seeds=3))
+    runs = Runs(peak)
+    assert command_line(runs, cfg) == 0
+    assert len(runs.commands) == 3
+    assert not any("select" in c[-1] for c in runs.commands)
+
+
+def test_list_prints_what_is_left_as_plain_commands(command_line, capsys):
+    arguments = ("--config=c.py:pets", "--config.data.path=my photos", "--list")
+    command_line(Runs(peak), arguments=arguments, only_list=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[0] == (
+        f"{sys.executable} -m vit_jax.main --config=c.py:pets "
+        "'--config.data.path=my photos' --config.optim.learning_rate=0.1 "
+        "--config.data.holdout=0.1 --config.seed=0 "
+        f"--workdir={command_line.workdir}/select/lr_0.1"
+    )
+    for lr in CFG.sweep.learning_rates:
+        write(command_line.workdir / f"select/lr_{lr}", [(7, peak(lr, 0, True))])
+    command_line(Runs(peak), only_list=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.findall(r"seed=(\d)", line) for line in lines] == [["0"], ["1"]]
+    assert all("holdout=0.0" in line and "final/lr_0.1_seed" in line for line in lines)
+
+
+def test_seeds_start_at_that_of_the_config():
+    runs = sweep.final_runs(Config(seed=5), "w", 0.01)
+    assert [(r.seed, r.workdir) for r in runs] == [
+        (s, f"w/final/lr_0.01_seed_{s}") for s in (5, 6, 7)
+    ]
+
+
+def test_equal_learning_rates_take_the_smaller():
+    assert sweep.best({0.1: 0.5, 0.01: 0.5, 0.03: math.nan}) == 0.01
+
+
+def test_config_arguments_are_handed_on():
+    argv = [
+        "--config=a.py",
+        "--workdir=x",
+        "--config.steps",
+        "9",
+        "--list",
+        "-config.b=1",
+    ]
+    kept = ["--config=a.py", "--config.steps", "9", "-config.b=1"]
+    assert sweep.config_arguments(argv) == kept
+
+
+@pytest.mark.parametrize(
+    ("cfg", "words"),
+    [
+        (SweepConfig(learning_rates=()), "learning_rates is ()"),
+        (SweepConfig(learning_rates=(0.1, -1.0)), "positive"),
+        (SweepConfig(learning_rates=(0.1, 0.1)), "twice"),
+        (SweepConfig(holdout=0.0), "holdout is 0.0"),
+        (SweepConfig(seeds=0), "seeds is 0"),
+    ],
+)
+def test_bad_sweeps_are_refused(cfg, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        sweep.check(Config(sweep=cfg), "w")
+    with pytest.raises(UserError, match="--workdir is missing"):
+        sweep.check(Config(), "")
+
+
+def test_a_metric_that_no_run_has_is_refused_with_those_there_are(command_line):
+    cfg = Config(steps=7, sweep=SweepConfig(metric="val/accuracy"))
+    with pytest.raises(UserError, match="test/accuracy"):
+        command_line(Runs(peak), cfg)
+
+
+@pytest.mark.slow
+def test_a_real_sweep(tmp_path):
+    """Two learning rates and two seeds on the digits, as commands."""
+    command = [
+        sys.executable, "-m", "vit_jax.sweep", "--config=configs/digits.py",
+        f"--workdir={tmp_path}", "--config.steps=12", "--config.optim.warmup=2",
+        "--config.model.depth=1", "--config.model.width=16", "--config.model.heads=2",
+        "--config.sweep.learning_rates=(1e-3,1e-9)", "--config.sweep.seeds=2",
+    ]  # fmt: skip
+    env = {**os.environ, "XLA_FLAGS": ""}
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "sweep.json").read_text())
+    assert found["learning_rate"] == 1e-3
+    assert len(found["final"]) == 2

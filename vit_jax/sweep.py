@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Selects a learning rate as the paper does (Appendix B.1.1).
+
+    python -m vit_jax.sweep --config=configs/finetune.py --workdir=DIR
+        [--config.key=value ...] [--list]
+
+One run per learning rate of ``config.sweep.learning_rates``, compared on a held-out
+part of the training set; then ``config.sweep.seeds`` runs on the whole training set
+with the best one. Their mean and standard deviation on the test set are reported and
+written to ``DIR/sweep.json``. Every run is the plain command that ``--list`` prints, in
+a workdir of its own under DIR, so runs may also be started elsewhere. Start the sweep
+again to continue: finished runs are recognised by their metrics.
+"""
+
+import json
+import math
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+from etils import epath
+
+from vit_jax import cli
+from vit_jax.config import Config
+from vit_jax.errors import UserError
+from vit_jax.progress import read_metrics
+
+
+class Run(NamedTuple):
+    """One training run of the sweep."""
+
+    learning_rate: float
+    seed: int
+    workdir: str
+    holdout: float  # 0: trained on everything, evaluated on the test set
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        """``arguments`` are the --config... of the sweep; what comes later wins."""
+        return [
+            sys.executable,
+            "-m",
+            "vit_jax.main",
+            *arguments,
+            f"--config.optim.learning_rate={self.learning_rate!r}",
+            f"--config.data.holdout={self.holdout!r}",
+            f"--config.seed={self.seed}",
+            f"--workdir={self.workdir}",
+        ]
+
+
+def selection_runs(cfg: Config, workdir: str) -> list[Run]:
+    """One run per learning rate of the grid; a grid of one needs no selection."""
+    if len(cfg.sweep.learning_rates) == 1:
+        return []
+    return [
+        Run(lr, cfg.seed, f"{workdir}/select/lr_{lr!r}", cfg.sweep.holdout)
+        for lr in cfg.sweep.learning_rates
+    ]
+
+
+def final_runs(cfg: Config, workdir: str, learning_rate: float) -> list[Run]:
+    """One run per seed, on the whole training set."""
+    return [
+        Run(
+            learning_rate,
+            seed,
+            f"{workdir}/final/lr_{learning_rate!r}_seed_{seed}",
+            0.0,
+        )
+        for seed in range(cfg.seed, cfg.seed + cfg.sweep.seeds)
+    ]
+
+
+def result(cfg: Config, run: Run) -> float | None:
+    """The metric at the last step of a run; None: it is not finished."""
+    if not (epath.Path(run.workdir) / "metrics.jsonl").exists():
+        return None
+    lines = [m for m in read_metrics(run.workdir) if m["step"] == cfg.steps]
+    found = [m[cfg.sweep.metric] for m in lines if cfg.sweep.metric in m]
+    evaluated = any(
+        "/" in key and not key.startswith("train/") for m in lines for key in m
+    )
+    if evaluated and not found:
+        names = sorted({key for m in lines for key in m} - {"step"})
+        raise UserError(
+            f"config.sweep.metric {cfg.sweep.metric!r} is not among the metrics of "
+            f"{run.workdir}: choose one of {names}"
+        )
+    return found[-1] if found else None
+
+
+def best(results: dict[float, float]) -> float:
+    """The learning rate with the highest metric; of equals, the smallest."""
+    return max(sorted(results), key=lambda lr: _rank(results[lr]))
+
+
+def summary(
+    learning_rate: float, grid: dict[float, float], final: Sequence[float]
+) -> dict[str, Any]:
+    """What ``sweep.json`` holds."""
+    return {
+        "selection": {repr(lr): value for lr, value in grid.items()},
+        "learning_rate": learning_rate,
+        "final": list(final),
+        "mean": statistics.fmean(final),
+        "std": statistics.stdev(final) if len(final) > 1 else 0.0,
+    }
+
+
+def check(cfg: Config, workdir: str) -> None:
+    """Refuses a sweep that could select nothing."""
+    if not workdir:
+        raise UserError(
+            "--workdir is missing: give the folder that the sweep writes to"
+        )
+    if not cfg.sweep.learning_rates or min(cfg.sweep.learning_rates) <= 0:
+        raise UserError(
+            f"config.sweep.learning_rates is {cfg.sweep.learning_rates}: "
+            "give one or more positive numbers"
+        )
+    if len(set(cfg.sweep.learning_rates)) < len(cfg.sweep.learning_rates):
+        raise UserError(
+            f"config.sweep.learning_rates {cfg.sweep.learning_rates} has the same twice"
+        )
+    if not 0 < cfg.sweep.holdout < 1:
+        raise UserError(
+            f"config.sweep.holdout is {cfg.sweep.holdout}: it must lie between 0 and 1"
+        )
+    if cfg.sweep.seeds < 1:
+        raise UserError(
+            f"config.sweep.seeds is {cfg.sweep.seeds}: it must be at least 1"
+        )
+
+
+def main(argv: list[str]) -> int:
+    if argv:
+        raise UserError(
+            f"unexpected argument {argv[0]!r}: flags look like --workdir=DIR"
+        )
+    cfg, workdir = cli.read_config(), flags.FLAGS.workdir.rstrip("/")
+    check(cfg, workdir)
+    arguments = config_arguments(sys.argv[1:])
+    selection = selection_runs(cfg, workdir)
+    if flags.FLAGS.list:
+        return _list(cfg, workdir, selection, arguments)
+    grid = {}
+    for run in selection:
+        value, status = _finish(cfg, run, arguments)
+        if status == cli.PREEMPTED:
+            return status
+        grid[run.learning_rate] = value
+    if grid and all(math.isnan(v) for v in grid.values()):
+        raise UserError(f"none of the {len(grid)} runs of the grid finished: see above")
+    chosen = best(grid) if grid else cfg.sweep.learning_rates[0]
+    final = []
+    for run in final_runs(cfg, workdir, chosen):
+        value, status = _finish(cfg, run, arguments)
+        if status:
+            return status
+        final.append(value)
+    found = summary(chosen, grid, final)
+    (epath.Path(workdir) / "sweep.json").write_text(json.dumps(found, indent=2) + "\n")
+    _report(cfg, workdir, found)
+    return 0
+
+
+def config_arguments(argv: Sequence[str]) -> list[str]:
+    """The ``--config...`` arguments of a command line, to be handed on."""
+    kept, take = [], False
+    for argument in argv:
+        name, equals, _ = argument.lstrip("-").partition("=")
+        is_flag = argument.startswith("-")
+        if is_flag:
+            take = name == "config" or name.startswith("config.")
+        if take:
+            kept.append(argument)
+            take = is_flag and not equals
+    return kept
+
+
+def _list(cfg: Config, workdir: str, selection: list[Run], arguments: list[str]) -> int:
+    grid = {r.learning_rate: result(cfg, r) for r in selection}
+    runs = [r for r in selection if grid[r.learning_rate] is None]
+    if not runs:
+        known = {lr: value for lr, value in grid.items() if value is not None}
+        chosen = best(known) if known else cfg.sweep.learning_rates[0]
+        runs = final_runs(cfg, workdir, chosen)
+        runs = [r for r in runs if result(cfg, r) is None]
+    for run in runs:
+        print(shlex.join(run.command(arguments)))
+    return 0
+
+
+def _finish(cfg: Config, run: Run, arguments: list[str]) -> tuple[float, int]:
+    """Starts or continues a run unless it is finished: its metric and exit status.
+
+    A run that failed counts as nan: too high a learning rate must not end the sweep.
+    """
+    name = f"lr {run.learning_rate!r} seed {run.seed}"
+    value = result(cfg, run)
+    if value is None:
+        command = run.command(arguments)
+        _say(f"sweep        {shlex.join(command)}")
+        status = _call(command)
+        value = result(cfg, run)
+        if value is None:
+            status = status or 1
+            _say(f"sweep        {name}: exit status {status}, no {cfg.sweep.metric}")
+            return math.nan, status
+    _say(f"sweep        {name}: {cfg.sweep.metric} {value:.4f}")
+    return value, 0
+
+
+def _call(command: list[str]) -> int:
+    """Exit status of a command. It is told to stop when this process is told to."""
+    process = subprocess.Popen(command)
+    previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()  # the terminal has told the run as well
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _report(cfg: Config, workdir: str, found: dict[str, Any]) -> None:
+    for lr, value in found["selection"].items():
+        mark = "  <- best" if float(lr) == found["learning_rate"] else ""
+        _say(f"lr {lr:<9} held-out {cfg.sweep.metric} {value:.4f}{mark}")
+    _say(
+        f"{cfg.sweep.metric} {found['mean']:.4f} +- {found['std']:.4f} "
+        f"over {len(found['final'])} seed(s); {workdir}/sweep.json"
+    )
+
+
+def _say(message: str) -> None:
+    # Not progress.say: asking JAX which process this is would take the accelerator away
+    # from the runs.
+    print(message, flush=True)
+
+
+def _rank(value: float) -> float:
+    return -math.inf if math.isnan(value) else value
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string(
+        "workdir", "", "Folder of the sweep; started again, it continues."
+    )
+    flags.DEFINE_boolean(
+        "list", False, "Only print the commands that are still to run."
+    )
+    cli.define_config_flag()
+
+
+if __name__ == "__main__":
+    _define_flags()
+    cli.run(main)
