@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m vit_jax.convert SOURCE DEST``: any checkpoint to a layout others read.
+
+DEST says which: ``x.npz`` has the released names (readable by the official code), with
+class names and preprocessing in ``x.json``; ``x.safetensors`` is for timm; a folder for
+Hugging Face. The weights are the same bits in each.
+"""
+
+import sys
+
+from absl import flags
+
+from vit_jax import cli, weights
+from vit_jax.errors import UserError
+from vit_jax.weights import export
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("format", "", "npz, timm or hf; otherwise by the name of DEST.")
+    flags.DEFINE_integer(
+        "image_size", 0, "Resize the position embeddings; 0: keep them."
+    )
+    flags.FLAGS.set_gnu_getopt()  # flags may follow the paths
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 2:
+        raise UserError(
+            f"give SOURCE and DEST, not {len(arguments)} arguments: python -m "
+            "vit_jax.convert SOURCE DEST [--format=npz|timm|hf] [--image_size=N]"
+        )
+    source, dest = arguments
+    lines = convert(source, dest, flags.FLAGS.format, flags.FLAGS.image_size)
+    for line in lines:
+        print(line, file=sys.stderr)
+    print(f"wrote {dest}")
+    return 0
+
+
+def convert(source: str, dest: str, layout: str = "", image_size: int = 0) -> list[str]:
+    """Writes ``source`` as ``dest``; returns what happened on the way, line by line.
+
+    Raises:
+      UserError: what ``source`` holds does not fit, or ``dest``'s layout has no such model.
+    """
+    if not layout:
+        from pathlib import Path
+
+        layout = export.layout_of(Path(dest))  # before anything is read
+    found = weights.read(source, image_size or None)
+    notes = weights.save(dest, found.cfg, found.params, found.metadata, layout)
+    return [*found.report.changes, *found.report.warnings, *notes]
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the arrays of a file to the parameters of a model.
+
+Everything is planned on shapes first, so that all that does not fit is reported at once
+and before anything is read. An array that is missing or left over without a rule that
+explains it is an error, never a silent default.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from vit_jax import models
+from vit_jax.config import ModelConfig
+from vit_jax.models import variants
+from vit_jax.weights import positions
+from vit_jax.weights.contents import Array
+from vit_jax.weights.infer import class_row
+from vit_jax.weights.layout import POSITIONS, STACKED
+from vit_jax.weights.report import Report
+
+# What a file and a model may differ in when the head is new (spec 3.6), with the reason.
+_REPLACEABLE = {
+    "head/": "the head starts at zero",
+    "pre_logits/": "the hidden layer of the pre-training head",
+    "MAPHead_0/": "attention pooling belongs to the head",
+    "cls": "the class token belongs to the head",
+    "mask_token": "masked patch prediction only",
+    "Transformer/posembed_input/": "model.positions is another",
+}
+ARCHITECTURE = (
+    "width",
+    "depth",
+    "mlp_dim",
+    "heads",
+    "patch",
+    "resnet",
+    "resnet_width",
+)
+
+Params = dict[str, Any]
+
+
+def fit(
+    arrays: dict[str, Array],
+    stored: ModelConfig,
+    wanted: ModelConfig,
+    report: Report,
+    *,
+    new_head: bool,
+    convert: Callable[[np.ndarray], Any] = lambda x: x,
+) -> Params:
+    """Parameters of ``wanted`` with the values of ``arrays``, which are a ``stored``.
+
+    Args:
+      arrays: under the released names.
+      stored: the model that the file holds.
+      wanted: the model to fill; it may differ from ``stored`` in the image size, the
+        layout of the layers and what needs no arrays. With ``new_head`` in the head,
+        positions and number of channels as well.
+      new_head: the head starts at zero and what belongs to it is replaced.
+      convert: applied to every finished array, for example to put it on a device.
+
+    Raises:
+      UserError: naming everything that does not fit.
+    """
+    plan = _Plan(arrays, stored, wanted, report, new_head)
+    tree = flatten(_shapes(wanted))
+    sources = {path: plan.source(path, spec.shape) for path, spec in tree.items()}
+    plan.check_leftovers()
+    report.check()
+    fresh = _initial(wanted, [p for p, s in sources.items() if s is None or s.fresh])
+    result = {}
+    for path, source in sources.items():
+        values = fresh[path] if source is None else source.values(fresh.get(path))
+        if not np.isfinite(values).all():
+            bad = int(values.size - np.isfinite(values).sum())
+            report.problem(f"{path} has {bad} values that are not finite")
+        if path == "head/kernel" and not new_head and not values.any():
+            report.warn(
+                "the head is all zeros: every image gets the same logits, as with the "
+                "original ImageNet-21k files. Use vit_jax.load_for_finetune, or a "
+                "fine-tuned file (python -m vit_jax.weights list)"
+            )
+        result[path] = convert(values)
+    report.check()
+    return unflatten(result)
+
+
+def initial(cfg: ModelConfig) -> Params:
+    """The parameters of a new model, as numpy arrays."""
+    return unflatten(_initial(cfg, list(flatten(_shapes(cfg)))))
+
+
+class _Source:
+    """Where one parameter of the model comes from."""
+
+    def __init__(
+        self,
+        arrays: list[Array],
+        combine: Callable[[list[Array], np.ndarray | None], np.ndarray],
+        fresh: bool = False,
+    ):
+        self.arrays, self.combine, self.fresh = arrays, combine, fresh
+
+    def values(self, initial: np.ndarray | None) -> np.ndarray:
+        return self.combine(self.arrays, initial)
+
+
+def _one(arrays: list[Array], _: np.ndarray | None) -> np.ndarray:
+    return arrays[0].read()
+
+
+class _Plan:
+    """Finds a source for each parameter, and keeps track of the arrays used."""
+
+    def __init__(
+        self,
+        arrays: dict[str, Array],
+        stored: ModelConfig,
+        wanted: ModelConfig,
+        report: Report,
+        new_head: bool,
+    ):
+        self.arrays, self.stored, self.wanted = arrays, stored, wanted
+        self.report, self.new_head = report, new_head
+        self.used: set[str] = set()
+        self.row = class_row(stored, arrays)
+
+    def source(self, path: str, shape: tuple[int, ...]) -> _Source | None:
+        """None: the model's own initial values."""
+        if path.startswith(STACKED):
+            return self._stacked(path, shape)
+        array = self.arrays.get(path)
+        if self.new_head and path.startswith("head/"):
+            return self._new_head(path, array)
+        if array is None:
+            reason = self._reason(path)
+            if reason:
+                self.report.change(f"re-initialised: {path} {shape} ({reason})")
+            else:
+                self.report.problem(f"missing {path} {shape}")
+            return None
+        self.used.add(path)
+        if "posembed_input/" in path:
+            return self._positions(path, array, shape)
+        if array.shape != shape:
+            return self._other_shape(path, array, shape)
+        return _Source([array], _one)
+
+    def check_leftovers(self) -> None:
+        for path in sorted(self.arrays.keys() - self.used):
+            array = self.arrays[path]
+            reason = self._reason(path)
+            if path == "mask_token" and not reason:
+                reason = _REPLACEABLE["mask_token"]
+            if reason:
+                self.report.change(f"ignored: {array.name} {array.shape} ({reason})")
+            else:
+                self.report.problem(f"unexpected {array.name} {array.shape}")
+
+    def _reason(self, path: str) -> str:
+        """Why ``path`` may be on one side only; "": it may not."""
+        if not self.new_head:
+            return ""
+        for prefix, reason in _REPLACEABLE.items():
+            if path.startswith(prefix):
+                if (
+                    "posembed" in prefix
+                    and self.stored.positions == self.wanted.positions
+                ):
+                    return ""
+                return reason
+        return ""
+
+    def _new_head(self, path: str, array: Array | None) -> None:
+        if path == "head/kernel":
+            old = (
+                f"{array.shape[-1]} classes in the file"
+                if array
+                else "none in the file"
+            )
+            self.report.change(
+                f"re-initialised: head with {self.wanted.num_classes} classes, zero kernel "
+                f"and bias {self.wanted.head_bias:g} ({old})"
+            )
+        if array is not None:
+            self.used.add(path)
+
+    def _stacked(self, path: str, shape: tuple[int, ...]) -> _Source:
+        name = path.removeprefix(STACKED)
+        layers = [
+            self.source(f"Transformer/encoderblock_{i}/{name}", shape[1:])
+            for i in range(shape[0])
+        ]
+
+        def stack(_: list[Array], initial: np.ndarray | None) -> np.ndarray:
+            values = np.empty(shape, np.float32)
+            for i, layer in enumerate(layers):
+                if layer is None or layer.fresh:
+                    assert initial is not None
+                part = initial[i] if initial is not None else None
+                values[i] = part if layer is None else layer.values(part)
+            return values
+
+        fresh = any(layer is None or layer.fresh for layer in layers)
+        return _Source([], stack, fresh)
+
+    def _other_shape(self, path: str, array: Array, shape: tuple[int, ...]) -> _Source:
+        if (
+            self.new_head
+            and path
+            == ("conv_root/kernel" if self.wanted.resnet_width else "embedding/kernel")
+            and shape[2] == 1
+            and array.shape == (*shape[:2], array.shape[2], shape[3])
+        ):
+            self.report.change(
+                f"summed: {array.name} over its {array.shape[2]} input channels, because "
+                "model.channels is 1"
+            )
+            return _Source([array], lambda a, _: a[0].read().sum(axis=2, keepdims=True))
+        if self.new_head and path.startswith("pre_logits/"):
+            self.report.change(f"re-initialised: {path} {shape} (another width)")
+            return _Source([], lambda _, initial: _require(initial), fresh=True)
+        self.report.problem(f"{array.name} has shape {array.shape}, not {shape}")
+        return _Source([array], _one)
+
+    def _positions(self, path: str, array: Array, shape: tuple[int, ...]) -> _Source:
+        """A table of another grid, or with another idea of the class token's row."""
+        old = variants.token_grid(self.stored, self.stored.image_size)
+        new = variants.token_grid(self.wanted, self.wanted.image_size)
+        row = models.has_class_token(self.wanted)
+        axis = {"pos_embedding_y": 0, "pos_embedding_x": 1}.get(path.split("/")[-1])
+        if axis is not None and len(array.shape) == 3 == len(shape):
+            if array.shape == shape:
+                return _Source([array], _one)
+            if array.shape[2] != shape[2] or array.shape[axis] != old[axis]:
+                return self._other_shape_of_table(array, shape)
+            self._note_resize(array, array.shape, shape)
+            return _Source(
+                [array],
+                lambda a, _: positions.resize(a[0].read(), (shape[0], shape[1])),
+            )
+        if len(array.shape) != 3 or array.shape[2] != shape[-1] or array.shape[0] != 1:
+            return self._other_shape_of_table(array, shape)
+        if path.endswith("pos_embedding_cls"):
+            return _Source([array], _one)
+        stored_row = self.row if path == POSITIONS else array.shape[1] > old[0] * old[1]
+        if array.shape[1] != old[0] * old[1] + stored_row:
+            return self._other_shape_of_table(array, shape)
+        if old == new and stored_row == row:
+            return _Source([array], _one)
+        if old != new:
+            self._note_resize(array, old, new)
+        if stored_row and not row:
+            self.report.change(f"ignored: row 0 of {array.name}, the class token's")
+        # Without a class token in the file there is nothing to be folded into, so the row
+        # is as new as the token. With one, its position is part of the token already.
+        fresh = row and not stored_row and "cls" not in self.arrays
+        if row and not stored_row:
+            how = "initialised" if fresh else "zero: the file's class token includes it"
+            self.report.change(f"re-initialised: row 0 of {array.name} is {how}")
+
+        def table(arrays: list[Array], initial: np.ndarray | None) -> np.ndarray:
+            return positions.resize_table(
+                arrays[0].read(),
+                old,
+                new,
+                stored_row=stored_row,
+                wanted_row=row,
+                new_row=_require(initial)[0, 0] if fresh else None,
+            )
+
+        return _Source([array], table, fresh)
+
+    def _note_resize(
+        self, array: Array, old: tuple[int, ...], new: tuple[int, ...]
+    ) -> None:
+        a, b = (" x ".join(map(str, s[:2])) for s in (old, new))
+        self.report.change(f"resized: {array.name} from {a} to {b} patches")
+
+    def _other_shape_of_table(self, array: Array, shape: tuple[int, ...]) -> _Source:
+        self.report.problem(f"{array.name} has shape {array.shape}, not {shape}")
+        return _Source([array], _one)
+
+
+def _require(initial: np.ndarray | None) -> np.ndarray:
+    assert initial is not None
+    return initial
+
+
+def _init(cfg: ModelConfig, key: jax.Array) -> Params:
+    height, width = cfg.image_size if cfg.image_size != (0, 0) else (224, 224)
+    images = jax.numpy.zeros((1, height, width, cfg.channels))
+    variables: Any = models.create(cfg).init(key, images)
+    return variables["params"]
+
+
+def _shapes(cfg: ModelConfig) -> Params:
+    return jax.eval_shape(lambda: _init(cfg, jax.random.key(0)))
+
+
+def _initial(cfg: ModelConfig, paths: list[str]) -> dict[str, np.ndarray]:
+    """Initial values of some parameters; XLA drops the computation of the others."""
+    if not paths:
+        return {}
+
+    def some(key: jax.Array) -> dict[str, jax.Array]:
+        flat = flatten(_init(cfg, key))
+        return {path: flat[path] for path in paths}
+
+    return {k: np.asarray(v) for k, v in jax.jit(some)(jax.random.key(0)).items()}
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dict of parameters -> ``{"a/b/c": array}``."""
+    flat = {}
+    for key, value in tree.items():
+        if hasattr(value, "items"):
+            flat |= flatten(value, f"{prefix}{key}/")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def unflatten(flat: dict[str, Any]) -> Params:
+    """``{"a/b/c": array}`` -> nested dict of parameters."""
+    tree: Params = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image file -> what the model takes, without tensorflow.
+
+The operations and their defaults are those of ``data/transforms.py``; a test holds the two
+within one grey level of each other on lossless files (JPEG decoders may differ by a few).
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vit_jax.config import choose
+from vit_jax.errors import UserError
+
+
+def read_image(path: Path, channels: int = 3) -> np.ndarray:
+    """uint8 (H, W, channels) of an image file; like training, without EXIF rotation.
+
+    Raises:
+      UserError: missing, unreadable or no image.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if path.is_dir():
+        raise UserError(
+            f"{path} is a folder: give image files, for example {path}/*.jpg"
+        )
+    if channels not in (1, 3):
+        raise UserError(f"the model takes {channels} channels; image files have 1 or 3")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if image.mode.startswith("I"):  # 16 bits: keep the upper 8
+                    grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255)
+                    return np.repeat(grey.astype(np.uint8)[..., None], channels, axis=2)
+                pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
+    except FileNotFoundError as e:
+        raise UserError(f"image {path} does not exist") from e
+    except UnidentifiedImageError as e:
+        with path.open("rb") as file:
+            start = file.read(8)
+        what = "is empty" if not start else f"begins with {start!r}"
+        raise UserError(
+            f"{path} is not an image that Pillow can read: it {what}; JPEG, PNG, GIF, BMP "
+            "and WebP work"
+        ) from e
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as e:
+        raise UserError(f"{path} has too many pixels: {e}") from e
+    except (OSError, SyntaxError, ValueError, EOFError) as e:
+        raise UserError(f"image {path} cannot be read, it may be truncated: {e}") from e
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def check_image(path: Path) -> None:
+    """Raises: UserError: certainly no image; reads the header only."""
+    from PIL import Image
+
+    try:
+        with Image.open(path):
+            return
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        read_image(path)  # which says what is wrong
+
+
+def prepare(
+    image: np.ndarray, transforms: Sequence[dict[str, Any]], size: tuple[int, int]
+) -> np.ndarray:
+    """uint8 (H, W, C) -> float32 (*size, C), in [-1, 1] unless ``normalize`` says else.
+
+    Raises:
+      UserError: an operation that only training has, or images of another size at the end.
+    """
+    mean, std = np.full(1, 0.5, np.float32), np.full(1, 0.5, np.float32)
+    for transform in transforms:
+        options = dict(transform)
+        op = options.pop("op", "")
+        options.pop("exact", None)
+        if op == "normalize":
+            mean, std = (np.asarray(options[k], np.float32) for k in ("mean", "std"))
+        elif op != "value_range":  # which is what happens anyway
+            image = choose("preprocessing operation", op, _OPS)(image, size, **options)
+    if image.shape[:2] != size:
+        raise UserError(
+            f"preprocessing {list(transforms)} ends with images of {image.shape[:2]}, but "
+            f"the model takes {size}"
+        )
+    if len(mean) != image.shape[2]:
+        mean, std = mean.mean(keepdims=True), std.mean(keepdims=True)
+    return ((image.astype(np.float32) / 255 - mean) / std).astype(np.float32)
+
+
+def resize(
+    image: np.ndarray,
+    size: tuple[int, int],
+    method: str = "bilinear",
+    antialias: bool = False,
+) -> np.ndarray:
+    """uint8 (H, W, C) -> uint8 (*size, C), as ``tf.image.resize`` rounds and clips it."""
+    result = image.astype(np.float32)
+    for axis in (0, 1):
+        if result.shape[axis] != size[axis]:
+            taps, weights = _taps(result.shape[axis], size[axis], method, antialias)
+            result = _apply(result, taps, weights, axis)
+    return np.rint(result).clip(0, 255).astype(np.uint8)
+
+
+def _resize(
+    image: np.ndarray, wanted: tuple[int, int], size: Any = None, **options: Any
+) -> np.ndarray:
+    return resize(image, _pair(size) if size else wanted, **options)
+
+
+def _resize_small(
+    image: np.ndarray, wanted: tuple[int, int], size: Any = None, method: str = "area",
+    **options: Any,
+) -> np.ndarray:  # fmt: skip
+    side = size or min(wanted)
+    factor = np.float32(side) / np.float32(min(image.shape[:2]))
+    shape = [max(side, int(np.rint(np.float32(n) * factor))) for n in image.shape[:2]]
+    return resize(image, (shape[0], shape[1]), method, **options)
+
+
+def _central_crop(
+    image: np.ndarray, wanted: tuple[int, int], size: Any = None
+) -> np.ndarray:
+    height, width = _pair(size) if size else wanted
+    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    if top < 0 or left < 0:
+        raise UserError(
+            f"central_crop: the image of {image.shape[:2]} is smaller than {height, width}"
+        )
+    return image[top : top + height, left : left + width]
+
+
+_OPS: dict[str, Callable[..., np.ndarray]] = {
+    "resize": _resize,
+    "resize_small": _resize_small,
+    "central_crop": _central_crop,
+}
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    if isinstance(size, int):
+        return (size, size)
+    return (int(size[0]), int(size[1]))
+
+
+def _apply(
+    image: np.ndarray, taps: np.ndarray, weights: np.ndarray, axis: int
+) -> np.ndarray:
+    """Sum over the taps of each output row or column; a loop over few taps is fastest."""
+    shape = [1, 1, 1]
+    shape[axis] = -1
+    result = np.zeros((), np.float32)
+    for t in range(taps.shape[1]):
+        part = np.take(image, taps[:, t], axis=axis)
+        result = result + part * weights[:, t].reshape(shape)
+    return result
+
+
+def _triangle(x: np.ndarray) -> np.ndarray:
+    return np.maximum(0, 1 - np.abs(x))
+
+
+def _cubic(x: np.ndarray) -> np.ndarray:
+    """Keys' kernel with a = -0.5."""
+    x = np.abs(x)
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return np.where(x < 1, near, np.where(x < 2, far, 0))
+
+
+_KERNELS = {"bilinear": (_triangle, 1.0), "bicubic": (_cubic, 2.0)}
+
+
+def _taps(
+    old: int, new: int, method: str, antialias: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """(new, taps) indices into the old axis, and their weights, which sum to 1."""
+    scale = old / new
+    if method == "nearest":
+        index = np.minimum(np.floor((np.arange(new) + 0.5) * scale), old - 1)
+        return index[:, None].astype(np.int64), np.ones((new, 1), np.float32)
+    if method == "area":
+        low = np.arange(new) * scale
+        first = np.floor(low).astype(np.int64)
+        index = first[:, None] + np.arange(int(np.ceil(scale)) + 1)
+        high = np.minimum(index + 1, (low + scale)[:, None])
+        weights = np.maximum(0, high - np.maximum(index, low[:, None]))
+    else:
+        kernel, support = choose("resize method", method, _KERNELS)
+        width = max(scale, 1.0) if antialias else 1.0
+        centre = (np.arange(new) + 0.5) * scale
+        first = np.floor(centre - support * width - 0.5).astype(np.int64)
+        index = first[:, None] + np.arange(int(np.ceil(2 * support * width)) + 2)
+        weights = kernel((index + 0.5 - centre[:, None]) / width)
+    weights = np.where((index >= 0) & (index < old), weights, 0)
+    weights /= weights.sum(axis=1, keepdims=True)
+    used = weights.any(axis=0)
+    return index[:, used].clip(0, old - 1), weights[:, used].astype(np.float32)
