@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures a checkpoint with every evaluator of a config.
+
+    python -m vit_jax.evaluate SOURCE --config=configs/X.py [--config.key=value ...]
+        [--out=DIR] [--json]
+
+SOURCE is whatever ``vit_jax.load`` takes; a workdir brings its own config. Prints a table,
+or with ``--json`` one object of metric names; ``--out`` keeps both, and the arrays behind
+them. ``--vtab`` instead reads SOURCE as a folder of fine-tuned workdirs, one per VTAB task.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from vit_jax import cli, config, data, evaluators, models, sharding, weights
+from vit_jax.config import Config, DataConfig
+from vit_jax.errors import UserError
+from vit_jax.evaluators import vtab
+from vit_jax.feed import Feed
+
+Batch = dict[str, jax.Array]
+
+
+def evaluate(source: str, cfg: Config | None = None, out: str = "") -> dict[str, float]:
+    """``{"test/accuracy": ...}`` of a checkpoint on the data of a config.
+
+    The architecture, the class names and, unless the config names transforms, the preprocessing
+    are those of the checkpoint.
+
+    Args:
+      source: of the weights.
+      cfg: what to measure on which data; None: the config of the workdir ``source``.
+      out: folder for ``evaluation.json``, ``evaluation.txt`` and the arrays behind the numbers.
+
+    Raises:
+      UserError: no config, another number of classes, or whatever an evaluator refuses.
+    """
+    cfg = cfg or _stored_config(source)
+    evaluators.check(cfg)
+    if out:
+        _write(out, "evaluation.txt", "")  # fails before the work, not after it
+    context = _context(source, cfg, out)
+    metrics = evaluators.run(context)
+    if out:
+        text = json.dumps({"source": source, "metrics": metrics}, indent=2)
+        _write(out, "evaluation.json", text + "\n")
+        _write(out, "evaluation.txt", table(metrics) + "\n")
+    return metrics
+
+
+def table(metrics: Mapping[str, float]) -> str:
+    """One line per number; VTAB with the paper's numbers beside."""
+    tasks = {t: metrics[f"vtab/{t}"] for t in vtab.TASKS if f"vtab/{t}" in metrics}
+    rest = {k: v for k, v in metrics.items() if not (tasks and k.startswith("vtab/"))}
+    width = max(map(len, rest), default=0)
+    lines = [
+        f"{k:<{width}}  {v:>12,.0f}" if v == int(v) and abs(v) > 1 else f"{k:<{width}}  {v:>12.5f}"
+        for k, v in rest.items()
+    ]  # fmt: skip
+    if tasks:
+        lines.append("VTAB-1k, linear probe on frozen features; the paper fine-tunes:")
+        lines.append(vtab.table(tasks))
+    return "\n".join(lines)
+
+
+def _context(source: str, cfg: Config, out: str) -> evaluators.Context:
+    size = cfg.model.image_size if any(cfg.model.image_size) else cfg.data.image_size
+    found = weights.read(source, size, dtype=cfg.model.dtype)
+    found.report.log()
+    about = found.metadata
+    model = models.create(found.cfg)
+    # The batch of training need not divide over the devices of this machine.
+    here = config.replace(
+        cfg, sharding="replicate", mesh=(), batch=jax.device_count(), accumulate=1
+    )
+    mesh = sharding.create_mesh(here)
+    rows = sharding.batch_sharding(mesh)
+    params = jax.device_put(found.params, sharding.replicated(mesh))
+    if about.transforms and not cfg.data.eval_transforms:
+        ops = tuple(t for t in about.transforms if t["op"] != "normalize")
+        cfg = config.replace(cfg, data__eval_transforms=ops)
+
+    @jax.jit
+    def forward(params: Any, images: jax.Array) -> dict[str, jax.Array]:
+        x = _normalize(images, about.transforms)
+        logits, features = model.apply({"params": params}, x, method="forward")
+        return {"logits": logits, "pre_logits": features["pre_logits"]}
+
+    def batches(data_cfg: DataConfig, split: str) -> Iterator[Batch]:
+        n = mesh.size
+        feed = Feed(
+            data.eval_batches(
+                data_cfg,
+                batch=-(-(cfg.eval.batch or cfg.batch) // n) * n,
+                split=split,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            ),
+            rows,
+        )
+        try:
+            yield from feed
+        finally:
+            feed.close()
+
+    info = data.describe(cfg.data)
+    names = _class_names(about.class_names, info.class_names, found.cfg.num_classes)
+    return evaluators.Context(cfg, params, forward, batches, info, names, out)
+
+
+def _class_names(
+    own: tuple[str, ...], of_data: tuple[str, ...], count: int
+) -> tuple[str, ...]:
+    """Names of the model's outputs: its own, else those of the data if there are as many."""
+    if own and own != of_data and sorted(own) == sorted(of_data):
+        i = next(i for i, (a, b) in enumerate(zip(own, of_data, strict=True)) if a != b)
+        raise UserError(
+            f"the data set has the classes of the checkpoint in another order: class {i} is "
+            f"{of_data[i]!r} there and {own[i]!r} in the checkpoint, so no number would be right"
+        )
+    if own:
+        return own
+    return of_data if len(of_data) == count else tuple(map(str, range(count)))
+
+
+def _normalize(images: jax.Array, transforms: tuple[dict[str, Any], ...]) -> jax.Array:
+    """uint8 to what the checkpoint was trained on: [-1, 1], or the mean and deviation that it states."""
+    if images.dtype != jnp.uint8:
+        return images
+    stated = next((t for t in transforms if t["op"] == "normalize"), None)
+    if stated is None:
+        return images.astype(jnp.float32) / 127.5 - 1.0
+    mean, std = (np.reshape(stated[k], (1, 1, 1, -1)) for k in ("mean", "std"))
+    scaled = images.astype(jnp.float32) / 255.0
+    return (scaled - mean.astype(np.float32)) / std.astype(np.float32)
+
+
+def _stored_config(source: str) -> Config:
+    path = Path(source) / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{source} brings no config.json: say what to measure with --config=configs/X.py"
+        )
+    return config.from_dict(json.loads(path.read_text()))
+
+
+def _write(folder: str, name: str, text: str) -> None:
+    if jax.process_index():
+        return
+    path = Path(folder) / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as e:
+        raise UserError(
+            f"cannot write {path}: {e.strerror}; choose another --out"
+        ) from e
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        raise UserError(
+            f"expected one SOURCE, got {arguments}: python -m vit_jax.evaluate SOURCE "
+            "--config=configs/X.py"
+        )
+    options = flags.FLAGS
+    if options.vtab:
+        found = vtab.read(arguments[0])
+        metrics = {f"vtab/{k}": v for k, v in (found | vtab.means(found)).items()}
+        print(json.dumps(metrics) if options.json else vtab.table(found))
+        return 0
+    cli.connect()
+    cfg = None if options.config is None else cli.read_config()
+    metrics = evaluate(arguments[0], cfg, options.out)
+    if not jax.process_index():
+        print(json.dumps(metrics) if options.json else table(metrics))
+    return 0
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("out", "", "Folder for the results and the arrays behind them.")
+    flags.DEFINE_boolean("json", False, "Print one JSON object instead of a table.")
+    flags.DEFINE_boolean(
+        "vtab", False, "SOURCE holds a workdir per VTAB task: print the table."
+    )
+    cli.define_config_flag()
+    cli.define_process_flags()
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

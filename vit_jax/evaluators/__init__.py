@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured on a model. An evaluator is a function of a :class:`Context` and its options.
+
+To add one: a function ``f(context, *, option=default) -> {name: number}`` in a file here, and a line in
+``EVALUATORS``. ``config.eval.evaluators`` chooses them, during training and for ``python -m vit_jax.evaluate``.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vit_jax.config import Config, choose, nearest
+from vit_jax.errors import UserError
+from vit_jax.evaluators import (
+    accuracy,
+    calibration,
+    fewshot,
+    knn,
+    label_maps,
+    linear_probe,
+    per_class,
+    vtab,
+)
+from vit_jax.evaluators.context import Context
+
+__all__ = ["EVALUATORS", "Context", "check", "prefix", "run"]
+
+EVALUATORS: dict[str, Callable[..., dict[str, float]]] = {
+    "accuracy": accuracy.accuracy,
+    "calibration": calibration.calibration,
+    "fewshot": fewshot.fewshot,
+    "imagenet_v2": label_maps.imagenet_v2,
+    "knn": knn.knn,
+    "linear_probe": linear_probe.linear_probe,
+    "objectnet": label_maps.objectnet,
+    "per_class": per_class.per_class,
+    "real": label_maps.real,
+    "vtab": vtab.vtab,
+}
+
+
+def run(context: Context) -> dict[str, float]:
+    """Runs every evaluator of the config; names are ``prefix/name``."""
+    check(context.cfg)
+    metrics = {}
+    for entry in context.cfg.eval.evaluators:
+        options = {k: v for k, v in entry.items() if k != "type"}
+        numbers = EVALUATORS[entry["type"]](context, **options)
+        metrics |= {f"{prefix(entry)}/{k}": v for k, v in numbers.items()}
+    return metrics
+
+
+def prefix(entry: Mapping[str, Any]) -> str:
+    """First part of the names under which an entry's numbers are written.
+
+    ``test`` for the plain accuracy, else the type, unless the entry names its own.
+    """
+    if entry.get("prefix"):
+        return entry["prefix"]
+    if entry["type"] != "accuracy":
+        return entry["type"]
+    # "train/accuracy" is what the training loop measures on augmented images.
+    split = entry.get("split", "test")
+    return "clean_train" if split == "train" else split
+
+
+def check(cfg: Config) -> None:
+    """Refuses evaluators, options and clashing names that would fail hours later.
+
+    Raises:
+      UserError: names the entry of ``config.eval.evaluators``.
+    """
+    seen: set[str] = set()
+    for i, entry in enumerate(cfg.eval.evaluators):
+        knob = f"config.eval.evaluators[{i}]"
+        function = choose(f"{knob} type", entry.get("type", ""), EVALUATORS)
+        allowed = [
+            p.name
+            for p in inspect.signature(function).parameters.values()
+            if p.kind is p.KEYWORD_ONLY
+        ]
+        for key in set(entry) - {"type"} - set(allowed):
+            raise UserError(
+                f"unknown option {key!r} of {knob} ({entry['type']}): "
+                f"{nearest(key, allowed)}choose among {sorted(allowed)}"
+            )
+        if prefix(entry) in seen:
+            raise UserError(
+                f"{knob} writes its numbers under {prefix(entry)!r}, as an entry before it "
+                f"does: give one of them another 'prefix'"
+            )
+        seen.add(prefix(entry))

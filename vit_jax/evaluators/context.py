@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every evaluator is given, and how it sums over a data set without leaving the device.
+
+Dimension letters: B batch (global, padded), K classes, D width.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vit_jax import config
+from vit_jax.config import Config, DataConfig
+from vit_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from vit_jax.data import DataInfo
+
+Batch = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Context:
+    """A model with its parameters, and the way to the data.
+
+    Arrays of a batch are global: with several processes each one holds its rows, and
+    every evaluator runs on every process and returns the same numbers there.
+    """
+
+    cfg: Config
+    params: Any
+    # (params, images uint8 or float (B, H, W, C)) -> {"logits": (B, K), "pre_logits": (B, D)}, jitted
+    forward: Callable[[Any, jax.Array], Mapping[str, jax.Array]]
+    # (data config, split) -> finite batches {"image", "label", "mask"} of global arrays
+    batches: Callable[[DataConfig, str], Iterator[Batch]]
+    info: "DataInfo"  # of cfg.data
+    classes: tuple[str, ...] = ()  # names of the model's outputs; (): those of the data
+    out: str = ""  # folder for the arrays behind a number (confusion matrix, ...); "": none are written
+
+    def data(self, override: Mapping[str, Any] | None) -> DataConfig:
+        """``cfg.data`` with some fields changed, which is how an evaluator brings its own data set."""
+        if not override:
+            return self.cfg.data
+        values = config.to_dict(self.cfg.data) | dict(override)
+        return config.from_dict({"data": values}).data
+
+    def outputs(
+        self, data: DataConfig, split: str
+    ) -> Iterator[tuple[Mapping[str, jax.Array], Batch]]:
+        """Outputs of the model and the batch they belong to, in the order of the data."""
+        for batch in self.batches(data, split):
+            yield self.forward(self.params, batch["image"]), batch
+
+    def sum(
+        self,
+        step: Callable[[Mapping[str, jax.Array], Batch], dict[str, jax.Array]],
+        data: DataConfig,
+        split: str,
+    ) -> dict[str, Any]:
+        """Sums ``step(outputs, batch)`` over a data set; fetches once, at the end.
+
+        Integers are summed exactly, floats with a compensated sum, so that 10,000 batches
+        do not lose digits.
+        """
+        total: Any = None
+        for outputs, batch in self.outputs(data, split):
+            part = step(outputs, batch)
+            before = total
+            total = _start(part) if before is None else _add(before, part)
+            # Dispatch runs ahead of the device; without this line whole data sets of
+            # images would queue up in its memory.
+            if before is not None:
+                jax.block_until_ready(before)
+        if total is None:
+            raise UserError(
+                f"the split {split!r} of {data.name or data.path or data.source} has no "
+                "examples to evaluate"
+            )
+        return fetch(total[0])
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the outputs of the model mean."""
+        return self.classes or self.info.class_names
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices that hold the parameters."""
+        sharding = jax.tree.leaves(self.params)[0].sharding
+        if isinstance(sharding, NamedSharding):
+            return sharding.mesh
+        devices = np.array(sorted(sharding.device_set, key=lambda d: d.id))
+        return Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
+
+    def put(self, x: np.ndarray, *spec: Any) -> jax.Array:
+        """The same host array of every process as one global array; ``spec`` names mesh axes per dimension."""
+        sharding = NamedSharding(self.mesh, P(*spec))
+        return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
+
+    def save(self, name: str, **arrays: Any) -> None:
+        """Writes the arrays behind a number to ``out/name.npz``; nothing without ``out``.
+
+        Raises:
+          UserError: the folder cannot be written.
+        """
+        if not self.out or jax.process_index():
+            return
+        path = os.path.join(self.out, f"{name}.npz")
+        try:
+            os.makedirs(self.out, exist_ok=True)
+            np.savez_compressed(path, **arrays)
+        except OSError as e:
+            raise UserError(
+                f"cannot write {path}: {e.strerror}; choose another --out"
+            ) from e
+
+
+def fetch(tree: Any) -> Any:
+    """Global arrays as numpy arrays, complete on every process."""
+    return jax.device_get(jax.tree.map(replicate, tree))
+
+
+def replicate(x: jax.Array) -> jax.Array:
+    """The same array, complete on every device that holds a part of it."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return x
+    assert isinstance(x.sharding, NamedSharding)
+    return _replicator(NamedSharding(x.sharding.mesh, P()))(x)
+
+
+@functools.cache
+def _replicator(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=sharding)
+
+
+@jax.jit
+def _start(part: Any) -> Any:
+    return part, jax.tree.map(jnp.zeros_like, part)
+
+
+@jax.jit
+def _add(total: Any, part: Any) -> Any:
+    """Kahan's sum: the second tree carries what the first could not represent."""
+    value, lost = total
+    y = jax.tree.map(lambda p, c: p - c, part, lost)
+    new = jax.tree.map(lambda v, y: v + y, value, y)
+    lost = jax.tree.map(lambda n, v, y: (n - v) - y, new, value, y)
+    return new, lost

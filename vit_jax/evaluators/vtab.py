@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VTAB-1k: 19 tasks of 1,000 training examples, the group means, and the paper's numbers beside.
+
+The paper fine-tunes every task (``configs/vtab.py``); ``python -m vit_jax.evaluate DIR --vtab``
+puts the results of 19 such workdirs into this table. The evaluator ``vtab`` is the quick look: a
+linear probe on frozen features, for which the paper has no numbers, so they are shown only
+for orientation.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from vit_jax.config import choose
+from vit_jax.errors import UserError
+from vit_jax.evaluators.context import Context
+from vit_jax.evaluators.linear_probe import L2_GRID, linear_probe
+from vit_jax.progress import read_metrics
+
+
+class Task(NamedTuple):
+    """A row of Table 9: accuracy in % after fine-tuning."""
+
+    group: str
+    title: str
+    h14_jft: float
+    l16_jft: float
+    l16_i21k: float
+
+
+TASKS = {
+    "caltech101": Task("natural", "Caltech101", 95.3, 95.4, 90.8),
+    "cifar100": Task("natural", "CIFAR-100", 85.5, 81.9, 84.1),
+    "dtd": Task("natural", "DTD", 75.2, 74.3, 74.1),
+    "flowers102": Task("natural", "Flowers102", 99.7, 99.7, 99.3),
+    "pets": Task("natural", "Pets", 97.2, 96.7, 92.7),
+    "sun397": Task("natural", "Sun397", 65.0, 63.5, 61.0),
+    "svhn": Task("natural", "SVHN", 88.9, 87.4, 80.9),
+    "camelyon": Task("specialized", "Camelyon", 83.3, 83.6, 82.5),
+    "eurosat": Task("specialized", "EuroSAT", 96.7, 96.5, 95.6),
+    "resisc45": Task("specialized", "Resisc45", 91.4, 89.7, 85.2),
+    "retinopathy": Task("specialized", "Retinopathy", 76.6, 77.1, 75.3),
+    "clevr_count": Task("structured", "Clevr-Count", 91.7, 86.4, 70.3),
+    "clevr_distance": Task("structured", "Clevr-Dist", 63.8, 63.1, 56.1),
+    "dmlab": Task("structured", "DMLab", 53.1, 49.7, 41.9),
+    "dsprites_location": Task("structured", "dSpr-Loc", 79.4, 74.5, 74.7),
+    "dsprites_orientation": Task("structured", "dSpr-Ori", 63.3, 60.5, 64.9),
+    "kitti_distance": Task("structured", "KITTI-Dist", 84.5, 82.2, 79.9),
+    "smallnorb_azimuth": Task("structured", "sNORB-Azim", 33.2, 36.2, 30.5),
+    "smallnorb_elevation": Task("structured", "sNORB-Elev", 51.2, 51.1, 41.7),
+}
+GROUPS = ("natural", "specialized", "structured")
+PAPER = ("h14_jft", "l16_jft", "l16_i21k")
+
+
+def vtab(
+    context: Context,
+    *,
+    tasks: Sequence[str] = (),
+    l2: Sequence[float] = L2_GRID,
+    prefix: str = "",
+) -> dict[str, float]:
+    """Linear probe on each task: accuracy per task, mean per group and over all tasks.
+
+    Args:
+      context: the model.
+      tasks: some of ``TASKS``; (): all 19. Means need all tasks of a group.
+      l2: strengths of regularisation that ``linear_probe`` chooses from on 200 of the 1,000 examples.
+      prefix: belongs to the caller.
+    """
+    del prefix
+    for task in tasks:
+        choose("VTAB task", task, TASKS)
+    found = {}
+    for task in tasks or TASKS:
+        data = {"source": "tfds", "name": f"vtab/{task}", "eval_transforms": ()}
+        found[task] = linear_probe(context, data=data, l2=l2)["accuracy"]
+    return found | means(found)
+
+
+def means(accuracies: Mapping[str, float]) -> dict[str, float]:
+    """``mean_natural``, ... and ``mean`` over the 19 tasks, of what is complete."""
+    result = {}
+    for group in (*GROUPS, ""):
+        members = [t for t, row in TASKS.items() if group in ("", row.group)]
+        if all(t in accuracies for t in members):
+            mean = sum(accuracies[t] for t in members) / len(members)
+            result[f"mean_{group}" if group else "mean"] = mean
+    return result
+
+
+def read(folder: str) -> dict[str, float]:
+    """Last ``test/accuracy`` of the workdirs ``folder/<task>`` that exist.
+
+    Raises:
+      UserError: there is none.
+    """
+    found = {}
+    for task in TASKS:
+        for row in read_metrics(str(Path(folder) / task)):
+            if "test/accuracy" in row:
+                found[task] = row["test/accuracy"]
+    if not found:
+        raise UserError(
+            f"{folder} holds no workdir with test/accuracy named after a VTAB task: "
+            f"train configs/vtab.py:TASK with --workdir={folder}/TASK, TASK one of {list(TASKS)}"
+        )
+    return found
+
+
+def table(accuracies: Mapping[str, float]) -> str:
+    """Text with one line per task in %, group means, and Table 9 beside."""
+    head = f"{'task':<18}{'measured':>10}" + "".join(f"{p:>10}" for p in PAPER)
+    lines = [head]
+    overall = means(accuracies)
+    for group in GROUPS:
+        members = [t for t, row in TASKS.items() if row.group == group]
+        lines += [
+            _line(f"  {TASKS[t].title}", accuracies.get(t), _paper([t]))
+            for t in members
+        ]
+        lines.append(_line(group, overall.get(f"mean_{group}"), _paper(members)))
+    lines.append(_line("mean of 19", overall.get("mean"), _paper(list(TASKS))))
+    return "\n".join(lines)
+
+
+def _paper(tasks: Sequence[str]) -> list[float]:
+    return [sum(getattr(TASKS[t], p) for t in tasks) / len(tasks) for p in PAPER]
+
+
+def _line(name: str, measured: float | None, paper: Sequence[float]) -> str:
+    shown = "-" if measured is None else f"{100 * measured:.2f}"
+    return f"{name:<18}{shown:>10}" + "".join(f"{p:>10.2f}" for p in paper)
