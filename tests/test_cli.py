@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-ENV = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+ENV = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
 TINY = "--config=tests/tiny.py"
 
 

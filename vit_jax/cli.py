@@ -6,9 +6,12 @@ TensorFlow, JAX and Abseil talk a lot at start-up; :func:`run` keeps what a user
 
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -16,7 +19,7 @@ from vit_jax import config, distributed
 from vit_jax.errors import UserError
 
 USER_ERROR = 2  # exit status: something in the command, its config or its files
-PREEMPTED = 75  # exit status (EX_TEMPFAIL): a checkpoint was saved, start the same command again
+PREEMPTED = distributed.PREEMPTED  # a checkpoint was saved, or a peer was lost: start the same command again
 
 
 def define_config_flag() -> None:
@@ -39,11 +42,23 @@ def define_process_flags() -> None:
 
 
 def connect() -> None:
-    """Connects the processes that the flags of :func:`define_process_flags` describe."""
+    """Connects the processes that the flags of :func:`define_process_flags` describe, and keeps what they compile."""
+    keep_compiled()
     f = flags.FLAGS
     distributed.initialize(
         f.coordinator, f.num_processes, f.process_id, f.process_timeout
     )
+
+
+def keep_compiled() -> None:
+    """Compiled programs are kept on disk, so that a run that starts again, or another like it, need not compile.
+
+    In ``~/.cache/vit_jax/xla``, or where ``JAX_COMPILATION_CACHE_DIR`` says (gs:// works); none with
+    ``JAX_ENABLE_COMPILATION_CACHE=false``.
+    """
+    if not jax.config.jax_compilation_cache_dir:
+        folder = os.path.expanduser("~/.cache/vit_jax/xla")
+        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def read_config() -> config.Config:
@@ -71,10 +86,18 @@ def run(main: Callable[[list[str]], Any]) -> None:
 
     def guarded(argv: list[str]) -> int:
         try:
-            return main(argv[1:]) or 0
+            status = main(argv[1:]) or 0
         except UserError as e:
             print(f"error: {e}", file=sys.stderr)
-            return USER_ERROR
+            status = USER_ERROR
+        except Exception:
+            if not distributed.connected():
+                raise
+            time.sleep(1)  # a lost peer explains it better, and ends the process
+            traceback.print_exc()
+            status = 1
+        distributed.leave(status)
+        return status
 
     app.run(guarded, flags_parser=_parse_flags)
 

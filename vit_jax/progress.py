@@ -94,10 +94,14 @@ class MetricsWriter:
             self._events(step, metrics)
 
     def _rewrite(self) -> None:
-        text = "".join(line + "\n" for line in self._lines)
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(text)
-        partial.replace(self._path)
+        write_whole(self._path, "".join(line + "\n" for line in self._lines))
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """Writes a file so that a process killed meanwhile leaves the old one."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def read_metrics(workdir: str) -> list[dict[str, float]]:

@@ -25,7 +25,7 @@ from vit_jax.config import Config
 from vit_jax.distributed import Preemption
 from vit_jax.errors import UserError
 from vit_jax.feed import Feed, put
-from vit_jax.progress import Bar, MetricsWriter, phase, say
+from vit_jax.progress import Bar, MetricsWriter, phase, say, write_whole
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -306,7 +306,7 @@ class Loop:
                 batch = next(feed)
             train_step = self.train_step or self._compile(batch)
             self.interval.restart()
-            while step < last and not self.preemption.requested(step):
+            while step < last and not self.preemption.requested():
                 state, metrics = train_step(state, batch)
                 batch = next(feed) if step + 1 < last else batch
                 step += 1
@@ -403,7 +403,7 @@ def evaluate(program: Program, info: data.DataInfo, state: State, preemption: Pr
             process_index=jax.process_index(), process_count=jax.process_count(),
         )
         for batch in source:
-            if preemption and preemption.signalled:
+            if preemption and preemption.requested():
                 raise _Stopped
             yield put(batch, program.batch_sharding)
 
@@ -500,16 +500,16 @@ def claim(workdir: str, cfg: Config, info: data.DataInfo) -> Iterator[None]:
     """
     folder = epath.Path(workdir)
     stored = folder / "config.json"
-    if stored.exists():
-        _check_same_run(workdir, config.from_dict(json.loads(stored.read_text())), cfg)
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
+            if stored.exists():
+                _check_same_run(workdir, config.from_dict(json.loads(stored.read_text())), cfg)
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 if "://" not in workdir:
                     stack.enter_context(_lock(workdir))
-                stored.write_text(config.to_json(cfg))
-                (folder / "dataset.json").write_text(json.dumps(_dataset(cfg, info), indent=2) + "\n")
+                write_whole(stored, config.to_json(cfg))
+                write_whole(folder / "dataset.json", json.dumps(_dataset(cfg, info), indent=2) + "\n")
             except OSError as e:
                 raise UserError(f"--workdir={workdir} cannot be written: {e}") from e
         yield

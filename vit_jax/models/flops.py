@@ -24,7 +24,9 @@ def macs(cfg: ModelConfig) -> int:
     blocks = cfg.depth * (4 * s * d * d + 2 * s * s * d + 2 * s * d * m)
     outputs = s if cfg.head in ("none", "masked_patch") else 1
     head = outputs * d * (cfg.num_classes + (d if cfg.pre_logits else 0))
-    probe = 2 * s * d * d + 2 * d * d + 2 * s * d + 2 * d * m if cfg.head == "map" else 0
+    probe = (
+        2 * s * d * d + 2 * d * d + 2 * s * d + 2 * d * m if cfg.head == "map" else 0
+    )
     return stem + embedding + blocks + probe + head
 
 

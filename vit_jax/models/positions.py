@@ -104,7 +104,7 @@ def _param(
         try:
             return module.param(name, _INIT, shape)
         except flax.errors.ScopeParamShapeError:
-            made_for = _image_size_of(module, module.get_variable("params", name).shape)
+            made_for = _image_size_of(module)
     raise UserError(
         f"images of {size[0]}x{size[1]} pixels do not fit position embeddings made for "
         f"{made_for[0]}x{made_for[1]}: resize them with vit_jax.load(source, "
@@ -113,17 +113,18 @@ def _param(
 
 
 def _image_size_of(
-    module: PositionEmbedding | RelativePosition, shape: tuple[int, ...]
+    module: PositionEmbedding | RelativePosition,
 ) -> tuple[int | str, int | str]:
-    """The (height, width) that a table of this shape is for, "?" what it cannot tell."""
+    """The (height, width) that the tables are for, "?" where they cannot tell."""
     cfg, stride = module.cfg, token_stride(module.cfg)
+    length = {k: max(v.shape[:-1]) for k, v in module.variables["params"].items()}
     if cfg.positions == "learned2d":
-        rows, columns = shape[:2]
-    else:
-        tokens = (shape[0] + 1) // 2 if cfg.positions == "relative" else shape[1]
-        rows = columns = math.sqrt(tokens - has_class_token(cfg))
-    known = [n > 1 and float(n).is_integer() for n in (rows, columns)]
-    return (
-        int(rows) * stride if known[0] else "?",
-        int(columns) * stride if known[1] else "?",
-    )
+        return (
+            length["pos_embedding_y"] * stride,
+            length["pos_embedding_x"] * stride,
+        )
+    tokens = length["pos_embedding"]
+    if cfg.positions == "relative":
+        tokens = (tokens + 1) // 2
+    side = math.sqrt(tokens - has_class_token(cfg))
+    return (int(side) * stride,) * 2 if side.is_integer() else ("?", "?")

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On eight fake devices: the same training from every strategy, state in parts, and errors that name the knob."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from vit_jax import sharding, train
+from vit_jax.config import Config, DataConfig, ModelConfig, OptimConfig, replace
+from vit_jax.errors import UserError
+
+STEPS = 20
+CONFIG = Config(
+    model=ModelConfig(
+        name="", width=32, depth=2, mlp_dim=64, heads=4, patch=8, num_classes=8, dropout=0.1, layers="scan", remat="full"
+    ),
+    data=DataConfig(source="synthetic", image_size=16, num_classes=8),
+    optim=OptimConfig(learning_rate=0.01, warmup=4, clip=1.0, weight_decay=0.01, polyak=0.9),
+    batch=16,
+    steps=STEPS,
+)  # fmt: skip
+VARIANTS = {
+    "replicate": {},
+    "zero": {"sharding": "zero"},
+    "fsdp": {"sharding": "fsdp"},
+    "zero on 4 x 2": {"sharding": "zero", "mesh": (4, 2)},
+    "fsdp on 2 slices of 4": {"sharding": "fsdp", "mesh": (2, 2, 2)},
+    "tensor on 2": {"sharding": "tensor", "mesh": (4, 2)},
+}
+
+
+def run(cfg, steps=STEPS, start=None):
+    """Losses of each step and the state after the last one, on batches that are a function of the step."""
+    program = train.build(cfg)
+    with jax.set_mesh(program.mesh):
+        state = program.init() if start is None else start
+        losses = []
+        for step in range(steps):
+            rng = np.random.default_rng(step)
+            label = rng.integers(0, 8, cfg.batch).astype(np.int32)
+            image = rng.integers(0, 256, (cfg.batch, 16, 16, 3)) // 2 + 16 * label[:, None, None, None]
+            batch = {"image": image.astype(np.uint8), "label": label}
+            state, metrics = program.train_step(state, jax.device_put(batch, program.batch_sharding))
+            losses.append(float(metrics["loss"]))
+    return np.array(losses), state, program
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """Runs by variant, each trained once however many tests look at it."""
+    done = {}
+
+    def get(name):
+        if name not in done:
+            done[name] = run(replace(CONFIG, **VARIANTS[name]))
+        return done[name]
+
+    return get
+
+
+def share_per_device(state):
+    leaves = jax.tree.leaves(state)
+    return sum(x.addressable_shards[0].data.nbytes for x in leaves) / sum(x.nbytes for x in leaves)
+
+
+@pytest.mark.parametrize("name", list(VARIANTS)[1:])
+def test_every_strategy_trains_the_same(runs, name):
+    expected, *_ = runs("replicate")
+    losses, state, program = runs(name)
+    assert expected[-1] < 0.9 * expected[0], "the comparison needs a model that learns"
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert jax.tree.map(lambda x: x.sharding, state) == program.state_sharding
+
+
+@pytest.mark.parametrize("name", ["zero", "fsdp", "zero on 4 x 2"])
+def test_each_device_keeps_an_eighth_of_the_state(runs, name):
+    state = runs(name)[1]
+    vectors = sum(x.nbytes for x in jax.tree.leaves(state) if sum(n > 1 for n in x.shape[1:]) < 1)
+    whole = vectors / sum(x.nbytes for x in jax.tree.leaves(state))
+    assert share_per_device(state) < 1 / 8 + whole + 0.01
+    assert share_per_device(state) < 0.2
+
+
+def test_replicated_state_is_whole(runs):
+    assert share_per_device(runs("replicate")[1]) == 1.0
+
+
+def test_tensor_divides_heads_and_mlp(runs):
+    state = runs("tensor on 2")[1]
+    block = state.params["Transformer"]["encoderblock"]
+    attention, mlp = block["MultiHeadDotProductAttention_1"], block["MlpBlock_3"]
+    assert attention["query"]["kernel"].sharding.spec == P(None, "data", "tensor", None)
+    assert attention["out"]["kernel"].sharding.spec == P(None, "tensor", None, "data")
+    assert mlp["Dense_0"]["kernel"].sharding.spec[2] == "tensor"
+    assert mlp["Dense_1"]["kernel"].sharding.spec[1] == "tensor"
+
+
+def test_loop_and_scan_are_divided_alike():
+    """The same spec per block, with and without the stacked axis in front."""
+    strategy, mesh = sharding.SHARDINGS["fsdp"], sharding.create_mesh(replace(CONFIG, sharding="fsdp", mesh=(4, 2)))
+    path = "Transformer/encoderblock{}/MlpBlock_3/Dense_0/kernel"
+    one = sharding.stored(strategy, mesh, path.format("_3"), (32, 64))
+    stacked = sharding.stored(strategy, mesh, path.format(""), (8, 32, 64))
+    assert stacked == P(None, *one)
+    assert one != P(None, None)
+
+
+def test_accumulation_in_parts(runs):
+    """Micro-batches change dropout's random numbers, so only the strategies are compared."""
+    cfg = replace(CONFIG, accumulate=2, model__dropout=0.0, steps=5, optim__warmup=0)
+    expected, *_ = run(cfg, steps=5)
+    losses, *_ = run(replace(cfg, sharding="fsdp"), steps=5)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def test_forward_of_a_divided_state(runs):
+    images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)
+    outputs = []
+    for name in ("replicate", "fsdp", "tensor on 2"):
+        _, state, program = runs(name)
+        outputs.append(program.forward(state.params, jax.device_put(images, program.batch_sharding))["logits"])
+    for other in outputs[1:]:
+        np.testing.assert_allclose(np.asarray(other), np.asarray(outputs[0]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("saved", "restored"), [("replicate", "fsdp"), ("fsdp", "tensor on 2"), ("zero", "replicate")])
+def test_restore_into_another_strategy(runs, tmp_path, saved, restored):
+    from vit_jax.checkpoint import Checkpointer
+
+    state, program = runs(saved)[1], runs(restored)[2]
+    checkpoints = Checkpointer(str(tmp_path), CONFIG.checkpoint)
+    checkpoints.save(state, STEPS, {})
+    checkpoints.wait()
+    found = checkpoints.restore(program.state_shape)
+    checkpoints.close()
+    assert jax.tree.map(lambda x: x.sharding, found) == program.state_sharding
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), found, state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh": (3, 2)}, r"config.mesh=\(3, 2\) is for 6 devices, but there are 8"),
+        ({"mesh": (8, -1)}, r"config.mesh=\(8, -1\)"),
+        ({"mesh": (2, 2, 2, 1)}, r"config.mesh=\(2, 2, 2, 1\).*takes 1 to 3 numbers"),
+        ({"batch": 12}, r"config.batch=12 does not divide over 8 devices.*multiple of 8"),
+        ({"batch": 24, "accumulate": 2}, r"config.batch=24.*config.accumulate.*multiple of 16"),
+        ({"sharding": "zerro"}, r"config.sharding 'zerro': did you mean 'zero'"),
+        ({"sharding": "tensor"}, r"config.sharding=tensor needs config.mesh"),
+        ({"sharding": "tensor", "mesh": (1, 8)}, r"config.mesh: the last number, 8, must divide the 4 heads"),
+    ],
+)
+def test_bad_input(changes, message):
+    with pytest.raises(UserError, match=message):
+        train.build(replace(CONFIG, **changes))

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads what XLA compiled for a TPU: cycles, FLOPs and network traffic of ``compiled.as_text()``.
+
+``compiled.cost_analysis()`` counts the body of a loop once however often it runs, and collectives as local memory
+traffic. The text has what is needed to do better: the backend's own estimate of the cycles of each fusion
+(``estimated_cycles``: arithmetic and memory, no network), the trip counts of loops and the groups of each collective.
+Everything here is per device and step.
+"""
+
+import dataclasses
+import functools
+import re
+from collections import defaultdict
+from typing import NamedTuple
+
+import numpy as np
+
+BYTES = {
+    "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
+    "s64": 8, "u64": 8, "f64": 8,
+}  # fmt: skip
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+class Instruction(NamedTuple):
+    name: str
+    type: str  # "f32[8,128]{1,0}" or a tuple of such
+    op: str
+    rest: str  # op(operands), attributes
+    root: bool = False
+
+
+@dataclasses.dataclass
+class Collective:
+    """All collectives of one kind and element type."""
+
+    count: int = 0
+    bytes: int = 0  # of the whole array, per device that takes part
+    wire_bytes: float = 0.0  # what a ring sends over the link of one device
+
+
+@dataclasses.dataclass
+class Cost:
+    """Of one step on one device."""
+
+    cycles: int = 0
+    matmul_cycles: int = 0  # of the fusions that contain a matrix product
+    flops: int = 0  # of matrix products and convolutions, recomputation included
+    unknown: int = 0  # custom calls (Pallas kernels) that carry no estimate
+    collectives: dict[str, Collective] = dataclasses.field(default_factory=lambda: defaultdict(Collective))
+    fusions: list[tuple[int, str]] = dataclasses.field(default_factory=list)  # (cycles, where in the program)
+
+
+def cost(text: str, num_devices: int) -> Cost:
+    """Walks the program from its entry, loop bodies times their trip counts."""
+    computations, entry = parse(text)
+    total = Cost()
+    seen: set[str] = set()  # channels: asynchronous fusions repeat their collective in several places
+
+    @functools.cache
+    def flops(name: str) -> int:
+        own = {i.name: i.type for i in computations[name]}
+        return sum(
+            convolution_flops(i, own) if i.op in ("convolution", "dot") else sum(map(flops, called(i, "calls")))
+            for i in computations[name]
+        )
+
+    def communicate(name: str, trips: int) -> None:
+        for i in computations[name]:
+            kind = i.op.removesuffix("-start")
+            if kind in COLLECTIVES:
+                channel = re.search(r"channel_id=(\d+)", i.rest)
+                if channel and channel[1] in seen:
+                    continue
+                seen.update(channel.groups() if channel else ())
+                # A reduce-scatter is a fusion around an all-reduce of the whole array.
+                if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                    kind = "reduce-scatter"
+                n = group_size(i.rest, num_devices)
+                size = sum(sizes(i.type))
+                if i.op.endswith("-start") and kind in ("all-gather", "collective-permute"):
+                    size = max(sizes(i.type), default=0)  # the type holds the operand too
+                if i.op == "reduce-scatter":
+                    size *= n
+                share = {"all-reduce": 2.0, "collective-permute": n / max(n - 1, 1)}.get(kind, 1.0)
+                total_of_kind = total.collectives[kind]
+                total_of_kind.count += trips
+                total_of_kind.bytes += size * trips
+                total_of_kind.wire_bytes += share * size * trips * (n - 1) / n
+            if i.op == "fusion" or i.op.endswith("-start"):
+                for other in called(i, "calls"):
+                    communicate(other, trips)
+
+    def walk(name: str, trips: int) -> None:
+        communicate(name, trips)
+        for i in computations[name]:
+            if i.op == "while":
+                (body,), (condition,) = called(i, "body"), called(i, "condition")
+                walk(body, trips * trip_count(i, computations, condition))
+                continue
+            for other in called(i, "branch_computations") if i.op == "conditional" else ():
+                walk(other, trips)
+            for other in called(i, "to_apply") if i.op == "call" else ():
+                walk(other, trips)
+            n = convolution_flops(i, {j.name: j.type for j in computations[name]}) if i.op == "convolution" else 0
+            n += sum(map(flops, called(i, "calls")))
+            total.flops += n * trips
+            if match := re.search(r'"estimated_cycles":"(\d+)"', i.rest):
+                cycles = int(match[1]) * trips
+                total.cycles += cycles
+                total.matmul_cycles += cycles if n else 0
+                where = re.search(r'op_name="([^"]*)"', i.rest)
+                total.fusions.append((cycles, f"{i.name} {i.type[:60]} {where[1] if where else ''}"))
+            elif i.op == "custom-call" and "tpu_custom_call" in i.rest:
+                total.unknown += trips
+
+    walk(entry, 1)
+    total.collectives = dict(total.collectives)
+    return total
+
+
+def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """Instructions per computation, and the name of the entry computation.
+
+    Raises:
+      ValueError: no entry computation, so this is not HLO text.
+    """
+    computations: dict[str, list[Instruction]] = {}
+    entry, body = "", None
+    for line in text.splitlines():
+        if body is None:
+            if match := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+                body = computations.setdefault(match[2], [])
+                entry = match[2] if match[1] else entry
+        elif line.startswith("}"):
+            body = None
+        elif match := re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*)$", line):
+            type_, rest = _split_type(match[3])
+            body.append(Instruction(match[2], type_, rest.split("(", 1)[0], rest, bool(match[1])))
+    if not entry:
+        raise ValueError("the text holds no ENTRY computation")
+    return computations, entry
+
+
+def called(i: Instruction, attribute: str) -> list[str]:
+    """Computations named by ``attribute=%a`` or ``attribute={%a, %b}``."""
+    match = re.search(attribute + r"=\{?(%[\w.\-]+(?:, ?%[\w.\-]+)*)", i.rest)
+    return [name.strip().lstrip("%") for name in match[1].split(",")] if match else []
+
+
+def trip_count(loop: Instruction, computations: dict[str, list[Instruction]], condition: str) -> int:
+    """How often a loop runs: what XLA found out, else the largest number that its condition compares with."""
+    if match := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.rest):
+        return int(match[1])
+
+    def constants(name: str) -> list[int]:
+        found = []
+        for i in computations[name]:
+            if i.op == "constant" and (match := re.match(r"constant\((\d+)\)", i.rest)):
+                found.append(int(match[1]))
+            found += [n for other in called(i, "calls") for n in constants(other)]
+        return found
+
+    return max(constants(condition), default=1)
+
+
+def sizes(type_: str) -> list[int]:
+    """Bytes of each array in a type."""
+    return [
+        BYTES.get(dtype, 0) * int(np.prod([int(n) for n in dims.split(",") if n]))
+        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", type_)
+    ]
+
+
+def group_size(rest: str, num_devices: int) -> int:
+    """Devices that a collective connects; ``replica_groups`` has three spellings."""
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):
+        return int(match[1])
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
+        axes = {k: int(v) for k, v in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        return int(np.prod([axes[name] for name in re.findall(r"'(\w+)'", match[2])]))
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return match[1].count(",") + 1
+    return num_devices
+
+
+def convolution_flops(i: Instruction, types: dict[str, str]) -> int:
+    """FLOPs of a convolution, which is how XLA for TPUs writes matrix products, or of a dot.
+
+    Batch axes of a product appear as spatial axes with dilation: only positions of the window that meet an input count.
+    """
+    operands = [_dims(types.get(name, "")) for name in re.findall(r"%([\w.\-]+)", _arguments(i.rest))]
+    out = _dims(i.type)
+    if i.op == "dot":
+        match = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)
+        contracted = [operands[0][int(n)] for n in match[1].split(",") if n] if match else []
+        return 2 * int(np.prod(out + contracted))
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest)
+    if not labels or len(operands) < 2:
+        return 0
+    lhs_labels, rhs_labels, out_labels = labels.groups()
+    window = dict(re.findall(r"(\w+)=(\S+)", (re.search(r"window=\{([^}]*)\}", i.rest) or ["", ""])[1]))
+    rank = len(out_labels) - 2
+
+    def attribute(key: str, default: str) -> list[str]:
+        return window[key].split("x") if key in window else [default] * rank
+
+    positions = 1
+    for k in range(rank):
+        size, stride = int(attribute("size", "1")[k]), int(attribute("stride", "1")[k])
+        low = int(attribute("pad", "0_0")[k].split("_")[0])
+        lhs_dilate, rhs_dilate = int(attribute("lhs_dilate", "1")[k]), int(attribute("rhs_dilate", "1")[k])
+        n_in = operands[0][lhs_labels.index(str(k))]
+        n_out = out[out_labels.index(str(k))]
+        at = np.arange(n_out)[:, None] * stride - low + np.arange(size) * rhs_dilate
+        positions *= int(((at >= 0) & (at % lhs_dilate == 0) & (at < n_in * lhs_dilate)).sum())
+    features = out[out_labels.index("b")] * out[out_labels.index("f")] * operands[1][rhs_labels.index("i")]
+    groups = re.search(r"batch_group_count=(\d+)", i.rest)
+    return 2 * features * positions // (int(groups[1]) if groups else 1)
+
+
+def _split_type(text: str) -> tuple[str, str]:
+    """``(a, b) op(...)`` -> ``(a, b)``, ``op(...)``."""
+    if not text.startswith("("):
+        type_, _, rest = text.partition(" ")
+        return type_, rest
+    depth = 0
+    for n, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if not depth:
+            return text[: n + 1], text[n + 2 :]
+    return text, ""
+
+
+def _arguments(rest: str) -> str:
+    """What is between the parentheses of ``op(...)``."""
+    start, depth = rest.find("(") + 1, 1
+    for n in range(start, len(rest)):
+        depth += (rest[n] == "(") - (rest[n] == ")")
+        if not depth:
+            return rest[start:n]
+    return rest[start:]
+
+
+def _dims(type_: str) -> list[int]:
+    match = re.search(r"\w+\[([\d,]*)\]", type_)
+    return [int(n) for n in match[1].split(",") if n] if match else []
