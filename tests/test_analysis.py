@@ -72,7 +72,7 @@ def test_token_map_takes_the_class_row_or_the_mean_of_all():
     got = attention.token_map(r[:, 1:, 1:], (2, 3))
     np.testing.assert_allclose(got, r[:, 1:, 1:].mean(1).reshape(2, 2, 3), rtol=1e-6)
     with pytest.raises(
-        UserError, match="attention over 7 tokens does not fit .* 2 x 2"
+        UserError, match=r"attention over 7 tokens does not fit .* 2 x 2"
     ):
         attention.token_map(r, (2, 2))
     with pytest.raises(UserError, match="at least one layer"):

@@ -27,6 +27,9 @@ ARGUMENTS = {
     "augreg_i1k": list(recipes.AUGREG_DEFAULT["imagenet"]),
     "augreg_i21k": list(recipes.AUGREG_DEFAULT["imagenet21k"]),
     "masked_patch": ["imagenet", "jft"],
+    "small_pretrain": ["supervised", "masked"],
+    "small_finetune": ["mnist", "cifar10"],
+    "small_augreg": ["augreg", "none"],
     "vit_g14": list(recipes.SCALING),
 }
 

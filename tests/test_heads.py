@@ -60,15 +60,24 @@ SHAPES = {
 
 @pytest.mark.parametrize("pre_logits", [False, True])
 @pytest.mark.parametrize("head", SHAPES)
-def test_new_heads_return_their_bias(head, pre_logits, images):
+def test_shapes_and_initial_values(head, pre_logits, images):
     pre_logits = pre_logits and head != "masked_patch"
     model = create(head=head, num_classes=7, head_bias=-10.0, pre_logits=pre_logits)
-    variables = jax.jit(model.init)(jax.random.key(0), images)
-    logits, out = model.apply(variables, images, method="forward")
+    init = lambda: model.init_with_output(jax.random.key(0), images, method="forward")
+    (logits, out), variables = jax.eval_shape(init)
     assert out["pre_logits"].shape == SHAPES[head]
-    assert logits.dtype == jnp.float32
-    np.testing.assert_array_equal(logits, np.full((*SHAPES[head][:-1], 7), -10.0))
+    assert logits.shape == (*SHAPES[head][:-1], 7)
+    assert logits.dtype == "float32"
     assert ("pre_logits" in variables["params"]) == pre_logits
+    start = jax.jit(lambda: init()[1]["params"]["head"])()  # compiles nothing else
+    assert not np.any(start["kernel"])
+    assert np.all(start["bias"] == -10)
+
+
+def test_a_new_model_returns_the_bias_of_its_head(images):
+    model = create(num_classes=7, head_bias=-6.9)
+    logits, _ = jax.jit(model.init_with_output)(jax.random.key(0), images)
+    np.testing.assert_array_equal(logits, np.full((2, 7), -6.9, np.float32))
 
 
 @pytest.mark.parametrize("head", ["token", "gap", "none", "masked_patch"])

@@ -17,7 +17,7 @@ from vit_jax.config import ModelConfig
 from vit_jax.errors import UserError
 from vit_jax.models import variants
 from vit_jax.models.attention import MlpBlock, MultiHeadAttention
-from vit_jax.models.vit import EncoderBlock
+from vit_jax.models.vit import EncoderBlock, stochastic_depth
 
 TINY = ModelConfig(
     name="", width=24, depth=2, mlp_dim=40, heads=3, patch=8, num_classes=5
@@ -609,6 +609,25 @@ def test_remat_gives_the_same_gradients(remat, layers, gradient):
     assert "remat" not in plain[layers][1]
 
 
+@pytest.mark.parametrize("layers", ["loop", "scan"])
+def test_on_block_params_changes_what_blocks_read(layers):
+    """Whatever else happens to the blocks; the names of parameters stay."""
+    cfg = tiny(layers=layers, remat="full").cfg
+    params = init(models.create(cfg))
+    twice = lambda tree: jax.tree.map(lambda x: 2 * x, tree)
+    doubled = {
+        k: twice(v) if k.startswith("encoderblock") else v
+        for k, v in params["Transformer"].items()
+    }
+    looking = {"mutable": ["intermediates"]}
+    expected, seen = run(
+        models.create(cfg), params | {"Transformer": doubled}, images_of(), **looking
+    )
+    logits, again = run(models.create(cfg, twice), params, images_of(), **looking)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    assert jax.tree.structure(seen) == jax.tree.structure(again)
+
+
 def test_looking_inside_does_not_change_the_logits(basic):
     model, params, logits = basic
     looking, seen = run(model, params, images_of(), mutable=["intermediates"])
@@ -692,10 +711,8 @@ def test_stochastic_depth_grows_with_depth(layers):
 
 
 def test_stochastic_depth_keeps_the_expectation():
-    block = EncoderBlock(tiny(stochastic_depth=0.5).cfg, (16, 16), train=True)
-    drop = lambda self, y: self._drop(y, jnp.float32(0.25))
-    y, rngs = jnp.ones((4_000, 2, 3)), {"dropout": jax.random.key(0)}
-    out = np.asarray(block.apply({}, y, method=drop, rngs=rngs))
+    y = jnp.ones((4_000, 2, 3))
+    out = np.asarray(stochastic_depth(y, jnp.float32(0.25), jax.random.key(0)))
     np.testing.assert_allclose(np.unique(out), [0, 4 / 3], rtol=1e-6)
     assert np.ptp(out, axis=(1, 2)).max() == 0  # whole images
     assert np.mean(out) == pytest.approx(1, abs=0.03)

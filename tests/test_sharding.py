@@ -25,6 +25,7 @@ VARIANTS = {
     "zero": {"sharding": "zero"},
     "fsdp": {"sharding": "fsdp"},
     "zero on 4 x 2": {"sharding": "zero", "mesh": (4, 2)},
+    "fsdp on 4 x 2": {"sharding": "fsdp", "mesh": (4, 2)},
     "fsdp on 2 slices of 4": {"sharding": "fsdp", "mesh": (2, 2, 2)},
     "tensor on 2": {"sharding": "tensor", "mesh": (4, 2)},
 }
@@ -73,7 +74,7 @@ def test_every_strategy_trains_the_same(runs, name):
     assert jax.tree.map(lambda x: x.sharding, state) == program.state_sharding
 
 
-@pytest.mark.parametrize("name", ["zero", "fsdp", "zero on 4 x 2"])
+@pytest.mark.parametrize("name", ["zero", "fsdp", "fsdp on 4 x 2"])
 def test_each_device_keeps_an_eighth_of_the_state(runs, name):
     state = runs(name)[1]
     vectors = sum(x.nbytes for x in jax.tree.leaves(state) if sum(n > 1 for n in x.shape[1:]) < 1)
@@ -82,8 +83,9 @@ def test_each_device_keeps_an_eighth_of_the_state(runs, name):
     assert share_per_device(state) < 0.2
 
 
-def test_replicated_state_is_whole(runs):
+def test_state_is_whole_along_the_other_axes(runs):
     assert share_per_device(runs("replicate")[1]) == 1.0
+    assert 1 / 2 < share_per_device(runs("zero on 4 x 2")[1]) < 0.6
 
 
 def test_tensor_divides_heads_and_mlp(runs):

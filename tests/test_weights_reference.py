@@ -66,7 +66,9 @@ def test_transformers_computes_the_same(reference, tmp_path, gelu):
     weights.save(tmp_path / "hf", model.cfg, params)
     images = np.random.default_rng(1).uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
     theirs = reference("hf", tmp_path / "hf", images, tmp_path)
-    np.testing.assert_allclose(model.apply({"params": params}, images), theirs, atol=1e-5)
+    np.testing.assert_allclose(
+        model.apply({"params": params}, images), theirs, atol=1e-5
+    )
 
 
 TIMM = {
@@ -83,7 +85,9 @@ TIMM = {
 def test_timm_computes_the_same(reference, tmp_path, case):
     architecture, fields, arguments = TIMM[case]
     size = 64 if fields.get("resnet_width") or fields.get("resnet") else 32
-    model, params = random_model(**{**SIZES, "image_size": size, "gelu": "exact", **fields})
+    model, params = random_model(
+        **{**SIZES, "image_size": size, "gelu": "exact", **fields}
+    )
     c = model.cfg
     arguments = {
         "img_size": size,

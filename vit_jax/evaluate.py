@@ -90,7 +90,8 @@ def _context(source: str, cfg: Config, out: str) -> evaluators.Context:
     @jax.jit
     def forward(params: Any, images: jax.Array) -> dict[str, jax.Array]:
         x = _normalize(images, about.transforms)
-        logits, features = model.apply({"params": params}, x, method="forward")
+        outputs: Any = model.apply({"params": params}, x, method="forward")
+        logits, features = outputs
         return {"logits": logits, "pre_logits": features["pre_logits"]}
 
     def batches(data_cfg: DataConfig, split: str) -> Iterator[Batch]:

@@ -36,13 +36,13 @@ class Chip(NamedTuple):
     ici: float  # bytes per second to the other chips of a slice, one direction, over all links
     clock: float  # Hz; the one at which the compiler's FLOPs per cycle make the peak
     shapes: tuple[str, ...]
-    options: dict[str, Any] = {}
+    cores_as_one: bool = False  # two cores per chip, which the compiler is told to treat as one device
 
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
 CHIPS = {
-    "v4": Chip(30.75, 275e12, 1228e9, 300e9, 1.05e9, _CUBE, {"chip_config_name": "megacore"}),
+    "v4": Chip(30.75, 275e12, 1228e9, 300e9, 1.05e9, _CUBE, cores_as_one=True),
     "v5e": Chip(15.75, 197e12, 819e9, 200e9, 1.5e9, _FLAT),
     "v5p": Chip(95.74, 459e12, 2765e9, 600e9, 1.75e9, _CUBE),
     "v6e": Chip(31.25, 918e12, 1640e9, 400e9, 1.75e9, _FLAT),
@@ -75,7 +75,7 @@ def topology(name: str, slices: int = 1) -> Topology:
         raise UserError(f"--slices={slices}: it must be at least 1")
     _require_compiler()
     chip = CHIPS[name.split(":")[0]]
-    options = dict(chip.options)
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if chip.cores_as_one else {}
     if name.endswith(":1x1"):
         options["chips_per_host_bounds"] = (1, 1, 1)
     if slices > 1:
@@ -265,7 +265,7 @@ def advice(cfg: Config, target: Topology, result: dict[str, Any]) -> list[str]:
                     f"--config.accumulate={n}: about {activations * cfg.accumulate / n:.1f} GiB of activations"
                 )
                 break
-    kind, shape = target.name.split(":")
+    kind = target.name.split(":")[0]
     larger = [
         s for s in CHIPS[kind].shapes if math.prod(map(int, s.split("x"))) >= 2 * chips and cfg.batch % _count(s) == 0
     ]

@@ -2,7 +2,10 @@
 """What a person sees of a run, and the files that hold its numbers."""
 
 import contextlib
+import io
 import json
+import os
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -75,26 +78,29 @@ class MetricsWriter:
             return
         self._path = epath.Path(workdir) / METRICS
         kept = [m for m in read_metrics(workdir) if m["step"] <= start]
-        self._lines = [json.dumps(m) for m in kept]
-        self._local = "://" not in str(workdir)
-        self._rewrite()
-        self._events = _event_writer(str(workdir))
+        lines = "".join(json.dumps(m) + "\n" for m in kept)
+        write_whole(self._path, lines)
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        self._events = self._path.parent / name
+        self._encode = _event_encoder()
+        # Object stores cannot append: there, files are written anew.
+        self._written = {} if _is_local(workdir) else {self._path: lines.encode()}
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         if not self._active:
             return
         line = json.dumps({"step": step, **{k: _number(v) for k, v in metrics.items()}})
-        self._lines.append(line)
-        if self._local:
-            with self._path.open("a") as f:
-                f.write(line + "\n")
-        else:  # object stores cannot append
-            self._rewrite()
-        if self._events:
-            self._events(step, metrics)
+        self._append(self._path, f"{line}\n".encode())
+        if self._encode:
+            self._append(self._events, self._encode(step, metrics))
 
-    def _rewrite(self) -> None:
-        write_whole(self._path, "".join(line + "\n" for line in self._lines))
+    def _append(self, path: epath.Path, more: bytes) -> None:
+        if _is_local(path):
+            with path.open("ab") as f:
+                f.write(more)
+        else:
+            self._written[path] = self._written.get(path, b"") + more
+            path.write_bytes(self._written[path])
 
 
 def write_whole(path: epath.Path, text: str) -> None:
@@ -114,24 +120,33 @@ def read_metrics(workdir: str) -> list[dict[str, float]]:
     return found
 
 
-def _event_writer(workdir: str):
-    """``write(step, metrics)`` into a TensorBoard file; None where tensorboard is not installed."""
+def _event_encoder():
+    """``encode(step, metrics)`` -> bytes of a TensorBoard file; None where tensorboard is not installed.
+
+    Only its record format is used: its writer takes seconds to import tensorflow.
+    """
     try:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.summary.writer.record_writer import RecordWriter
     except ImportError:
         return None
-    writer = EventFileWriter(workdir)
+    header = [Event(wall_time=time.time(), file_version="brain.Event:2")]
 
-    def write(step: int, metrics: Mapping[str, float]) -> None:
+    def encode(step: int, metrics: Mapping[str, float]) -> bytes:
         values = [Summary.Value(tag=k, simple_value=v) for k, v in metrics.items()]
-        writer.add_event(
-            Event(wall_time=time.time(), step=step, summary=Summary(value=values))
-        )
-        writer.flush()
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+        records = io.BytesIO()
+        for e in [*header, event]:
+            RecordWriter(records).write(e.SerializeToString())
+        header.clear()
+        return records.getvalue()
 
-    return write
+    return encode
+
+
+def _is_local(path: object) -> bool:
+    return "://" not in str(path)
 
 
 def _number(value: float) -> float:

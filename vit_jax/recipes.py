@@ -17,6 +17,7 @@ from vit_jax.config import (
     OptimConfig,
     SweepConfig,
     choose,
+    replace,
 )
 from vit_jax.errors import UserError
 
@@ -512,7 +513,53 @@ def shape(**model: int) -> Config:
     Any of ``depth``, ``width``, ``mlp_dim``, ``patch`` may be varied. The number of
     heads, 16, and the schedule, that of B/32, are our choice.
     """
-    base = pretrain("ViT-B/32", "jft")
     sizes = {"depth": 8, "width": 1024, "mlp_dim": 2048, "heads": 16, "patch": 32}
-    fields = {**vars(base.model), "name": "", **sizes, **model}
-    return Config(**{**vars(base), "model": ModelConfig(**fields)})
+    fields = {f"model__{k}": v for k, v in {"name": "", **sizes, **model}.items()}
+    return replace(pretrain("ViT-B/32", "jft"), **fields)
+
+
+# Small runs: the same recipes for two CPU cores and class folders ---------------------
+
+
+def small(**changes: Any) -> Config:
+    """A ViT of 0.5M parameters on 32-pixel images in class folders, minutes per run.
+
+    What the ``configs/small_*.py`` have in common; they say what each run showed.
+    """
+    cfg = Config(
+        model=ModelConfig(name="", width=96, depth=6, mlp_dim=192, heads=4, patch=4),
+        data=DataConfig(
+            source="folder",
+            image_size=32,
+            train_transforms=(
+                {"op": "inception_crop", "area": (0.3, 1.0)},
+                {"op": "flip"},
+            ),
+        ),
+        optim=OptimConfig(learning_rate=1e-3, warmup=100, weight_decay=0.1, clip=1.0),
+        eval=EvalConfig(every=0),
+        checkpoint=CheckpointConfig(every=500),
+        steps=2_000,
+        batch=128,
+    )
+    return replace(cfg, **changes)
+
+
+def small_augreg(preset: str) -> Config:
+    """``small`` on 2,500 images for 80 epochs, with or without RandAugment and mixup.
+
+    RandAugment moves images by up to 10 pixels per unit of magnitude: it is applied at 96
+    pixels, at magnitude 3, so that what is seen at 32 pixels stays recognisable.
+    """
+    augment = {"op": "randaugment", "n": 2, "m": 3}
+    crop = {"op": "inception_crop", "area": (0.3, 1.0), "size": 96}
+    ops = {
+        "none": (crop, {"op": "flip"}, {"op": "resize"}),
+        "augreg": (crop, {"op": "flip"}, augment, {"op": "resize"}),
+    }
+    return small(
+        data__train_transforms=choose("small AugReg preset", preset, ops),
+        data__subset=2_500.0,
+        mixup=0.2 if preset == "augreg" else 0.0,
+        steps=1_600,
+    )

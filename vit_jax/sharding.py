@@ -9,11 +9,12 @@
     (s, n, m) slice, row, column
 
 and, for ``config.sharding=tensor``, one more at the end for heads and MLP units. The batch is divided over every axis
-but ``tensor``. The state of training is divided over all axes but ``slice``, which is for the slow network between
-TPU slices. Two axes instead of one matter on TPUs: over a flat axis of 64 or more chips XLA turns the reduce-scatter of
-gradients into an all-reduce (seen in what it compiles), over one axis of the torus at a time it does not.
+but ``tensor``; the axes that divide the state depend on the strategy. ``slice`` is for the slow network between TPU
+slices. Two axes instead of one matter on TPUs: over a flat axis of 64 or more chips XLA turns the reduce-scatter of
+gradients into an all-reduce (seen in what it compiles), over one axis of the torus it does not.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -34,29 +35,46 @@ Params = Any
 class Strategy(NamedTuple):
     """How parameters are kept between steps, and when they are put together."""
 
-    divided: bool  # parameters, optimizer state and average are kept in parts
+    divided: tuple[str, ...]  # mesh axes that divide parameters, optimizer state and average
     gather: str  # "step": all parameters at once; "layer": those of a block where it runs
     tensor: bool = False  # heads and MLP units are divided among devices that see the same images
 
 
 SHARDINGS = {
-    "replicate": Strategy(divided=False, gather="step"),
-    "zero": Strategy(divided=True, gather="step"),
-    "fsdp": Strategy(divided=True, gather="layer"),
-    "tensor": Strategy(divided=True, gather="layer", tensor=True),
+    # Everything everywhere.
+    "replicate": Strategy(divided=(), gather="step"),
+    # Little more traffic than replicate. On two axes each row keeps one copy, and gradients are reduce-scattered.
+    "zero": Strategy(divided=("data", "column"), gather="step"),
+    # The least memory: weights travel twice, for the forward and for the backward pass.
+    "fsdp": Strategy(divided=("data", "column", "row"), gather="layer"),
+    # For models of which one block is too large for a chip, or batches smaller than the number of chips.
+    "tensor": Strategy(divided=("data", "column", "row"), gather="layer", tensor=True),
 }
 
-# Which axis of a parameter, from the end, the tensor axis divides.
-TENSOR = (
-    (r".*(query|key|value)/(kernel|bias)", -2),  # heads of (D, heads, D_h) and (heads, D_h)
-    (r".*out/kernel", -3),  # heads of (heads, D_h, D)
-    (r".*Dense_0/(kernel|bias)", -1),  # MLP units of (D, M) and (M,)
-    (r".*Dense_1/kernel", -2),  # MLP units of (M, D)
+
+class Rule(NamedTuple):
+    """Axes of a parameter, counted from the end."""
+
+    pattern: str
+    tensor: int  # the one that the tensor axis divides
+    state: tuple[int, ...]  # those that the state is divided along, if they divide; else the largest that does
+
+
+# Dividing along the first axis lets XLA gather a stack of layers in the layout that the loop reads; along the second
+# it copies what it gathered. The loop reads query, key and value with D last, so for them heads count as the first.
+RULES = (
+    Rule(r".*(query|key|value)/kernel", -2, (-2, -3)),  # (D, heads, D_h)
+    Rule(r".*(query|key|value)/bias", -2, ()),  # (heads, D_h)
+    Rule(r".*out/kernel", -3, (-3, -1)),  # (heads, D_h, D)
+    Rule(r".*Dense_0/kernel", -1, (-2, -1)),  # (D, M)
+    Rule(r".*Dense_0/bias", -1, ()),  # (M,)
+    Rule(r".*Dense_1/kernel", -2, (-2, -1)),  # (M, D)
 )
 # What dense layers cast to the dtype of the computation: cast before the gather, half the bytes travel.
 CAST = r".*(query|key|value|out|Dense_[01])/kernel"
-BLOCK = r".*encoderblock(_\d+)?/.*"  # parameters of a block; without a number they are stacked along the first axis
-STACKED = r".*encoderblock/.*"
+FLAT = 32  # up to this many chips XLA reduce-scatters over a flat axis
+BLOCK = r".*encoderblock(_\d+)?/.*"  # parameters of a block
+STACKED = r".*encoderblock/.*"  # of all blocks, along the first axis
 
 
 def create_mesh(cfg: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -75,13 +93,13 @@ def create_mesh(cfg: Config, devices: Sequence[jax.Device] | None = None) -> Mes
     if len(axes) != len(shape):
         few, many = 1 + strategy.tensor, 3 + strategy.tensor
         raise UserError(f"config.mesh={shape}: config.sharding={cfg.sharding} takes {few} to {many} numbers")
-    if min(shape) < 1 or int(np.prod(shape)) != len(devices):
+    if min(shape) < 1 or math.prod(shape) != len(devices):
         raise UserError(
-            f"config.mesh={shape} is for {int(np.prod(shape))} devices, but there are {len(devices)}: "
+            f"config.mesh={shape} is for {math.prod(shape)} devices, but there are {len(devices)}: "
             "the numbers must multiply to that"
         )
     mesh = Mesh(np.asarray(devices).reshape(shape), axes, axis_types=(AxisType.Auto,) * len(axes))
-    parts = int(np.prod([mesh.shape[a] for a in _batch_axes(mesh)]))
+    parts = math.prod(mesh.shape[a] for a in _batch_axes(mesh))
     if cfg.batch % (parts * cfg.accumulate):
         raise UserError(
             f"config.batch={cfg.batch} does not divide over {parts} devices x {cfg.accumulate} micro-batches "
@@ -110,38 +128,41 @@ def state_sharding(cfg: Config, mesh: Mesh, state_shape: Any) -> Any:
     return _map(lambda path, x: NamedSharding(mesh, stored(strategy, mesh, path, x.shape)), state_shape)
 
 
-def stored(strategy: Strategy, mesh: Mesh, path: str, shape: tuple[int, ...]) -> P:
-    """How an array is kept between steps. Vectors are whole: they are small and would cost one message each."""
-    spec = list(used(strategy, mesh, path, shape))
-    spec += [None] * (len(shape) - len(spec))
+def stored(
+    strategy: Strategy, mesh: Mesh, path: str, shape: tuple[int, ...], axes: int | None = None
+) -> P:
+    """How an array is kept between steps, or divided over the first ``axes`` of the strategy only.
+
+    Vectors are whole: they are small and would cost one message each.
+    """
+    spec = used(strategy, mesh, path, shape)
+    parts = [(a,) if a else () for a in (*spec, *[None] * (len(shape) - len(spec)))]
     first = 1 if re.fullmatch(STACKED, path) else 0
-    if not strategy.divided or sum(n > 1 for n in shape[first:]) < 2:
-        return P(*spec)
-    parts = [(a,) if a else () for a in spec]
-    for axis in ("data", "column", "row"):
-        if axis not in mesh.shape:
-            continue
-        left = [n // int(np.prod([mesh.shape[a] for a in p])) for n, p in zip(shape, parts, strict=True)]
-        fits = [i for i in range(first, len(shape)) if left[i] % mesh.shape[axis] == 0]
+    if sum(n > 1 for n in shape[first:]) < 2:
+        return P(*(p or None for p in parts))
+    rule = next((r for r in RULES if re.fullmatch(r.pattern, path)), None)
+    preferred = [len(shape) + i for i in rule.state if len(shape) >= -i] if rule else []
+    for axis in [a for a in strategy.divided if a in mesh.shape][:axes]:
+        left = [n // math.prod(mesh.shape[a] for a in p) for n, p in zip(shape, parts, strict=True)]
+        largest = sorted(range(first, len(shape)), key=lambda i: -left[i])
+        fits = [i for i in (*preferred, *largest) if left[i] % mesh.shape[axis] == 0]
         if fits:
-            parts[max(fits, key=lambda i: left[i])] += (axis,)
+            parts[fits[0]] += (axis,)
     return P(*(p or None for p in parts))
 
 
 def used(strategy: Strategy, mesh: Mesh, path: str, shape: tuple[int, ...]) -> P:
     """How a parameter lies where it is multiplied with: whole but for the tensor axis."""
-    if not strategy.tensor:
+    rule = next((r for r in RULES if re.fullmatch(r.pattern, path)), None)
+    # Factored moments have the path of a parameter but fewer axes.
+    if not strategy.tensor or not rule or len(shape) < -rule.tensor:
         return P()
-    for pattern, axis in TENSOR:
-        # Factored moments have the path of a parameter but fewer axes.
-        if re.fullmatch(pattern, path) and len(shape) >= -axis:
-            if shape[axis] % mesh.shape["tensor"]:
-                raise UserError(
-                    f"config.mesh: the last number, {mesh.shape['tensor']}, must divide the {shape[axis]} heads or MLP "
-                    f"units of {path}"
-                )
-            return P(*("tensor" if i == len(shape) + axis else None for i in range(len(shape))))
-    return P()
+    if shape[rule.tensor] % mesh.shape["tensor"]:
+        raise UserError(
+            f"config.mesh: the last number, {mesh.shape['tensor']}, must divide the {shape[rule.tensor]} heads or MLP "
+            f"units of {path}"
+        )
+    return P(*("tensor" if i == len(shape) + rule.tensor else None for i in range(len(shape))))
 
 
 def gather(cfg: Config, mesh: Mesh, params: Params) -> Params:
@@ -170,8 +191,7 @@ def gather_block(cfg: Config, mesh: Mesh) -> Callable[[Params], Params]:
     def place(path, x):
         if strategy.gather == "layer":
             return _gather(cfg, strategy, mesh, path, x)
-        sharding = NamedSharding(mesh, stored(strategy, mesh, path, x.shape))
-        return _constrain(x, x.dtype, replicated(mesh), sharding)
+        return _constrain(x, x.dtype, replicated(mesh), _stages(strategy, mesh, path, x))
 
     return partial(_map, place)
 
@@ -179,11 +199,17 @@ def gather_block(cfg: Config, mesh: Mesh) -> Callable[[Params], Params]:
 def _gather(cfg: Config, strategy: Strategy, mesh: Mesh, path: str, x: jax.Array) -> jax.Array:
     dtype = jnp.dtype(cfg.model.dtype) if re.fullmatch(CAST, path) else x.dtype
     whole = NamedSharding(mesh, used(strategy, mesh, path, x.shape))
-    return _constrain(x, dtype, whole, NamedSharding(mesh, stored(strategy, mesh, path, x.shape)))
+    return _constrain(x, dtype, whole, _stages(strategy, mesh, path, x))
 
 
-def _constrain(x: jax.Array, dtype: Any, value: NamedSharding, gradient: NamedSharding) -> jax.Array:
-    """``x`` in ``dtype`` placed like ``value``, its gradient like ``gradient``.
+def _stages(strategy: Strategy, mesh: Mesh, path: str, x: jax.Array) -> list[NamedSharding]:
+    """Divided over one mesh axis after the other, so that each is a reduce-scatter along one axis of the torus."""
+    n = sum(a in mesh.shape for a in strategy.divided)
+    return [NamedSharding(mesh, stored(strategy, mesh, path, x.shape, axes)) for axes in range(min(n, 1), n + 1)]
+
+
+def _constrain(x: jax.Array, dtype: Any, value: NamedSharding, gradient: Sequence[NamedSharding]) -> jax.Array:
+    """``x`` in ``dtype`` placed like ``value``, its gradient like each of ``gradient`` in turn.
 
     A plain with_sharding_constraint would give the gradient the sharding of the value.
     """
@@ -193,7 +219,9 @@ def _constrain(x: jax.Array, dtype: Any, value: NamedSharding, gradient: NamedSh
         return jax.lax.with_sharding_constraint(x.astype(dtype), value)
 
     def backward(_, g):
-        return (jax.lax.with_sharding_constraint(g, gradient).astype(x.dtype),)
+        for sharding in gradient:
+            g = jax.lax.with_sharding_constraint(g, sharding)
+        return (g.astype(x.dtype),)
 
     place.defvjp(lambda x: (place(x), None), backward)
     return place(x)
@@ -222,9 +250,9 @@ def _default_shape(cfg: Config, devices: Sequence[jax.Device]) -> tuple[int, ...
             f"config.sharding=tensor needs config.mesh, for example --config.mesh='({max(n // 2, 1)}, {min(n, 2)})': "
             "devices for the batch, devices for heads and MLP units"
         )
-    slices = len({getattr(d, "slice_index", 0) or 0 for d in devices})
-    if cfg.sharding == "replicate" or not hasattr(devices[0], "coords"):
-        return (n,)
-    rows = len({_position(d)[1] for d in devices})
+    slices = len({_position(d)[0] for d in devices})
+    rows = len({_position(d)[1] for d in devices}) if hasattr(devices[0], "coords") else 1
     grid = (rows, n // slices // rows)
-    return (slices, *grid) if slices > 1 else grid if min(grid) > 1 else (n,)
+    if cfg.sharding != "replicate" and slices > 1:
+        return (slices, *grid)
+    return grid if cfg.sharding != "replicate" and rows > 1 and n > FLAT else (n,)

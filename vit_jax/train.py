@@ -50,7 +50,7 @@ def train_step(
     if cfg.mixup:
         batch = objectives.mixup_batch(cfg, jax.random.fold_in(key, 0), batch)
     loss, metrics, grads = _gradient(cfg, loss_fn, state.params, batch, key)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = optax.incremental_update(params, state.ema, 1 - cfg.optim.polyak) if cfg.optim.polyak else state.ema

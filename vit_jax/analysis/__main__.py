@@ -130,7 +130,7 @@ class Analysis:
         @jax.jit
         def forward(params: Any, x: jax.Array) -> jax.Array:
             x = attention.normalized(x)
-            logits = self.model.apply({"params": params}, x)
+            logits: Any = self.model.apply({"params": params}, x)
             return jax.nn.sigmoid(logits) if multilabel else jax.nn.softmax(logits)
 
         return lambda x: np.asarray(

@@ -82,7 +82,7 @@ def mean_distance(
 
 def patch_distances(grid: tuple[int, int], patch: int) -> np.ndarray:
     """Euclidean distance in pixels between patch centres, (N, N)."""
-    at = np.stack(np.indices(grid), -1).reshape(-1, 2).astype(np.float64)
+    at = np.indices(grid).reshape(2, -1).T.astype(np.float64)
     squares = np.square(at[:, None] - at[None]).sum(-1)
     return (patch * np.sqrt(squares)).astype(np.float32)
 

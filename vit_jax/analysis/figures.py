@@ -13,13 +13,14 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from vit_jax.analysis import embeddings
 from vit_jax.config import choose
 
 DPI = 300  # print quality
 WIDTH = 7.0  # inches, a text column
-_STYLE = {
+_STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.spines.top": False,
@@ -101,7 +102,7 @@ def distance(distance: np.ndarray, uniform: float, images: int) -> Figure:
         float(uniform), color=_GREY, lw=0.8, ls="--", label="uniform attention"
     )
     axis.set_ylim(0, max(float(uniform), float(distance.max())) * 1.12)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("network depth (layer)")
     axis.set_ylabel("mean attention distance (pixels)")
     axis.set_title(f"average over {int(images)} images")
@@ -148,7 +149,8 @@ def heads(image: np.ndarray, maps: np.ndarray) -> Figure:
     layers, count = maps.shape[:2]
     cell = min(0.6, WIDTH / (count + 1))
     figure = Figure((cell * count + 1.6, cell * layers + 0.5), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1.4, cell * count + 0.2])
+    parts: Any = figure.subfigures(1, 2, width_ratios=[1.4, cell * count + 0.2])
+    left, right = parts
     _picture(_blank(left.subplots()), image)
     axes = right.subplots(layers, count, squeeze=False)
     for layer in range(layers):

@@ -46,7 +46,7 @@ def example_function(
 
     if training:
         return make
-    specs = tf.data.Dataset.from_tensors(_dummy()).map(make).element_spec
+    specs = tf.data.Dataset.from_tensors(_dummy()).map(_plain(make)).element_spec
 
     def make_or_leave_empty(fed: dict[str, Any]) -> dict[str, Any]:
         return tf.cond(
@@ -75,9 +75,9 @@ def batches(
             for (k, spec), v in zip(_SPECS.items(), values, strict=True)
         }
 
-    dataset = tf.data.Dataset.range(steps.start, steps.stop).map(fetch)
+    dataset = tf.data.Dataset.range(steps.start, steps.stop).map(_plain(fetch))
     dataset = dataset.prefetch(1).unbatch()
-    dataset = dataset.map(example, num_parallel_calls=tf.data.AUTOTUNE)
+    dataset = dataset.map(_plain(example), num_parallel_calls=tf.data.AUTOTUNE)
     dataset = dataset.batch(batch, drop_remainder=True).prefetch(_PREFETCH)
     yield from dataset.with_options(_options()).as_numpy_iterator()
 
@@ -87,9 +87,8 @@ def readable(fed: Fed, example: Example) -> dict[int, dict[str, np.ndarray]]:
     dataset = tf.data.Dataset.from_tensor_slices(
         {k: _tensor(k, v) for k, v in fed.items()}
     ).enumerate()
-    dataset = dataset.map(
-        lambda i, one: (i, example(one)), num_parallel_calls=tf.data.AUTOTUNE
-    )
+    numbered = _plain(lambda i, one: (i, example(one)))
+    dataset = dataset.map(numbered, num_parallel_calls=tf.data.AUTOTUNE)
     dataset = dataset.ignore_errors().with_options(_options())
     return {int(i): made for i, made in dataset.as_numpy_iterator()}
 
@@ -139,10 +138,10 @@ def decode_all(split: Split, dataset: Dataset) -> tuple[Split, dict[int, str]]:
     for start in range(0, size, _CHUNK):
         index = np.arange(start, min(start + _CHUNK, size))
         data = split.fetch(split.index(index))
-        dataset = tf.data.Dataset.from_tensor_slices((index, _tensor("data", data)))
-        dataset = dataset.map(make, num_parallel_calls=tf.data.AUTOTUNE)
-        dataset = dataset.ignore_errors().ragged_batch(_CHUNK)
-        for made in dataset.with_options(_options()):
+        images = tf.data.Dataset.from_tensor_slices((index, _tensor("data", data)))
+        images = images.map(_plain(make), num_parallel_calls=tf.data.AUTOTUNE)
+        images = images.ignore_errors().ragged_batch(_CHUNK)
+        for made in images.with_options(_options()):
             i = made["i"].numpy()
             found.append(i)
             shapes[i] = made["shape"].numpy().reshape(-1, 3)
@@ -245,6 +244,11 @@ def _first_line(error: Exception) -> str:
     text = str(getattr(error, "message", error)).strip().splitlines()[0]
     text = text.split("}} ", 1)[-1]  # "{{function_node ...}} what happened"
     return text.split(" [Op:")[0][:200]
+
+
+# Our functions say tf.cond themselves: rewriting their Python would only cost time and
+# bury a UserError raised in them under a trace of generated code.
+_plain = tf.autograph.experimental.do_not_convert
 
 
 def _options() -> Any:

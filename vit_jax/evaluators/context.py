@@ -95,6 +95,7 @@ class Context:
         """The devices that hold the parameters."""
         sharding = jax.tree.leaves(self.params)[0].sharding
         if isinstance(sharding, NamedSharding):
+            assert isinstance(sharding.mesh, Mesh)
             return sharding.mesh
         devices = np.array(sorted(sharding.device_set, key=lambda d: d.id))
         return Mesh(devices, ("data",), axis_types=(AxisType.Auto,))

@@ -111,8 +111,12 @@ def bank(context: Context, x: np.ndarray, y: np.ndarray, rows: int = 4096) -> Ba
 
 def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each feature, without a second array of the size of ``x``."""
-    mean = sum(p.sum(0, dtype=np.float64) for p in _pieces(x)) / len(x)
-    squares = sum(np.square(p - mean[None]).sum(0) for p in _pieces(x))
+    mean = np.zeros(x.shape[1])
+    squares = np.zeros(x.shape[1])
+    for piece in _pieces(x):
+        mean += piece.sum(0, dtype=np.float64) / len(x)
+    for piece in _pieces(x):
+        squares += np.square(piece - mean[None]).sum(0)
     return mean.astype(np.float32), np.sqrt(squares / len(x)).astype(np.float32)
 
 

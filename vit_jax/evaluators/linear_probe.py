@@ -153,7 +153,8 @@ def _fit(
 
     def step(carry: Any) -> Any:
         weights, state, i, _ = carry
-        value, grad = value_and_grad(weights, state=state)
+        found: Any = value_and_grad(weights, state=state)
+        value, grad = found
         updates, state = optimizer.update(
             grad, state, weights, value=value, grad=grad, value_fn=loss
         )

@@ -127,4 +127,5 @@ def _image_size_of(
     if cfg.positions == "relative":
         tokens = (tokens + 1) // 2
     side = math.sqrt(tokens - has_class_token(cfg))
-    return (int(side) * stride,) * 2 if side.is_integer() else ("?", "?")
+    pixels = int(side) * stride if side.is_integer() else "?"
+    return pixels, pixels

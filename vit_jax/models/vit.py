@@ -169,21 +169,20 @@ class EncoderBlock(nn.Module):
         y = nn.Dropout(self.cfg.dropout, deterministic=not self.train)(y)
         if not (self.train and self.cfg.stochastic_depth):
             return y
-        keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, (len(y), 1, 1))
-        return y * (keep / (1 - rate)).astype(y.dtype)
+        return stochastic_depth(y, rate, self.make_rng("dropout"))
+
+
+def stochastic_depth(y: jax.Array, rate: jax.Array, key: jax.Array) -> jax.Array:
+    """y (B, S, D) of some images, scaled to keep the expectation, and 0 of the others."""
+    keep = jax.random.bernoulli(key, 1 - rate, (len(y), 1, 1))
+    return y * (keep / (1 - rate)).astype(y.dtype)
 
 
 def _with_params(
-    Block: type[nn.Module], on_block_params: Callable[[Any], Any] | None
+    Block: type[nn.Module], change: Callable[[Any], Any] | None
 ) -> type[nn.Module]:
-    """The block, reading what ``on_block_params`` makes of its parameters."""
-    if on_block_params is None:
-        return Block
-
-    def read(variables: Any) -> Any:
-        return {"params": on_block_params(variables["params"])}
-
-    return nn.map_variables(Block, "params", trans_in_fn=read)
+    """The block, which reads ``change(parameters)``; does not initialise them."""
+    return nn.map_variables(Block, "params", change) if change else Block
 
 
 def _with_remat(cfg: ModelConfig, Block: type[nn.Module]) -> type[nn.Module]:

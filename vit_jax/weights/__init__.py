@@ -226,10 +226,11 @@ def _read(
             stored, **overrides, **({"image_size": size} if size != (0, 0) else {})
         )
         report.check()
+        wanted = models.resolve(wanted)
         params = fit.fit(
             arrays,
             stored,
-            models.resolve(wanted),
+            wanted,
             report,
             new_head=new_head,
             convert=convert,

@@ -128,8 +128,9 @@ def _with_table(
         length = rows * columns + models.has_class_token(cfg)
         table = np.zeros((1, length, cfg.width), np.float32)
     else:
-        grid = models.token_grid(cfg, cfg.image_size)
         params = {k.split("/")[-1]: v for k, v in inside.items()}
-        table = np.asarray(PositionEmbedding(cfg, grid).apply({"params": params}))
+        table = np.asarray(
+            PositionEmbedding(cfg, cfg.image_size).apply({"params": params})
+        )
     rest[POSITIONS] = table
     return rest, dataclasses.replace(cfg, positions="learned")

@@ -134,14 +134,13 @@ class _Interrupted(UserError):
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Keeps the checksum that the Hub states before it redirects to its storage."""
 
+    stated = ""
+
     def redirect_request(
         self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
-        new = super().redirect_request(req, fp, code, msg, headers, newurl)
-        stated = headers.get("X-Linked-Etag") or getattr(req, "stated", "")
-        if new is not None:
-            new.stated = stated  # type: ignore[attr-defined]
-        return new
+        self.stated = headers.get("X-Linked-Etag") or self.stated
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _open(url: str, headers: dict[str, str]) -> Any:
@@ -152,7 +151,8 @@ def _open(url: str, headers: dict[str, str]) -> Any:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     redirects = _Redirects()
     opener = urllib.request.build_opener(redirects)
-    response = opener.open(request, timeout=60)
+    response: Any = opener.open(request, timeout=60)
+    response.stated = redirects.stated
     return response
 
 
@@ -244,7 +244,7 @@ def _receive(address: str, url: str, file: Any, tag: Path) -> dict[str, str]:
         _show(url, done, total, last=True)
         if total and done != total:
             raise http.client.IncompleteRead(b"", total - done)
-        stated = getattr(response, "stated", "") or etag
+        stated = response.stated or etag
         checksums = {}
         if re.fullmatch(r'"?[0-9a-f]{64}"?', stated):
             checksums["sha256"] = stated.strip('"')

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m vit_jax.analysis``: every figure from every kind of checkpoint, and its mistakes."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from trained import trained_workdir
+
+from vit_jax import models, weights
+from vit_jax.analysis import figures, images, report, runs
+from vit_jax.analysis.__main__ import Analysis, analyse
+from vit_jax.config import ModelConfig
+from vit_jax.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+RNG = np.random.default_rng(0)
+SMALL = ModelConfig(
+    name="", num_classes=3, image_size=(16, 16), width=16, depth=1, mlp_dim=16, heads=2, patch=8
+)  # fmt: skip
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(3):
+        pixels = RNG.integers(0, 256, (20, 30, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return str(folder)
+
+
+def save(path, cfg):
+    model = models.create(cfg)
+    shape = (1, *cfg.image_size, cfg.channels)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros(shape))["params"]
+    params = jax.tree.map(lambda s: RNG.normal(0, 0.3, s.shape), shapes)
+    weights.save(str(path), model.cfg, params)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("npz") / "small.npz", SMALL)
+
+
+def is_print_quality(path):
+    with Image.open(path) as image:
+        assert image.info["dpi"][0] == pytest.approx(300, abs=1)
+        assert np.asarray(image.convert("L")).std() > 1, f"{path} is blank"
+
+
+def test_a_workdir_gives_every_figure_and_one_page(tmp_path, capsys):
+    omitted = analyse(trained_workdir(), str(tmp_path), count=20, html=True)
+    assert omitted == {}
+    for name in figures.FIGURES:
+        is_print_quality(tmp_path / f"{name}.png")
+        arrays = dict(np.load(tmp_path / f"{name}.npz"))
+        assert figures.draw(name, arrays), "the arrays do not make the figure again"
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(figures.FIGURES)
+    assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", page)
+    assert capsys.readouterr().out.count("wrote ") == len(figures.FIGURES) + 1
+    matrix = np.load(tmp_path / "confusion.npz")["confusion"]
+    assert matrix.sum() == 128
+
+
+def test_a_file_and_photos_give_all_that_needs_no_run(npz, photos, tmp_path, capsys):
+    omitted = analyse(npz, str(tmp_path / "out"), places=(photos,))
+    assert set(omitted) == {"curves", "confusion", "errors"}
+    assert "left out curves: the source is not a workdir" in capsys.readouterr().out
+    shown = np.load(tmp_path / "out" / "rollout.npz")
+    assert shown["images"].shape == (3, 16, 16, 3)
+    np.testing.assert_allclose(shown["maps"].sum((1, 2)), 1, atol=0.5)
+
+
+def test_without_images_only_the_embeddings_are_drawn(npz, tmp_path):
+    omitted = analyse(npz, str(tmp_path), html=True)
+    assert {p.stem for p in tmp_path.glob("*.png")} == {"filters", "positions"}
+    assert "--images" in omitted["rollout"]
+    assert "Left out: rollout" in (tmp_path / "report.html").read_text()
+
+
+def test_a_model_without_positions_says_so(tmp_path, photos, capsys):
+    cfg = dataclasses.replace(SMALL, positions="none")
+    path = save(tmp_path / "none.npz", cfg)
+    omitted = analyse(path, str(tmp_path), places=(photos,), only=("positions", "filters"))
+    assert "the model has none" in omitted["positions"]
+    assert "left out positions: no position embeddings" in capsys.readouterr().out
+    assert (tmp_path / "filters.png").exists()
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["vt_token_rep.weights.npz", "bv_gap_rep.weights.npz", "hf_vit", "vt_hybrid.weights.npz"],
+)
+def test_attention_of_files_that_others_wrote(source, photos, shared, tmp_path):
+    """Released layout, big_vision, Hugging Face, hybrid."""
+    analysis = Analysis(str(shared / "golden" / source), str(tmp_path), (photos,), count=2)
+    summary, shown = analysis.summary()
+    layers, heads = analysis.model.cfg.depth, analysis.model.cfg.heads
+    assert summary.distance.shape == (layers, heads)
+    assert len(shown) == 2
+    np.testing.assert_allclose(summary.rollout.sum(-1), 1, rtol=1e-4)
+    kernel = analysis.arrays("filters")["components"]
+    assert kernel.shape[-1] == 3
+
+
+def test_timm_layout_gives_the_same_attention(npz, photos, tmp_path):
+    found = weights.read(npz)
+    path = str(tmp_path / "timm.safetensors")
+    weights.save(path, found.cfg, found.params, found.metadata, layout="timm")
+    a, b = (Analysis(s, "", (photos,), count=2).summary()[0] for s in (npz, path))
+    np.testing.assert_allclose(a.distance, b.distance, rtol=1e-4)
+    np.testing.assert_allclose(a.maps, b.maps, rtol=1e-4)
+
+
+# Runs ------------------------------------------------------------------------------
+
+
+def test_curves_take_the_later_of_two_lines(tmp_path):
+    rows = [
+        {"step": 1, "train/loss": 3.0},
+        {"step": 2, "train/loss": 2.5, "test/accuracy": 0.1},
+        {"step": 2, "train/loss": 2.0},  # again after a restart
+    ]
+    text = "\n".join(map(json.dumps, rows)) + '\n{"step": 3, "train/lo'  # cut off
+    (tmp_path / "metrics.jsonl").write_text(text)
+    got = runs.read_curves(tmp_path)
+    assert got["names"].tolist() == ["test/accuracy", "train/loss", "train/loss"]
+    assert got["steps"].tolist() == [2, 1, 2]
+    assert got["values"].tolist() == [0.1, 3.0, 2.0]
+    with pytest.raises(UserError, match=r"no metrics.jsonl with numbers"):
+        runs.read_curves(tmp_path / "none")
+
+
+@pytest.mark.parametrize("count", [2, 40])
+def test_errors_are_the_most_and_the_least_confident(count):
+    p = RNG.dirichlet(np.ones(4), 30)
+    label = RNG.integers(0, 4, 30)
+    mask = np.arange(30) < 27
+    pictures = np.arange(30, dtype=np.uint8)[:, None, None, None]
+    batches = [
+        {"image": pictures[i : i + 10], "label": label[i : i + 10], "mask": mask[i : i + 10]}
+        for i in (0, 10, 20)
+    ]
+    matrix, wrong = runs.find_errors(
+        lambda x: p[x[:, 0, 0, 0]], batches, ("a", "b", "c", "d"), count
+    )
+    expected = np.zeros((4, 4), int)
+    np.add.at(expected, (label[:27], p.argmax(1)[:27]), 1)
+    np.testing.assert_array_equal(matrix["confusion"], expected)
+    is_wrong = (p.argmax(1) != label) & mask
+    order = [i for i in np.argsort(-p.max(1)) if is_wrong[i]]
+    shown = wrong["images"].ravel().tolist()
+    if count == 2:
+        assert shown == [*order[:2], order[-1], order[-2]]
+    else:  # each once, the more confident half first
+        half = -(-len(order) // 2)
+        assert shown == order[:half] + order[half:][::-1]
+    np.testing.assert_allclose(wrong["confidence"], p.max(1)[shown])
+    assert wrong["true"].tolist() == [*np.array(list("abcd"))[label[shown]]]
+
+
+def test_enlarging_is_bilinear():
+    small = np.array([[0.0, 1.0], [2.0, 3.0]])
+    got = figures.enlarge(small, (4, 4))
+    np.testing.assert_allclose(got[0], [0, 0.25, 0.75, 1])
+    np.testing.assert_allclose(got[:, 0], [0, 0.5, 1.5, 2])
+    bright = np.full((1, 4, 4, 3), 200, np.uint8)
+    shown = figures.overlays(bright, np.array([[[1.0, 1.0], [1.0, 1.0]]]) * 0.01)
+    np.testing.assert_array_equal(shown, bright)  # a flat map changes nothing
+
+
+# Mistakes ---------------------------------------------------------------------------
+
+
+def test_bad_images_are_errors(npz, photos, tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"not an image")
+    with pytest.raises(UserError, match=r"bad.png is not an image"):
+        analyse(npz, str(tmp_path), places=(photos, str(bad)))
+    with pytest.raises(UserError, match=r"'/nowhere', which does not exist"):
+        analyse(npz, str(tmp_path), places=("/nowhere",))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no images"):
+        analyse(npz, str(tmp_path), places=(str(tmp_path / "empty"),))
+    assert len(images.find([photos], 2)) == 2
+
+
+def test_other_mistakes(npz, tmp_path):
+    with pytest.raises(UserError, match="did you mean 'rollout'"):
+        analyse(npz, str(tmp_path), only=("rolout",))
+    with pytest.raises(UserError, match="--count=0"):
+        analyse(npz, str(tmp_path), count=0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*choose another --out"):
+        analyse(npz, str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cannot write .*choose another --out"):
+        report.write_html(tmp_path / "none" / "x.html", "", {}, [], {})
+
+
+def test_the_command(npz, tmp_path):
+    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+
+    def run(*args):
+        return subprocess.run(
+            [sys.executable, "-m", "vit_jax.analysis", *map(str, args)],
+            cwd=ROOT, env=env, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+
+    result = run(npz, f"--out={tmp_path}", "--only=filters,positions", "--html")
+    assert result.returncode == 0, result.stderr
+    assert {p.name for p in tmp_path.glob("*.png")} == {"filters.png", "positions.png"}
+    for args, word in (([npz], "--out is missing"), ([], "expected one SOURCE")):
+        result = run(*args)
+        assert result.returncode == 2
+        lines = [x for x in result.stderr.splitlines() if x.startswith("error: ")]
+        assert len(lines) == 1, result.stderr
+        assert word in lines[0]

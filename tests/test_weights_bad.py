@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are no checkpoint: each has its own message, and nothing is unpickled."""
+
+import json
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+from weights_files import save_npz, small_model
+
+from vit_jax import weights
+from vit_jax.errors import UserError
+from vit_jax.weights import contents
+
+
+class Bomb:
+    """Unpickling this fails the test."""
+
+    def __reduce__(self):
+        return (exec, ("raise AssertionError('unpickled')",))
+
+
+def pickled_npz(path):
+    np.savez(path, embedding=np.array([Bomb()], dtype=object))
+
+
+def torch_zip(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Bomb()))
+
+
+def truncated_npz(path):
+    np.savez(path, **small_model()[1])
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def truncated_safetensors(path):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}})
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + b"123")
+
+
+FILES = {
+    "html": (b"<!DOCTYPE html><title>Access denied</title>", "web page.*Access denied"),
+    "bucket error": (
+        b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
+        "web page.*AccessDenied",
+    ),
+    "git-lfs": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 346292833\n",
+        "git-lfs pointer.*346,292,833",
+    ),
+    "empty": (b"", "is empty"),
+    "pickle": (pickle.dumps(Bomb()), "Python pickle.*never unpickled"),
+    "torch.save": (torch_zip, "torch.save.*never unpickled.*safetensors"),
+    "pickled arrays": (pickled_npz, "pickled Python objects"),
+    "truncated zip": (truncated_npz, "truncated"),
+    "truncated safetensors": (truncated_safetensors, "truncated"),
+    "truncated msgpack": (b"\x82\xa6params\x82\xa4head", "truncated.*msgpack"),
+    "one array": (b"\x93NUMPY\x01\x00", "single .npy"),
+    "gzip": (b"\x1f\x8b\x08\x00", "gunzip"),
+    "keras": (b"\x89HDF\r\n\x1a\n", "HDF5"),
+    "noise": (b"hello", "begins with"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_not_a_checkpoint(tmp_path, case):
+    content, message = FILES[case]
+    file = tmp_path / "x.npz"
+    if callable(content):
+        content(file)
+    else:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=message) as e:
+        weights.read(file)
+    assert str(file) in str(e.value)
+
+
+def test_folders(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        weights.read(tmp_path / "a")
+    (tmp_path / "a" / "pytorch_model.bin").write_bytes(b"PK")
+    with pytest.raises(UserError, match="pytorch_model.bin.*never unpickled"):
+        weights.read(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "saved_model.pb").write_bytes(b"")
+    with pytest.raises(UserError, match="SavedModel"):
+        weights.read(tmp_path / "b")
+
+
+def test_missing_file_suggests_the_nearest(tmp_path):
+    (tmp_path / "ViT-B_16.npz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"did you mean .*ViT-B_16"):
+        weights.read(tmp_path / "ViT-B_61.npz")
+
+
+def test_more_than_fits_into_memory(tmp_path, monkeypatch):
+    file = save_npz(tmp_path / "x.npz", {"embedding/kernel": np.zeros((8, 8, 3, 16))})
+    monkeypatch.setattr(contents, "available_memory", lambda: 1000)
+    with pytest.raises(UserError, match="GiB of memory"):
+        weights.read(file)
+
+
+def test_zip_bomb_is_refused_by_its_directory(tmp_path):
+    file = tmp_path / "x.npz"
+    np.savez_compressed(file, a=np.zeros(10, np.float32))
+    data = bytearray(file.read_bytes())
+    at = data.rindex(b"PK\x01\x02")  # the directory entry: uncompressed size at 24
+    data[at + 24 : at + 28] = (0xFFFFFFF0).to_bytes(4, "little")
+    file.write_bytes(bytes(data))
+    monkey = contents.available_memory()
+    if monkey < 1 << 32:
+        with pytest.raises(UserError, match="GiB"):
+            weights.read(file)
+    else:
+        with pytest.raises(UserError, match="damaged"):
+            weights.read(file)
+
+
+def test_header_that_lies_about_the_shape(tmp_path):
+    file = tmp_path / "x.npz"
+    with zipfile.ZipFile(file, "w") as archive, archive.open("a.npy", "w") as member:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (10**9, 10**6)}
+        np.lib.format.write_array_header_1_0(member, header)
+        member.write(b"1234")
+    with pytest.raises(UserError, match="claims shape"):
+        weights.read(file)
+
+
+def test_flipped_bit(tmp_path):
+    file = tmp_path / "x.npz"
+    np.savez(file, **small_model()[1])
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(UserError, match="damaged"):
+        weights.read(file)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_values_that_are_not_finite(tmp_path, bad):
+    _, flat = small_model()
+    flat["cls"][0, 0, :2] = bad
+    with pytest.raises(UserError, match="cls has 2 values that are not finite"):
+        weights.read(save_npz(tmp_path / "x.npz", flat))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("embedding/kernel", (8, 4, 3, 16), "square patches"),
+        ("embedding/kernel", (8, 8, 16), "has shape"),
+        (
+            "Transformer/encoderblock_1/MlpBlock_3/Dense_0/kernel",
+            (16, 9),
+            r"not \(16, 24\)",
+        ),
+        (
+            "Transformer/encoderblock_0/MlpBlock_3/Dense_1/kernel",
+            (9, 16),
+            r"not \(24, 16\)",
+        ),
+        ("Transformer/posembed_input/pos_embedding", (1, 5, 8), r"not \(1, 5, 16\)"),
+        ("Transformer/posembed_input/pos_embedding", (1, 7, 16), "no square grid"),
+        ("head/bias", (4,), r"not \(5,\)"),
+    ],
+)
+def test_shapes_that_contradict_each_other(tmp_path, name, shape, message):
+    _, flat = small_model()
+    flat = {**flat, name: np.ones(shape, np.float32)}
+    with pytest.raises(UserError, match=message):
+        weights.read(save_npz(tmp_path / "x.npz", flat))
+
+
+@pytest.mark.parametrize("lost", ["encoderblock_1/", "encoderblock_0/"])
+def test_a_whole_block_is_missing(tmp_path, lost):
+    _, flat = small_model(depth=3)
+    flat = {k: v for k, v in flat.items() if lost not in k}
+    with pytest.raises(UserError, match="is missing"):
+        weights.read(save_npz(tmp_path / "x.npz", flat))
+
+
+def test_other_networks(tmp_path):
+    mlp = {"stem/kernel": np.zeros((3, 3)), "head/kernel": np.zeros((3, 2))}
+    with pytest.raises(UserError, match="no Vision Transformer"):
+        weights.read(save_npz(tmp_path / "x.npz", mlp))
+    bit = {"resnet/root_block/standardized_conv2d/kernel": np.zeros((7, 7, 3, 64))}
+    bit |= {"resnet/block1/unit01/a": np.zeros(3)}
+    with pytest.raises(UserError, match="BiT ResNet-v2"):
+        weights.read(save_npz(tmp_path / "x.npz", bit))
+    mixer = {"embedding/kernel": np.zeros((8, 8, 3, 16)), "MixerBlock_0/a": np.zeros(3)}
+    with pytest.raises(UserError, match="MixerBlock_0"):
+        weights.read(save_npz(tmp_path / "x.npz", mixer))

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Logits that other implementations computed from small released-layout files."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import vit_jax
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def logits(model, params, images):
+    return np.asarray(model.apply({"params": params}, images))
+
+
+@pytest.mark.parametrize("case", ["vt_token_rep", "vt_resize", "bv_gap_rep"])
+def test_released_layouts(case):
+    model, params = vit_jax.load(GOLDEN / f"{case}.weights.npz")
+    io = np.load(GOLDEN / f"{case}.io.npz")
+    out, aux = model.apply({"params": params}, io["images"], method="forward")
+    np.testing.assert_allclose(out, io["logits"], atol=1e-4)
+    np.testing.assert_allclose(aux["pre_logits"], io["features"], atol=1e-4)
+
+
+def test_hybrid(shared):
+    model, params = vit_jax.load(shared / "golden" / "vt_hybrid.weights.npz")
+    io = np.load(shared / "golden" / "vt_hybrid.io.npz")
+    assert model.cfg.resnet == (1, 1)
+    assert model.cfg.image_size == (64, 64)
+    out = logits(model, params, io["images"])
+    np.testing.assert_allclose(out, io["logits"], atol=1e-4)
+
+
+def test_resized_positions():
+    model, params = vit_jax.load(GOLDEN / "vt_resize.weights.npz", image_size=56)
+    io = np.load(GOLDEN / "vt_resize56.io.npz")
+    table = params["Transformer"]["posembed_input"]["pos_embedding"]
+    np.testing.assert_allclose(table, io["pos_embedding"], atol=1e-6)
+    out = logits(model, params, io["images"])
+    np.testing.assert_allclose(out, io["logits"], atol=1e-4)
+
+
+def test_hugging_face_honours_gelu_and_epsilon():
+    model, params = vit_jax.load(GOLDEN / "hf_vit")
+    io = np.load(GOLDEN / "hf_vit" / "io.npz")
+    out = logits(model, params, io["images"])
+    np.testing.assert_allclose(out, io["logits"], atol=1e-5)
+    assert model.cfg.gelu == "exact"
+    assert model.cfg.layer_norm_eps == 1e-12
+    # The tanh form differs by far more than the tolerance, so the test can tell them apart.
+    other, params = vit_jax.load(GOLDEN / "hf_vit", gelu="tanh")
+    assert np.abs(logits(other, params, io["images"]) - io["logits"]).max() > 5e-5

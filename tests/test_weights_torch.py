@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""timm and Hugging Face layouts, by the names that their authors document."""
+
+import json
+import re
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors
+from weights_files import assert_same, save_npz, small_model
+
+from vit_jax import weights
+from vit_jax.errors import UserError
+from vit_jax.weights import fit
+
+# Of timm.models.vision_transformer, block 0 standing for all; D 16, M 24, K 5.
+TIMM = {
+    "cls_token": (1, 1, 16),
+    "pos_embed": (1, 5, 16),
+    "patch_embed.proj.weight": (16, 3, 8, 8),
+    "patch_embed.proj.bias": (16,),
+    "blocks.0.norm1.weight": (16,),
+    "blocks.0.norm1.bias": (16,),
+    "blocks.0.attn.qkv.weight": (48, 16),
+    "blocks.0.attn.qkv.bias": (48,),
+    "blocks.0.attn.proj.weight": (16, 16),
+    "blocks.0.attn.proj.bias": (16,),
+    "blocks.0.norm2.weight": (16,),
+    "blocks.0.norm2.bias": (16,),
+    "blocks.0.mlp.fc1.weight": (24, 16),
+    "blocks.0.mlp.fc1.bias": (24,),
+    "blocks.0.mlp.fc2.weight": (16, 24),
+    "blocks.0.mlp.fc2.bias": (16,),
+    "norm.weight": (16,),
+    "norm.bias": (16,),
+    "head.weight": (5, 16),
+    "head.bias": (5,),
+}
+
+
+def save_timm(path, arrays, **header):
+    safetensors.save_file(arrays, path, {"format": "pt", **header})
+    return str(path)
+
+
+@pytest.fixture
+def exported(tmp_path):
+    model, flat = small_model(gelu="exact")
+    file = tmp_path / "export" / "m.safetensors"
+    weights.save(file, model.cfg, fit.unflatten(flat))
+    return file, model, flat, safetensors.load_file(file)
+
+
+def test_names_and_shapes_of_timm(exported):
+    _, _, _, arrays = exported
+    one = {k: v.shape for k, v in arrays.items() if not k.startswith("blocks.1")}
+    assert one == TIMM
+    assert len(arrays) == len(TIMM) + 12
+
+
+def test_axes_of_timm(exported):
+    """The fused projection as timm splits it: (3, heads, head size) along the rows."""
+    _, _, flat, arrays = exported
+    x = np.random.default_rng(0).normal(size=16)
+    qkv = arrays["blocks.1.attn.qkv.weight"] @ x + arrays["blocks.1.attn.qkv.bias"]
+    block = "Transformer/encoderblock_1/MultiHeadDotProductAttention_1"
+    for got, name in zip(qkv.reshape(3, 2, 8), ("query", "key", "value"), strict=True):
+        kernel, bias = (flat[f"{block}/{name}/{p}"] for p in ("kernel", "bias"))
+        np.testing.assert_allclose(
+            got, np.einsum("d,dkh->kh", x, kernel) + bias, atol=1e-5
+        )
+    heads = np.random.default_rng(1).normal(size=(2, 8))
+    got = arrays["blocks.1.attn.proj.weight"] @ heads.reshape(-1)
+    want = np.einsum("kh,khd->d", heads, flat[f"{block}/out/kernel"])
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_array_equal(
+        arrays["patch_embed.proj.weight"][3, 2, 1, 5],
+        flat["embedding/kernel"][1, 5, 2, 3],
+    )
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model."])
+def test_file_without_any_metadata(exported, tmp_path, prefix):
+    _, model, flat, arrays = exported
+    file = save_timm(
+        tmp_path / "x.safetensors", {prefix + k: v for k, v in arrays.items()}
+    )
+    found = weights.read(file, heads=2)
+    assert_same(found.params, flat)
+    assert found.cfg == model.cfg  # exact GELU and epsilon 1e-6 are timm's defaults
+    with pytest.raises(UserError, match="heads="):
+        weights.read(file)
+
+
+def test_training_knows_the_heads_of_a_torch_file(exported, tmp_path):
+    _, model, flat, arrays = exported
+    file = save_timm(tmp_path / "x.safetensors", arrays)
+    params = weights.load_for_training(file, model.cfg)
+    assert_same(params, flat, but=("head/kernel", "head/bias"))
+
+
+@pytest.mark.parametrize(
+    ("width", "heads", "why"), [(32, 2, "ViT-mu"), (64, 1, "size 64")]
+)
+def test_heads_are_assumed_aloud(tmp_path, width, heads, why):
+    model, flat = small_model(width=width, mlp_dim=128, heads=heads, depth=1)
+    weights.save(tmp_path / "m.safetensors", model.cfg, fit.unflatten(flat))
+    arrays = safetensors.load_file(tmp_path / "m.safetensors")
+    found = weights.read(save_timm(tmp_path / "x.safetensors", arrays))
+    assert found.cfg.heads == heads
+    assert any(why in line and "assumed" in line for line in found.report.lines)
+
+
+def test_timm_folder(exported, tmp_path):
+    _, _, flat, arrays = exported
+    about = {
+        "architecture": "vit_tiny",
+        "model_args": {"num_heads": 2},
+        "pretrained_cfg": {
+            "input_size": [3, 16, 16],
+            "crop_pct": 0.8,
+            "interpolation": "bicubic",
+            "mean": [0.5, 0.5, 0.5],
+            "std": [0.5, 0.5, 0.5],
+            "label_names": list("vwxyz"),
+        },
+    }
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    save_timm(tmp_path / "model.safetensors", arrays)
+    found = weights.read(tmp_path)
+    assert_same(found.params, flat)
+    assert found.metadata.class_names == tuple("vwxyz")
+    ops = [t["op"] for t in found.metadata.transforms]
+    assert ops == ["resize_small", "central_crop", "normalize"]
+    assert found.metadata.transforms[0]["size"] == 20
+
+
+def test_layer_scale_is_folded(exported, tmp_path):
+    _, _, flat, arrays = exported
+    gamma = np.linspace(0.5, 2, 16, dtype=np.float32)
+    arrays = dict(arrays) | {"blocks.0.ls2.gamma": gamma}
+    found = weights.read(save_timm(tmp_path / "x.safetensors", arrays), heads=2)
+    mlp = "Transformer/encoderblock_0/MlpBlock_3/Dense_1"
+    want = flat | {f"{mlp}/{p}": flat[f"{mlp}/{p}"] * gamma for p in ("kernel", "bias")}
+    assert_same(found.params, want)
+    assert any(line.startswith("folded") for line in found.report.lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("dist_token", "distillation"),
+        ("reg_token", "register"),
+        ("fc_norm.weight", "fc_norm"),
+        ("blocks.0.attn.q_norm.weight", "normalised queries"),
+        ("norm_pre.weight", "CLIP"),
+        ("blocks.0.attn.relative_position_bias_table", "BEiT"),
+        ("something.else", "unexpected something.else"),
+    ],
+)
+def test_parts_that_no_model_here_has(exported, tmp_path, name, what):
+    arrays = dict(exported[3]) | {name: np.ones(16, np.float32)}
+    with pytest.raises(UserError, match=what):
+        weights.read(save_timm(tmp_path / "x.safetensors", arrays), heads=2)
+
+
+def test_bfloat16(exported, tmp_path):
+    _, _, flat, arrays = exported
+    half = {k: v.astype(ml_dtypes.bfloat16) for k, v in arrays.items()}
+    found = weights.read(save_timm(tmp_path / "x.safetensors", half), heads=2)
+    want = {k: v.astype(ml_dtypes.bfloat16).astype(np.float32) for k, v in flat.items()}
+    assert_same(found.params, want)
+
+
+def test_neither_layout(tmp_path):
+    file = save_timm(
+        tmp_path / "x.safetensors", {"conv1.weight": np.ones((3, 3), "f4")}
+    )
+    with pytest.raises(UserError, match=r"neither a ViT of timm.*conv1.weight"):
+        weights.read(file)
+
+
+def hf_folder(tmp_path, **changes):
+    model, flat = small_model(gelu="exact", layer_norm_eps=1e-12)
+    folder = tmp_path / "hf"
+    weights.save(folder, model.cfg, fit.unflatten(flat))
+    values = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder, model, flat
+
+
+def test_names_of_hugging_face(tmp_path):
+    """Against the golden file, which ``transformers`` wrote."""
+    golden = __file__.rsplit("/", 1)[0] + "/golden/hf_vit/model.safetensors"
+    theirs = {re.sub(r"\.[12]\.", ".0.", k) for k in safetensors.load_file(golden)}
+    folder, _, _ = hf_folder(tmp_path)
+    ours = safetensors.load_file(folder / "model.safetensors")
+    assert {k.replace(".1.", ".0.") for k in ours} == theirs
+
+
+def test_config_of_hugging_face_is_honoured(tmp_path):
+    labels = {str(i): name for i, name in enumerate("vwxyz")}
+    folder, _, flat = hf_folder(
+        tmp_path, hidden_act="gelu_new", layer_norm_eps=1e-5, id2label=labels
+    )
+    found = weights.read(folder)
+    assert_same(found.params, flat)
+    assert (found.cfg.gelu, found.cfg.layer_norm_eps) == ("tanh", 1e-5)
+    assert found.metadata.class_names == tuple("vwxyz")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "deit"}, "model_type 'deit'"),
+        ({"hidden_act": "relu"}, "hidden_act"),
+        ({"num_attention_heads": 3}, "heads=3 does not divide"),
+    ],
+)
+def test_config_that_no_model_here_fits(tmp_path, change, message):
+    folder, _, _ = hf_folder(tmp_path, **change)
+    with pytest.raises(UserError, match=message):
+        weights.read(folder)
+
+
+def test_pooler_is_pre_logits(tmp_path):
+    model, flat = small_model(num_classes=0, pre_logits=True, gelu="exact")
+    weights.save(tmp_path / "hf", model.cfg, fit.unflatten(flat))
+    arrays = safetensors.load_file(tmp_path / "hf" / "model.safetensors")
+    assert "pooler.dense.weight" in arrays
+    assert "embeddings.cls_token" in arrays
+    found = weights.read(tmp_path / "hf")
+    assert_same(found.params, flat)
+    assert found.cfg.pre_logits
+
+
+def test_several_files(tmp_path):
+    folder, _, flat = hf_folder(tmp_path)
+    arrays = safetensors.load_file(folder / "model.safetensors")
+    names = sorted(arrays)
+    parts = {"a.safetensors": names[:9], "b.safetensors": names[9:]}
+    for file, part in parts.items():
+        safetensors.save_file({k: arrays[k] for k in part}, folder / file)
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {k: file for file, part in parts.items() for k in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_same(weights.read(folder).params, flat)
+    (folder / "b.safetensors").unlink()
+    with pytest.raises(UserError, match=r"b.safetensors.*missing"):
+        weights.read(folder)
+
+
+def test_what_the_layouts_cannot_hold(tmp_path):
+    def refuse(where, message, **fields):
+        model, flat = small_model(**fields)
+        with pytest.raises(UserError, match=message):
+            weights.save(tmp_path / where, model.cfg, fit.unflatten(flat))
+
+    refuse("hf", "pre_logits", pre_logits=True)
+    refuse("hf", "class token only", head="gap")
+    refuse("hf", "another ResNet", resnet=(1,), image_size=32, patch=1)
+    refuse("x.safetensors", "positions='relative'", positions="relative")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("positions", ["sincos2d", "learned2d", "none"])
+def test_other_positions_become_a_table(tmp_path, positions):
+    model, flat = small_model(positions=positions, image_size=(16, 24))
+    weights.save(tmp_path / "x.safetensors", model.cfg, fit.unflatten(flat))
+    found = weights.read(tmp_path / "x.safetensors")
+    assert found.cfg.positions == "learned"
+    images = np.random.default_rng(0).uniform(-1, 1, (1, 16, 24, 3)).astype(np.float32)
+    from vit_jax import models
+
+    other = models.create(found.cfg)
+    want = model.apply({"params": fit.unflatten(flat)}, images)
+    np.testing.assert_allclose(
+        other.apply({"params": found.params}, images), want, atol=1e-5
+    )
+
+
+def test_sidecar_must_not_contradict(tmp_path):
+    _, flat = small_model()
+    file = save_npz(tmp_path / "x.npz", flat)
+    about = {"format": "vit_jax", "model": {"heads": 4}}
+    (tmp_path / "x.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="heads is stated as 4"):
+        weights.read(file)
