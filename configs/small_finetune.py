@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tuning what small_pretrain.py trained. Argument: mnist (default; 1,000 images, 200
-steps) or cifar10 (all images, 400 steps at 48 pixels instead of 32).
+"""Fine-tuning what small_pretrain.py trained. Argument: mnist (default; 1,000 images,
+200 steps) or cifar10 (all images, 400 steps at 48 pixels instead of 32).
 
     python -m vit_jax.main --config=configs/small_finetune.py --workdir=DIR2 \
         --config.data.path=mnist/ --config.pretrained=DIR

@@ -17,5 +17,5 @@ compgen -G '/dev/accel*' >/dev/null || compgen -G '/dev/vfio/[0-9]*' >/dev/null 
 "$PYTHON" -m pip install --quiet --disable-pip-version-check -e ".$extra"
 "$PYTHON" -c 'import jax; print(jax.device_count(), "x", jax.devices()[0].device_kind, "with jax", jax.__version__)'
 
-python() { "$PYTHON" "$@"; }
+python() { command "$PYTHON" "$@"; }
 (($# == 0)) || python -m vit_jax.main "$@"

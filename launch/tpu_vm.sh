@@ -23,7 +23,7 @@ delete() { [[ $(state) == NONE ]] || tpu queued-resources delete "$name" --force
 need_run "$@"
 need_bucket "$@"
 code=$(mktemp -d)
-trap 'status=$?; rm -rf "$code"; [[ -n ${KEEP:-} ]] || delete; exit "$status"' EXIT
+trap 'rm -rf "$code"; [[ -n ${KEEP:-} ]] || delete' EXIT
 
 create() {
   local spot=() now
@@ -39,9 +39,11 @@ create() {
     sudo apt-get install -y -qq python3.11 python3.11-venv) && make install'
 }
 
-# The same command on every host; each says its exit status, which ssh to many hosts does not pass on.
-run="pkill -f '[v]it_jax.main'; cd vit_jax && . .venv/bin/activate && set -- $(printf '%q ' "$@")
-python -m vit_jax.main \"\$@\"; echo \"launch: exit status \$?\""
+# The same command on every host. A process that a cut connection left behind is told to save first. Each host says
+# its exit status, which ssh to many hosts does not pass on.
+run="pid=\$(cat run.pid 2>/dev/null) && kill \$pid 2>/dev/null && while kill -0 \$pid 2>/dev/null; do sleep 1; done
+cd vit_jax && . .venv/bin/activate && set -- $(printf '%q ' "$@")
+python -m vit_jax.main \"\$@\" & echo \$! > ../run.pid; wait \$!; echo \"launch: exit status \$?\""
 
 while true; do
   if [[ $(state) != ACTIVE ]]; then delete; create || { sleep "$poll"; continue; }; fi

@@ -2,6 +2,7 @@
 """Eight fake CPU devices, and rules that turn silent mistakes into errors."""
 
 import os
+from pathlib import Path
 
 # Must be set before JAX starts. TPU_SKIP_MDS_QUERY keeps libtpu, where it is installed, from looking for a TPU.
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
@@ -12,9 +13,12 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + f" --xla_force_host_platform_device_count=8 {FAST_COMPILE}"
 )
+# Many tests compile the same tiny program, in this process and in others: it is compiled once.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "xla")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
-from pathlib import Path  # noqa: E402
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

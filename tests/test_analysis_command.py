@@ -80,7 +80,8 @@ def test_a_file_and_photos_give_all_that_needs_no_run(npz, photos, tmp_path, cap
     assert "left out curves: the source is not a workdir" in capsys.readouterr().out
     shown = np.load(tmp_path / "out" / "rollout.npz")
     assert shown["images"].shape == (3, 16, 16, 3)
-    np.testing.assert_allclose(shown["maps"].sum((1, 2)), 1, atol=0.5)
+    taken = shown["maps"].sum((1, 2))  # the class token keeps the rest
+    assert ((taken > 0) & (taken < 1)).all()
 
 
 def test_without_images_only_the_embeddings_are_drawn(npz, tmp_path):

@@ -15,7 +15,9 @@ from vit_jax.config import Config, DataConfig, ModelConfig, OptimConfig, config_
 from vit_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler, libtpu")
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler, libtpu"
+)
 
 # What the compiler writes, cut to what is read: a product outside of a loop, a loop of 5 around a loop of 3, an
 # asynchronous gather whose fusion is repeated, and a reduce-scatter spelled as a fusion around an all-reduce.
@@ -86,8 +88,12 @@ def test_cost_counts_traffic_by_kind():
     found = hlo.cost(PROGRAM, num_devices=256).collectives
     whole = 256 * 128 * 2
     assert set(found) == {"all-gather", "reduce-scatter", "all-reduce"}
-    gather, scatter, reduce = (found[k] for k in ("all-gather", "reduce-scatter", "all-reduce"))
-    assert (gather.count, gather.bytes) == (5, 5 * whole), "the repeated fusion is one gather"
+    gather, scatter, reduce = (
+        found[k] for k in ("all-gather", "reduce-scatter", "all-reduce")
+    )
+    assert (gather.count, gather.bytes) == (5, 5 * whole), (
+        "the repeated fusion is one gather"
+    )
     assert (scatter.count, scatter.bytes) == (5, 5 * whole)
     assert scatter.wire_bytes == pytest.approx(5 * whole * 15 / 16)
     assert (reduce.count, reduce.bytes, reduce.wire_bytes) == (1, 4, 2 * 4 * 3 / 4)
@@ -142,7 +148,9 @@ def test_group_size(groups, size):
     ids=["stride", "batch as window", "padding", "dot"],
 )
 def test_flops_of_products(line, operands, flops):
-    computations, _ = hlo.parse(f"ENTRY %main (x: f32[1]) -> f32[1] {{\n  ROOT %out = {line}\n}}\n")
+    computations, _ = hlo.parse(
+        f"ENTRY %main (x: f32[1]) -> f32[1] {{\n  ROOT %out = {line}\n}}\n"
+    )
     assert hlo.convolution_flops(computations["main"][0], operands) == flops
 
 
@@ -178,9 +186,26 @@ def test_without_the_compiler(monkeypatch):
 
 
 def tiny(**changes):
-    model = ModelConfig(name="", width=128, depth=3, mlp_dim=256, heads=2, patch=16, num_classes=10, layers="scan")
+    model = ModelConfig(
+        name="",
+        width=128,
+        depth=3,
+        mlp_dim=256,
+        heads=2,
+        patch=16,
+        num_classes=10,
+        layers="scan",
+    )
     data = DataConfig(source="synthetic", image_size=32, num_classes=10)
-    return Config(model=model, data=data, optim=OptimConfig(clip=1.0), batch=16, steps=100, sharding="fsdp", **changes)
+    return Config(
+        model=model,
+        data=data,
+        optim=OptimConfig(clip=1.0),
+        batch=16,
+        steps=100,
+        sharding="fsdp",
+        **changes,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -207,20 +232,45 @@ def test_plan_of_a_small_config(command):
     done = command("--topology=v5e:2x2", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert {"topology", "chips", "sharding", "batch", "peak_hbm_gib", "hbm_gib", "fits", "step_ms"} <= set(result)
+    assert {
+        "topology",
+        "chips",
+        "sharding",
+        "batch",
+        "peak_hbm_gib",
+        "hbm_gib",
+        "fits",
+        "step_ms",
+    } <= set(result)
     assert {"images_per_second", "compile_seconds", "collectives"} <= set(result)
-    assert (result["topology"], result["chips"], result["sharding"], result["batch"]) == ("v5e:2x2", 4, "fsdp", 16)
+    assert (
+        result["topology"],
+        result["chips"],
+        result["sharding"],
+        result["batch"],
+    ) == ("v5e:2x2", 4, "fsdp", 16)
     assert result["fits"] is True
-    assert 0 < result["peak_hbm_gib"] == pytest.approx(sum(result["memory_gib"].values()))
+    assert (
+        0 < result["peak_hbm_gib"] == pytest.approx(sum(result["memory_gib"].values()))
+    )
     # 3 blocks of 4 D^2 + 2 D M, 5 tokens: the compiled program does the model's work, three layers of it.
-    assert 0.8 < result["compiled_tflops_per_chip"] / result["model_tflops_per_chip"] < 1.6
+    assert (
+        0.8 < result["compiled_tflops_per_chip"] / result["model_tflops_per_chip"] < 1.6
+    )
     assert result["step_ms"] == pytest.approx(sum(result["step_parts_ms"].values()))
-    assert result["collectives"]["all-gather"]["count"] >= 3 * 6, "the weights of each layer are gathered in the loop"
+    assert result["collectives"]["all-gather"]["count"] >= 3 * 6, (
+        "the weights of each layer are gathered in the loop"
+    )
 
 
 @needs_libtpu
 def test_a_config_that_cannot_fit_says_what_would_help(command):
-    done = command("--topology=v5e:2x2", "--config.batch=8192", "--config.data.image_size=512", "--config.model.patch=8")
+    done = command(
+        "--topology=v5e:2x2",
+        "--config.batch=8192",
+        "--config.data.image_size=512",
+        "--config.model.patch=8",
+    )
     assert done.returncode == 0, done.stderr
     assert "fits         no:" in done.stdout
     assert "GiB too much per chip" in done.stdout

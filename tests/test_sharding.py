@@ -32,17 +32,29 @@ VARIANTS = {
 
 
 def run(cfg, steps=STEPS, start=None):
-    """Losses of each step and the state after the last one, on batches that are a function of the step."""
+    """Losses of each step and the state after the last one, on batches that are a function of the step.
+
+    Starts from ``start``, wherever that lies, or from what the program itself initializes.
+    """
     program = train.build(cfg)
     with jax.set_mesh(program.mesh):
-        state = program.init() if start is None else start
+        state = (
+            program.init()
+            if start is None
+            else jax.device_put(start, program.state_sharding)
+        )
         losses = []
         for step in range(steps):
             rng = np.random.default_rng(step)
             label = rng.integers(0, 8, cfg.batch).astype(np.int32)
-            image = rng.integers(0, 256, (cfg.batch, 16, 16, 3)) // 2 + 16 * label[:, None, None, None]
+            image = (
+                rng.integers(0, 256, (cfg.batch, 16, 16, 3)) // 2
+                + 16 * label[:, None, None, None]
+            )
             batch = {"image": image.astype(np.uint8), "label": label}
-            state, metrics = program.train_step(state, jax.device_put(batch, program.batch_sharding))
+            state, metrics = program.train_step(
+                state, jax.device_put(batch, program.batch_sharding)
+            )
             losses.append(float(metrics["loss"]))
     return np.array(losses), state, program
 
@@ -51,10 +63,15 @@ def run(cfg, steps=STEPS, start=None):
 def runs():
     """Runs by variant, each trained once however many tests look at it."""
     done = {}
+    start = jax.device_get(train.build(CONFIG).init())
 
     def get(name):
         if name not in done:
-            done[name] = run(replace(CONFIG, **VARIANTS[name]))
+            # Compiling init takes as long as training: one strategy that divides the state does it itself.
+            own = name == "fsdp"
+            done[name] = run(
+                replace(CONFIG, **VARIANTS[name]), start=None if own else start
+            )
         return done[name]
 
     return get
@@ -62,7 +79,9 @@ def runs():
 
 def share_per_device(state):
     leaves = jax.tree.leaves(state)
-    return sum(x.addressable_shards[0].data.nbytes for x in leaves) / sum(x.nbytes for x in leaves)
+    return sum(x.addressable_shards[0].data.nbytes for x in leaves) / sum(
+        x.nbytes for x in leaves
+    )
 
 
 @pytest.mark.parametrize("name", list(VARIANTS)[1:])
@@ -76,11 +95,8 @@ def test_every_strategy_trains_the_same(runs, name):
 
 @pytest.mark.parametrize("name", ["zero", "fsdp", "fsdp on 4 x 2"])
 def test_each_device_keeps_an_eighth_of_the_state(runs, name):
-    state = runs(name)[1]
-    vectors = sum(x.nbytes for x in jax.tree.leaves(state) if sum(n > 1 for n in x.shape[1:]) < 1)
-    whole = vectors / sum(x.nbytes for x in jax.tree.leaves(state))
-    assert share_per_device(state) < 1 / 8 + whole + 0.01
-    assert share_per_device(state) < 0.2
+    """A little more: vectors are whole, and in a model this narrow they are 2 % of it."""
+    assert 1 / 8 <= share_per_device(runs(name)[1]) < 0.16
 
 
 def test_state_is_whole_along_the_other_axes(runs):
@@ -100,7 +116,10 @@ def test_tensor_divides_heads_and_mlp(runs):
 
 def test_loop_and_scan_are_divided_alike():
     """The same spec per block, with and without the stacked axis in front."""
-    strategy, mesh = sharding.SHARDINGS["fsdp"], sharding.create_mesh(replace(CONFIG, sharding="fsdp", mesh=(4, 2)))
+    strategy, mesh = (
+        sharding.SHARDINGS["fsdp"],
+        sharding.create_mesh(replace(CONFIG, sharding="fsdp", mesh=(4, 2))),
+    )
     path = "Transformer/encoderblock{}/MlpBlock_3/Dense_0/kernel"
     one = sharding.stored(strategy, mesh, path.format("_3"), (32, 64))
     stacked = sharding.stored(strategy, mesh, path.format(""), (8, 32, 64))
@@ -121,12 +140,21 @@ def test_forward_of_a_divided_state(runs):
     outputs = []
     for name in ("replicate", "fsdp", "tensor on 2"):
         _, state, program = runs(name)
-        outputs.append(program.forward(state.params, jax.device_put(images, program.batch_sharding))["logits"])
+        outputs.append(
+            program.forward(
+                state.params, jax.device_put(images, program.batch_sharding)
+            )["logits"]
+        )
     for other in outputs[1:]:
-        np.testing.assert_allclose(np.asarray(other), np.asarray(outputs[0]), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(
+            np.asarray(other), np.asarray(outputs[0]), rtol=1e-3, atol=1e-4
+        )
 
 
-@pytest.mark.parametrize(("saved", "restored"), [("replicate", "fsdp"), ("fsdp", "tensor on 2"), ("zero", "replicate")])
+@pytest.mark.parametrize(
+    ("saved", "restored"),
+    [("replicate", "fsdp"), ("fsdp", "tensor on 2"), ("zero", "replicate")],
+)
 def test_restore_into_another_strategy(runs, tmp_path, saved, restored):
     from vit_jax.checkpoint import Checkpointer
 
@@ -137,7 +165,11 @@ def test_restore_into_another_strategy(runs, tmp_path, saved, restored):
     found = checkpoints.restore(program.state_shape)
     checkpoints.close()
     assert jax.tree.map(lambda x: x.sharding, found) == program.state_sharding
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), found, state)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
+        found,
+        state,
+    )
 
 
 @pytest.mark.parametrize(
@@ -146,11 +178,20 @@ def test_restore_into_another_strategy(runs, tmp_path, saved, restored):
         ({"mesh": (3, 2)}, r"config.mesh=\(3, 2\) is for 6 devices, but there are 8"),
         ({"mesh": (8, -1)}, r"config.mesh=\(8, -1\)"),
         ({"mesh": (2, 2, 2, 1)}, r"config.mesh=\(2, 2, 2, 1\).*takes 1 to 3 numbers"),
-        ({"batch": 12}, r"config.batch=12 does not divide over 8 devices.*multiple of 8"),
-        ({"batch": 24, "accumulate": 2}, r"config.batch=24.*config.accumulate.*multiple of 16"),
+        (
+            {"batch": 12},
+            r"config.batch=12 does not divide over 8 devices.*multiple of 8",
+        ),
+        (
+            {"batch": 24, "accumulate": 2},
+            r"config.batch=24.*config.accumulate.*multiple of 16",
+        ),
         ({"sharding": "zerro"}, r"config.sharding 'zerro': did you mean 'zero'"),
         ({"sharding": "tensor"}, r"config.sharding=tensor needs config.mesh"),
-        ({"sharding": "tensor", "mesh": (1, 8)}, r"config.mesh: the last number, 8, must divide the 4 heads"),
+        (
+            {"sharding": "tensor", "mesh": (1, 8)},
+            r"config.mesh: the last number, 8, must divide the 4 heads",
+        ),
     ],
 )
 def test_bad_input(changes, message):

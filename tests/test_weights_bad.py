@@ -82,7 +82,7 @@ def test_folders(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
         weights.read(tmp_path / "a")
     (tmp_path / "a" / "pytorch_model.bin").write_bytes(b"PK")
-    with pytest.raises(UserError, match="pytorch_model.bin.*never unpickled"):
+    with pytest.raises(UserError, match=r"pytorch_model.bin.*never unpickled"):
         weights.read(tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "saved_model.pb").write_bytes(b"")

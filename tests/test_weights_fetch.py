@@ -223,7 +223,7 @@ def test_plain_http_is_for_this_machine_only():
 def test_hub_repository(site, npz, tmp_path, monkeypatch):
     """config.json is honoured; the checksum before the redirect; no token to storage."""
     monkeypatch.setenv("HF_TOKEN", "secret")
-    data, flat = npz
+    flat = npz[1]
     model, _ = small_model()
     weights.save(tmp_path / "hf", model.cfg, _nested(flat))
     for file in (tmp_path / "hf").iterdir():

@@ -6,7 +6,7 @@ from vit_jax.config import (
 )  # fmt: skip
 
 TINY = Config(
-    model=ModelConfig(name="", width=16, depth=2, mlp_dim=32, heads=2, patch=4),
+    model=ModelConfig(name="", width=16, depth=1, mlp_dim=32, heads=2, patch=4),
     data=DataConfig(source="synthetic", image_size=16, num_classes=5),
     optim=OptimConfig(learning_rate=1e-3, schedule="constant", warmup=2, weight_decay=0.1, clip=1.0),
     eval=EvalConfig(every=10),

@@ -202,6 +202,10 @@ class Peers:
                     pass
         os._exit(status)
 
+    def close(self) -> None:
+        for peer in self._sockets.values():
+            peer.close()
+
     def _tell(self, message: str) -> None:
         for peer in self._sockets.values():
             _send(peer, message)

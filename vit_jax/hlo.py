@@ -19,7 +19,13 @@ BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
     "s64": 8, "u64": 8, "f64": 8,
 }  # fmt: skip
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
 
 
 class Instruction(NamedTuple):
@@ -36,7 +42,8 @@ class Collective:
 
     count: int = 0
     bytes: int = 0  # of the whole array, per device that takes part
-    wire_bytes: float = 0.0  # what a ring sends over the link of one device
+    wire_bytes: float = 0.0  # what each device sends, in a ring
+    part_bytes: float = 0.0  # of these, within groups smaller than the mesh
 
 
 @dataclasses.dataclass
@@ -47,21 +54,29 @@ class Cost:
     matmul_cycles: int = 0  # of the fusions that contain a matrix product
     flops: int = 0  # of matrix products and convolutions, recomputation included
     unknown: int = 0  # custom calls (Pallas kernels) that carry no estimate
-    collectives: dict[str, Collective] = dataclasses.field(default_factory=lambda: defaultdict(Collective))
-    fusions: list[tuple[int, str]] = dataclasses.field(default_factory=list)  # (cycles, where in the program)
+    collectives: dict[str, Collective] = dataclasses.field(
+        default_factory=lambda: defaultdict(Collective)
+    )
+    fusions: list[tuple[int, str]] = dataclasses.field(
+        default_factory=list
+    )  # (cycles, where in the program)
 
 
 def cost(text: str, num_devices: int) -> Cost:
     """Walks the program from its entry, loop bodies times their trip counts."""
     computations, entry = parse(text)
     total = Cost()
-    seen: set[str] = set()  # channels: asynchronous fusions repeat their collective in several places
+    seen: set[str] = (
+        set()
+    )  # channels: asynchronous fusions repeat their collective in several places
 
     @functools.cache
     def flops(name: str) -> int:
         own = {i.name: i.type for i in computations[name]}
         return sum(
-            convolution_flops(i, own) if i.op in ("convolution", "dot") else sum(map(flops, called(i, "calls")))
+            convolution_flops(i, own)
+            if i.op in ("convolution", "dot")
+            else sum(map(flops, called(i, "calls")))
             for i in computations[name]
         )
 
@@ -78,15 +93,23 @@ def cost(text: str, num_devices: int) -> Cost:
                     kind = "reduce-scatter"
                 n = group_size(i.rest, num_devices)
                 size = sum(sizes(i.type))
-                if i.op.endswith("-start") and kind in ("all-gather", "collective-permute"):
-                    size = max(sizes(i.type), default=0)  # the type holds the operand too
+                if i.op.endswith("-start") and kind in (
+                    "all-gather",
+                    "collective-permute",
+                ):
+                    size = max(
+                        sizes(i.type), default=0
+                    )  # the type holds the operand too
                 if i.op == "reduce-scatter":
                     size *= n
-                share = {"all-reduce": 2.0, "collective-permute": n / max(n - 1, 1)}.get(kind, 1.0)
-                total_of_kind = total.collectives[kind]
-                total_of_kind.count += trips
-                total_of_kind.bytes += size * trips
-                total_of_kind.wire_bytes += share * size * trips * (n - 1) / n
+                share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(
+                    kind, (n - 1) / n
+                )
+                so_far = total.collectives[kind]
+                so_far.count += trips
+                so_far.bytes += size * trips
+                so_far.wire_bytes += share * size * trips
+                so_far.part_bytes += share * size * trips if n < num_devices else 0
             if i.op == "fusion" or i.op.endswith("-start"):
                 for other in called(i, "calls"):
                     communicate(other, trips)
@@ -98,11 +121,17 @@ def cost(text: str, num_devices: int) -> Cost:
                 (body,), (condition,) = called(i, "body"), called(i, "condition")
                 walk(body, trips * trip_count(i, computations, condition))
                 continue
-            for other in called(i, "branch_computations") if i.op == "conditional" else ():
+            for other in (
+                called(i, "branch_computations") if i.op == "conditional" else ()
+            ):
                 walk(other, trips)
             for other in called(i, "to_apply") if i.op == "call" else ():
                 walk(other, trips)
-            n = convolution_flops(i, {j.name: j.type for j in computations[name]}) if i.op == "convolution" else 0
+            n = (
+                convolution_flops(i, {j.name: j.type for j in computations[name]})
+                if i.op == "convolution"
+                else 0
+            )
             n += sum(map(flops, called(i, "calls")))
             total.flops += n * trips
             if match := re.search(r'"estimated_cycles":"(\d+)"', i.rest):
@@ -110,7 +139,9 @@ def cost(text: str, num_devices: int) -> Cost:
                 total.cycles += cycles
                 total.matmul_cycles += cycles if n else 0
                 where = re.search(r'op_name="([^"]*)"', i.rest)
-                total.fusions.append((cycles, f"{i.name} {i.type[:60]} {where[1] if where else ''}"))
+                total.fusions.append(
+                    (cycles, f"{i.name} {i.type[:60]} {where[1] if where else ''}")
+                )
             elif i.op == "custom-call" and "tpu_custom_call" in i.rest:
                 total.unknown += trips
 
@@ -136,7 +167,11 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
             body = None
         elif match := re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*)$", line):
             type_, rest = _split_type(match[3])
-            body.append(Instruction(match[2], type_, rest.split("(", 1)[0], rest, bool(match[1])))
+            body.append(
+                Instruction(
+                    match[2], type_, rest.split("(", 1)[0], rest, bool(match[1])
+                )
+            )
     if not entry:
         raise ValueError("the text holds no ENTRY computation")
     return computations, entry
@@ -148,7 +183,9 @@ def called(i: Instruction, attribute: str) -> list[str]:
     return [name.strip().lstrip("%") for name in match[1].split(",")] if match else []
 
 
-def trip_count(loop: Instruction, computations: dict[str, list[Instruction]], condition: str) -> int:
+def trip_count(
+    loop: Instruction, computations: dict[str, list[Instruction]], condition: str
+) -> int:
     """How often a loop runs: what XLA found out, else the largest number that its condition compares with."""
     if match := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.rest):
         return int(match[1])
@@ -189,17 +226,26 @@ def convolution_flops(i: Instruction, types: dict[str, str]) -> int:
 
     Batch axes of a product appear as spatial axes with dilation: only positions of the window that meet an input count.
     """
-    operands = [_dims(types.get(name, "")) for name in re.findall(r"%([\w.\-]+)", _arguments(i.rest))]
+    operands = [
+        _dims(types.get(name, ""))
+        for name in re.findall(r"%([\w.\-]+)", _arguments(i.rest))
+    ]
     out = _dims(i.type)
     if i.op == "dot":
         match = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)
-        contracted = [operands[0][int(n)] for n in match[1].split(",") if n] if match else []
+        contracted = (
+            [operands[0][int(n)] for n in match[1].split(",") if n] if match else []
+        )
         return 2 * int(np.prod(out + contracted))
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest)
     if not labels or len(operands) < 2:
         return 0
     lhs_labels, rhs_labels, out_labels = labels.groups()
-    window = dict(re.findall(r"(\w+)=(\S+)", (re.search(r"window=\{([^}]*)\}", i.rest) or ["", ""])[1]))
+    window = dict(
+        re.findall(
+            r"(\w+)=(\S+)", (re.search(r"window=\{([^}]*)\}", i.rest) or ["", ""])[1]
+        )
+    )
     rank = len(out_labels) - 2
 
     def attribute(key: str, default: str) -> list[str]:
@@ -209,12 +255,21 @@ def convolution_flops(i: Instruction, types: dict[str, str]) -> int:
     for k in range(rank):
         size, stride = int(attribute("size", "1")[k]), int(attribute("stride", "1")[k])
         low = int(attribute("pad", "0_0")[k].split("_")[0])
-        lhs_dilate, rhs_dilate = int(attribute("lhs_dilate", "1")[k]), int(attribute("rhs_dilate", "1")[k])
+        lhs_dilate, rhs_dilate = (
+            int(attribute("lhs_dilate", "1")[k]),
+            int(attribute("rhs_dilate", "1")[k]),
+        )
         n_in = operands[0][lhs_labels.index(str(k))]
         n_out = out[out_labels.index(str(k))]
         at = np.arange(n_out)[:, None] * stride - low + np.arange(size) * rhs_dilate
-        positions *= int(((at >= 0) & (at % lhs_dilate == 0) & (at < n_in * lhs_dilate)).sum())
-    features = out[out_labels.index("b")] * out[out_labels.index("f")] * operands[1][rhs_labels.index("i")]
+        positions *= int(
+            ((at >= 0) & (at % lhs_dilate == 0) & (at < n_in * lhs_dilate)).sum()
+        )
+    features = (
+        out[out_labels.index("b")]
+        * out[out_labels.index("f")]
+        * operands[1][rhs_labels.index("i")]
+    )
     groups = re.search(r"batch_group_count=(\d+)", i.rest)
     return 2 * features * positions // (int(groups[1]) if groups else 1)
 

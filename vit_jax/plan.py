@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -36,18 +37,33 @@ class Chip(NamedTuple):
     ici: float  # bytes per second to the other chips of a slice, one direction, over all links
     clock: float  # Hz; the one at which the compiler's FLOPs per cycle make the peak
     shapes: tuple[str, ...]
-    cores_as_one: bool = False  # two cores per chip, which the compiler is told to treat as one device
+    cores_as_one: bool = (
+        False  # two cores per chip, which the compiler is told to treat as one device
+    )
 
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
+_CUBE = (
+    "2x2x1",
+    "2x2x2",
+    "2x2x4",
+    "2x4x4",
+    "4x4x4",
+    "4x4x8",
+    "4x8x8",
+    "8x8x8",
+    "8x8x16",
+    "8x16x16",
+)
 CHIPS = {
     "v4": Chip(30.75, 275e12, 1228e9, 300e9, 1.05e9, _CUBE, cores_as_one=True),
     "v5e": Chip(15.75, 197e12, 819e9, 200e9, 1.5e9, _FLAT),
     "v5p": Chip(95.74, 459e12, 2765e9, 600e9, 1.75e9, _CUBE),
     "v6e": Chip(31.25, 918e12, 1640e9, 400e9, 1.75e9, _FLAT),
 }
-DCN = 3.1e9  # bytes per second and chip between slices, 25 Gbit/s: the order of magnitude
+DCN = (
+    3.1e9  # bytes per second and chip between slices, 25 Gbit/s: the order of magnitude
+)
 
 TRUST = (
     "compute is the compiler's own estimate (its level was within 10 % of the one public run it was compared with); "
@@ -70,21 +86,29 @@ def topology(name: str, slices: int = 1) -> Topology:
     """
     valid = [f"{kind}:{shape}" for kind, chip in CHIPS.items() for shape in chip.shapes]
     if name not in valid:
-        raise UserError(f"unknown --topology={name!r}: {nearest(name, valid)}choose one of {', '.join(valid)}")
+        raise UserError(
+            f"unknown --topology={name!r}: {nearest(name, valid)}choose one of {', '.join(valid)}"
+        )
     if slices < 1:
         raise UserError(f"--slices={slices}: it must be at least 1")
     _require_compiler()
     chip = CHIPS[name.split(":")[0]]
-    options: dict[str, Any] = {"chip_config_name": "megacore"} if chip.cores_as_one else {}
+    options: dict[str, Any] = (
+        {"chip_config_name": "megacore"} if chip.cores_as_one else {}
+    )
     if name.endswith(":1x1"):
         options["chips_per_host_bounds"] = (1, 1, 1)
     if slices > 1:
         options["num_slices"] = slices
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=name, **options
+        )
     except jax.errors.JaxRuntimeError as e:
         if "lockfile" in str(e):
-            raise UserError("another process is using libtpu, which serves one at a time: wait for it or end it") from e
+            raise UserError(
+                "another process is using libtpu, which serves one at a time: wait for it or end it"
+            ) from e
         raise UserError(f"--topology={name!r}: {str(e).splitlines()[0]}") from e
     return Topology(name, chip, described.devices)
 
@@ -111,12 +135,16 @@ def plan(cfg: Config, target: Topology) -> dict[str, Any]:
     cfg, chips = program.cfg, len(target.devices)
     state = memory_of_state(program.state_shape)
     images = cfg.batch
+    slices = len({getattr(d, "slice_index", 0) or 0 for d in target.devices})
     model_flops = 6 * models.macs(program.model.cfg) * images / chips
     result: dict[str, Any] = {
         "topology": target.name,
+        "slices": slices,
         "chips": chips,
         "model": cfg.model.name,
-        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(program.state_shape.params)),
+        "parameters": sum(
+            math.prod(x.shape) for x in jax.tree.leaves(program.state_shape.params)
+        ),
         "sharding": cfg.sharding,
         "mesh": dict(program.mesh.shape),
         "layers": cfg.model.layers,
@@ -127,14 +155,23 @@ def plan(cfg: Config, target: Topology) -> dict[str, Any]:
         "hbm_gib": target.chip.hbm_gib,
         "model_tflops_per_chip": model_flops / 1e12,
     }
+    print(
+        f"compiling for {chips} chips, which takes one to three minutes",
+        file=sys.stderr,
+        flush=True,
+    )
     start = time.perf_counter()
     try:
         with jax.set_mesh(program.mesh):
-            compiled = program.train_step.lower(program.state_shape, program.batch_shape).compile()
+            compiled = program.train_step.lower(
+                program.state_shape, program.batch_shape
+            ).compile()
     except jax.errors.JaxRuntimeError as e:
         needed = needed_memory(str(e))
         if not needed:
             raise
+        if "HLO temporaries" in str(e):  # then the message leaves the arguments out
+            needed += sum(state.values())
         peak = max(needed / GIB, target.chip.hbm_gib)
         memory = {k: v / GIB for k, v in state.items()}
         result |= {
@@ -152,7 +189,9 @@ def plan(cfg: Config, target: Topology) -> dict[str, Any]:
     arguments = sizes.argument_size_in_bytes
     memory = state | {
         "batch": arguments - sum(state.values()),
-        "activations": sizes.output_size_in_bytes + sizes.temp_size_in_bytes - sizes.alias_size_in_bytes,
+        "activations": sizes.output_size_in_bytes
+        + sizes.temp_size_in_bytes
+        - sizes.alias_size_in_bytes,
     }
     memory = {k: v / GIB for k, v in memory.items()}
     peak = sum(memory.values())
@@ -189,11 +228,17 @@ def memory_of_state(state_shape: Any) -> dict[str, int]:
 
     def total(tree: Any) -> int:
         return sum(
-            math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)
+            math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
+            for x in jax.tree.leaves(tree)
         )
 
-    parts = {"parameters": total(state_shape.params), "optimizer": total(state_shape.opt_state)}
-    return parts | ({"average": total(state_shape.ema)} if jax.tree.leaves(state_shape.ema) else {})
+    parts = {
+        "parameters": total(state_shape.params),
+        "optimizer": total(state_shape.opt_state),
+    }
+    return parts | (
+        {"average": total(state_shape.ema)} if jax.tree.leaves(state_shape.ema) else {}
+    )
 
 
 def needed_memory(message: str) -> float:
@@ -201,7 +246,9 @@ def needed_memory(message: str) -> float:
     if "RESOURCE_EXHAUSTED" not in message or "hbm" not in message.lower():
         return 0.0
     unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    found = re.search(r"(?:Used|required for HLO temporaries \() ?([\d.]+)([KMGT])", message)
+    found = re.search(
+        r"(?:Used|required for HLO temporaries \() ?([\d.]+)([KMGT])", message
+    )
     return float(found[1]) * unit[found[2]] if found else 1.0
 
 
@@ -211,13 +258,15 @@ def speed(
     """Times of a step and of the run; ``model_flops`` per chip and step."""
     compute = cost.cycles / chip.clock
     collectives = {}
+    axes = len(chip.shapes[0].split("x"))
     for kind, c in sorted(cost.collectives.items()):
-        bandwidth = DCN if kind == "send" else chip.ici
+        # A group along one axis of the torus has only the links of that axis.
+        seconds = (c.wire_bytes + (axes - 1) * c.part_bytes) / chip.ici
         collectives[kind] = {
             "count": c.count,
             "gib": c.bytes / GIB,
             "wire_gib": c.wire_bytes / GIB,
-            "ms": 1e3 * c.wire_bytes / bandwidth,
+            "ms": 1e3 * (c.wire_bytes / DCN if kind == "send" else seconds),
         }
     network = sum(c["ms"] for c in collectives.values()) / 1e3
     step = compute + network
@@ -225,7 +274,9 @@ def speed(
         "step_ms": 1e3 * step,
         "step_parts_ms": {
             "matrix products": 1e3 * cost.matmul_cycles / chip.clock,
-            "other compute and memory": 1e3 * (cost.cycles - cost.matmul_cycles) / chip.clock,
+            "other compute and memory": 1e3
+            * (cost.cycles - cost.matmul_cycles)
+            / chip.clock,
             "network": 1e3 * network,
         },
         "compute_ms": 1e3 * compute,
@@ -249,7 +300,9 @@ def advice(cfg: Config, target: Topology, result: dict[str, Any]) -> list[str]:
     kept = sum(memory.values())
     found = []
     if cfg.model.remat != "full":
-        found.append(f"--config.model.remat=full keeps one array per block of the {activations:.1f} GiB of activations")
+        found.append(
+            f"--config.model.remat=full keeps one array per block of the {activations:.1f} GiB of activations"
+        )
     if cfg.sharding in ("replicate", "zero") and chips > 1:
         left = kept if cfg.sharding == "zero" else kept / chips
         found.append(
@@ -267,15 +320,21 @@ def advice(cfg: Config, target: Topology, result: dict[str, Any]) -> list[str]:
                 break
     kind = target.name.split(":")[0]
     larger = [
-        s for s in CHIPS[kind].shapes if math.prod(map(int, s.split("x"))) >= 2 * chips and cfg.batch % _count(s) == 0
+        s
+        for s in CHIPS[kind].shapes
+        if math.prod(map(int, s.split("x"))) >= 2 * chips and cfg.batch % _count(s) == 0
     ]
     if larger:
-        found.append(f"--topology={kind}:{larger[0]}: half the images and state per chip")
+        found.append(
+            f"--topology={kind}:{larger[0]}: half the images and state per chip"
+        )
     for other, chip in CHIPS.items():
         if chip.hbm_gib > max(hbm, result["peak_hbm_gib"]):
             same = [s for s in chip.shapes if _count(s) == chips]
             if same:
-                found.append(f"--topology={other}:{same[0]}: {chip.hbm_gib} GiB per chip")
+                found.append(
+                    f"--topology={other}:{same[0]}: {chip.hbm_gib} GiB per chip"
+                )
     return found
 
 
@@ -286,14 +345,24 @@ def _count(shape: str) -> int:
 def candidates(cfg: Config, chips: int) -> Iterator[Config]:
     """Configs that train the same in another way, the most promising first."""
     per_chip = cfg.batch // chips
-    meshes: list[tuple[str, tuple[int, ...]]] = [("replicate", ()), ("zero", ()), ("fsdp", ())]
+    meshes: list[tuple[str, tuple[int, ...]]] = [
+        ("replicate", ()),
+        ("zero", ()),
+        ("fsdp", ()),
+    ]
     if chips > 8:
         meshes += [("zero", (chips,)), ("fsdp", (chips,))]
     for n in (1, 2, 4, 8, 16):
         for sharding, mesh in meshes:
             for remat in ("none", "dots", "full"):
                 if n <= per_chip and per_chip % n == 0:
-                    yield config.replace(cfg, sharding=sharding, mesh=mesh, accumulate=n, model__remat=remat)
+                    yield config.replace(
+                        cfg,
+                        sharding=sharding,
+                        mesh=mesh,
+                        accumulate=n,
+                        model__remat=remat,
+                    )
 
 
 def search(cfg: Config, target: Topology, limit: int) -> list[dict[str, Any]]:
@@ -311,7 +380,9 @@ def search(cfg: Config, target: Topology, limit: int) -> list[dict[str, Any]]:
         if plans[-1]["fits"]:
             fitting.add(key)
         print(_row(plans[-1]), flush=True)
-    return sorted(plans, key=lambda p: (not p["fits"], p["step_ms"] or 0, p["peak_hbm_gib"]))
+    return sorted(
+        plans, key=lambda p: (not p["fits"], p["step_ms"] or 0, p["peak_hbm_gib"])
+    )
 
 
 def _row(p: dict[str, Any]) -> str:
@@ -329,13 +400,19 @@ def report(p: dict[str, Any]) -> str:
     memory = ", ".join(f"{k} {v:.2f}" for k, v in p["memory_gib"].items())
     lines = [
         f"model        {p['model'] or 'ViT'}, {p['parameters']:,} parameters",
-        f"hardware     {p['topology']}, {p['chips']} chips; sharding {p['sharding']} over {mesh}",
+        f"hardware     {p['slices']} x {p['topology']}, {p['chips']} chips; sharding {p['sharding']} over {mesh}",
         f"batch        {p['batch']}, {p['images_per_chip']} images per chip in {p['accumulate']} micro-batch(es)",
         f"memory       {p['peak_hbm_gib']:.2f} of {p['hbm_gib']:.2f} GiB per chip: {memory}",
     ]
     if p["fits"]:
         parts = ", ".join(f"{k} {v:.1f}" for k, v in p["step_parts_ms"].items())
-        traffic = "; ".join(f"{v['count']} {k} {v['gib']:.2f} GiB" for k, v in p["collectives"].items()) or "none"
+        traffic = (
+            "; ".join(
+                f"{v['count']} {k} {v['gib']:.2f} GiB"
+                for k, v in p["collectives"].items()
+            )
+            or "none"
+        )
         lines += [
             f"fits         yes, {p['hbm_gib'] - p['peak_hbm_gib']:.2f} GiB are left",
             f"arithmetic   {p['model_tflops_per_chip']:.2f} TFLOP per chip and step of the model, "
@@ -347,26 +424,38 @@ def report(p: dict[str, Any]) -> str:
             f"trust        {p['trust']}",
         ]
         if p["kernels_not_counted"]:
-            lines.append(f"             {p['kernels_not_counted']} custom kernels have no estimate and count as 0 ms")
+            lines.append(
+                f"             {p['kernels_not_counted']} custom kernels have no estimate and count as 0 ms"
+            )
     else:
         over = p["peak_hbm_gib"] - p["hbm_gib"]
-        lines.append(f"fits         no: {over:.2f} GiB too much per chip. What would help:")
+        lines.append(
+            f"fits         no: {over:.2f} GiB too much per chip. What would help:"
+        )
         lines += [f"             {a}" for a in p["advice"]]
     return "\n".join([*lines, f"compiled     in {p['compile_seconds']:.0f} s"])
 
 
 def define_flags() -> None:
     flags.DEFINE_string("topology", "", "TPU type and shape, such as v5e:16x16.")
-    flags.DEFINE_integer("slices", 1, "How many such slices, connected by the data centre's network.")
-    flags.DEFINE_bool("search", False, "Try strategies, meshes, remat and micro-batches.")
-    flags.DEFINE_integer("search_limit", 12, "How many of them at most; each one is compiled.")
+    flags.DEFINE_integer(
+        "slices", 1, "How many such slices, connected by the data centre's network."
+    )
+    flags.DEFINE_bool(
+        "search", False, "Try strategies, meshes, remat and micro-batches."
+    )
+    flags.DEFINE_integer(
+        "search_limit", 12, "How many of them at most; each one is compiled."
+    )
     flags.DEFINE_bool("json", False, "Print one JSON object instead of lines.")
     cli.define_config_flag()
 
 
 def main(argv: list[str]) -> None:
     if argv:
-        raise UserError(f"unexpected argument {argv[0]!r}: flags look like --topology=v5e:16x16")
+        raise UserError(
+            f"unexpected argument {argv[0]!r}: flags look like --topology=v5e:16x16"
+        )
     f = flags.FLAGS
     cfg = cli.read_config()
     target = topology(f.topology, f.slices)

@@ -548,8 +548,8 @@ def small(**changes: Any) -> Config:
 def small_augreg(preset: str) -> Config:
     """``small`` on 2,500 images for 80 epochs, with or without RandAugment and mixup.
 
-    RandAugment moves images by up to 10 pixels per unit of magnitude: it is applied at 96
-    pixels, at magnitude 3, so that what is seen at 32 pixels stays recognisable.
+    RandAugment moves images by up to 10 pixels per unit of magnitude: it is applied at
+    96 pixels, at magnitude 3, so that what is seen at 32 pixels stays recognisable.
     """
     augment = {"op": "randaugment", "n": 2, "m": 3}
     crop = {"op": "inception_crop", "area": (0.3, 1.0), "size": 96}

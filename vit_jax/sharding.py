@@ -35,9 +35,15 @@ Params = Any
 class Strategy(NamedTuple):
     """How parameters are kept between steps, and when they are put together."""
 
-    divided: tuple[str, ...]  # mesh axes that divide parameters, optimizer state and average
-    gather: str  # "step": all parameters at once; "layer": those of a block where it runs
-    tensor: bool = False  # heads and MLP units are divided among devices that see the same images
+    divided: tuple[
+        str, ...
+    ]  # mesh axes that divide parameters, optimizer state and average
+    gather: (
+        str  # "step": all parameters at once; "layer": those of a block where it runs
+    )
+    tensor: bool = (
+        False  # heads and MLP units are divided among devices that see the same images
+    )
 
 
 SHARDINGS = {
@@ -57,7 +63,9 @@ class Rule(NamedTuple):
 
     pattern: str
     tensor: int  # the one that the tensor axis divides
-    state: tuple[int, ...]  # those that the state is divided along, if they divide; else the largest that does
+    state: tuple[
+        int, ...
+    ]  # those that the state is divided along, if they divide; else the largest that does
 
 
 # Dividing along the first axis lets XLA gather a stack of layers in the layout that the loop reads; along the second
@@ -92,13 +100,19 @@ def create_mesh(cfg: Config, devices: Sequence[jax.Device] | None = None) -> Mes
         axes = (*axes, "tensor")
     if len(axes) != len(shape):
         few, many = 1 + strategy.tensor, 3 + strategy.tensor
-        raise UserError(f"config.mesh={shape}: config.sharding={cfg.sharding} takes {few} to {many} numbers")
+        raise UserError(
+            f"config.mesh={shape}: config.sharding={cfg.sharding} takes {few} to {many} numbers"
+        )
     if min(shape) < 1 or math.prod(shape) != len(devices):
         raise UserError(
             f"config.mesh={shape} is for {math.prod(shape)} devices, but there are {len(devices)}: "
             "the numbers must multiply to that"
         )
-    mesh = Mesh(np.asarray(devices).reshape(shape), axes, axis_types=(AxisType.Auto,) * len(axes))
+    mesh = Mesh(
+        np.asarray(devices).reshape(shape),
+        axes,
+        axis_types=(AxisType.Auto,) * len(axes),
+    )
     parts = math.prod(mesh.shape[a] for a in _batch_axes(mesh))
     if cfg.batch % (parts * cfg.accumulate):
         raise UserError(
@@ -125,25 +139,35 @@ def state_sharding(cfg: Config, mesh: Mesh, state_shape: Any) -> Any:
       UserError: the tensor axis does not divide the heads or the MLP.
     """
     strategy = choose("config.sharding", cfg.sharding, SHARDINGS)
-    return _map(lambda path, x: NamedSharding(mesh, stored(strategy, mesh, path, x.shape)), state_shape)
+    return _map(
+        lambda path, x: NamedSharding(mesh, stored(strategy, mesh, path, x.shape)),
+        state_shape,
+    )
 
 
 def stored(
-    strategy: Strategy, mesh: Mesh, path: str, shape: tuple[int, ...], axes: int | None = None
+    strategy: Strategy,
+    mesh: Mesh,
+    path: str,
+    shape: tuple[int, ...],
+    axes: int | None = None,
 ) -> P:
     """How an array is kept between steps, or divided over the first ``axes`` of the strategy only.
 
-    Vectors are whole: they are small and would cost one message each.
+    Vectors and biases are whole: they are small and would cost one message each.
     """
     spec = used(strategy, mesh, path, shape)
     parts = [(a,) if a else () for a in (*spec, *[None] * (len(shape) - len(spec)))]
     first = 1 if re.fullmatch(STACKED, path) else 0
-    if sum(n > 1 for n in shape[first:]) < 2:
+    if sum(n > 1 for n in shape[first:]) < 2 or path.endswith("/bias"):
         return P(*(p or None for p in parts))
     rule = next((r for r in RULES if re.fullmatch(r.pattern, path)), None)
     preferred = [len(shape) + i for i in rule.state if len(shape) >= -i] if rule else []
     for axis in [a for a in strategy.divided if a in mesh.shape][:axes]:
-        left = [n // math.prod(mesh.shape[a] for a in p) for n, p in zip(shape, parts, strict=True)]
+        left = [
+            n // math.prod(mesh.shape[a] for a in p)
+            for n, p in zip(shape, parts, strict=True)
+        ]
         largest = sorted(range(first, len(shape)), key=lambda i: -left[i])
         fits = [i for i in (*preferred, *largest) if left[i] % mesh.shape[axis] == 0]
         if fits:
@@ -162,7 +186,12 @@ def used(strategy: Strategy, mesh: Mesh, path: str, shape: tuple[int, ...]) -> P
             f"config.mesh: the last number, {mesh.shape['tensor']}, must divide the {shape[rule.tensor]} heads or MLP "
             f"units of {path}"
         )
-    return P(*("tensor" if i == len(shape) + rule.tensor else None for i in range(len(shape))))
+    return P(
+        *(
+            "tensor" if i == len(shape) + rule.tensor else None
+            for i in range(len(shape))
+        )
+    )
 
 
 def gather(cfg: Config, mesh: Mesh, params: Params) -> Params:
@@ -191,24 +220,35 @@ def gather_block(cfg: Config, mesh: Mesh) -> Callable[[Params], Params]:
     def place(path, x):
         if strategy.gather == "layer":
             return _gather(cfg, strategy, mesh, path, x)
-        return _constrain(x, x.dtype, replicated(mesh), _stages(strategy, mesh, path, x))
+        return _constrain(
+            x, x.dtype, replicated(mesh), _stages(strategy, mesh, path, x)
+        )
 
     return partial(_map, place)
 
 
-def _gather(cfg: Config, strategy: Strategy, mesh: Mesh, path: str, x: jax.Array) -> jax.Array:
+def _gather(
+    cfg: Config, strategy: Strategy, mesh: Mesh, path: str, x: jax.Array
+) -> jax.Array:
     dtype = jnp.dtype(cfg.model.dtype) if re.fullmatch(CAST, path) else x.dtype
     whole = NamedSharding(mesh, used(strategy, mesh, path, x.shape))
     return _constrain(x, dtype, whole, _stages(strategy, mesh, path, x))
 
 
-def _stages(strategy: Strategy, mesh: Mesh, path: str, x: jax.Array) -> list[NamedSharding]:
+def _stages(
+    strategy: Strategy, mesh: Mesh, path: str, x: jax.Array
+) -> list[NamedSharding]:
     """Divided over one mesh axis after the other, so that each is a reduce-scatter along one axis of the torus."""
     n = sum(a in mesh.shape for a in strategy.divided)
-    return [NamedSharding(mesh, stored(strategy, mesh, path, x.shape, axes)) for axes in range(min(n, 1), n + 1)]
+    return [
+        NamedSharding(mesh, stored(strategy, mesh, path, x.shape, axes))
+        for axes in range(min(n, 1), n + 1)
+    ]
 
 
-def _constrain(x: jax.Array, dtype: Any, value: NamedSharding, gradient: Sequence[NamedSharding]) -> jax.Array:
+def _constrain(
+    x: jax.Array, dtype: Any, value: NamedSharding, gradient: Sequence[NamedSharding]
+) -> jax.Array:
     """``x`` in ``dtype`` placed like ``value``, its gradient like each of ``gradient`` in turn.
 
     A plain with_sharding_constraint would give the gradient the sharding of the value.
@@ -229,7 +269,8 @@ def _constrain(x: jax.Array, dtype: Any, value: NamedSharding, gradient: Sequenc
 
 def _map(f: Callable[[str, Any], Any], tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: f(jax.tree_util.keystr(path, simple=True, separator="/"), x), tree
+        lambda path, x: f(jax.tree_util.keystr(path, simple=True, separator="/"), x),
+        tree,
     )
 
 
@@ -251,7 +292,9 @@ def _default_shape(cfg: Config, devices: Sequence[jax.Device]) -> tuple[int, ...
             "devices for the batch, devices for heads and MLP units"
         )
     slices = len({_position(d)[0] for d in devices})
-    rows = len({_position(d)[1] for d in devices}) if hasattr(devices[0], "coords") else 1
+    rows = (
+        len({_position(d)[1] for d in devices}) if hasattr(devices[0], "coords") else 1
+    )
     grid = (rows, n // slices // rows)
     if cfg.sharding != "replicate" and slices > 1:
         return (slices, *grid)

@@ -19,7 +19,16 @@ import numpy as np
 import optax
 from etils import epath
 
-from vit_jax import config, data, evaluators, models, objectives, optim, sharding, weights
+from vit_jax import (
+    config,
+    data,
+    evaluators,
+    models,
+    objectives,
+    optim,
+    sharding,
+    weights,
+)
 from vit_jax.checkpoint import Checkpointer, State
 from vit_jax.config import Config
 from vit_jax.distributed import Preemption
@@ -487,7 +496,7 @@ def _initial_state(program: Program) -> State:
 _MAY_CHANGE = (
     "steps", "eval.", "checkpoint.", "log_every", "profile", "max_bad_steps", "sharding", "mesh", "accumulate",
     "model.remat", "data.cache_gib", "data.max_bad", "optim.learning_rate", "optim.schedule",
-    "optim.end_learning_rate", "optim.warmup", "optim.cooldown", "optim.timescale", "optim.clip",
+    "optim.end_learning_rate", "optim.warmup", "optim.cooldown", "optim.timescale",
 )  # fmt: skip
 
 

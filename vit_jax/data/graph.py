@@ -21,7 +21,7 @@ _PREFETCH = 2  # finished batches that wait for the device
 
 
 def example_function(
-    cfg: DataConfig, split: Split, dataset: Dataset, *, training: bool, knob: str
+    cfg: DataConfig, split: Split, dataset: Dataset, *, training: bool
 ) -> Example:
     """What is done to one example: bytes and seed in, image (and label) out."""
     if training:
@@ -34,7 +34,7 @@ def example_function(
         size=cfg.image_size,
         # What is measured must not depend on a shortcut of training.
         exact=not training or cfg.decode == "exact",
-        knob=knob,
+        knob="data.train_transforms" if training else "data.eval_transforms",
     )
 
     def make(fed: dict[str, Any]) -> dict[str, Any]:

@@ -83,7 +83,8 @@ def train_batches(
     if cfg.source == "synthetic":
         _load(cfg)
         return synthetic.batches(cfg, rows, itertools.count(start), salt=seed)
-    stream = _Stream(cfg, "", batch, rows, seed)
+    split, bad = _cached(cfg, "train")
+    stream = _Stream(cfg, _load(cfg), split, bad, batch, rows, seed, training=True)
     return stream.run(range(start, 2**62))
 
 
@@ -111,38 +112,54 @@ def eval_batches(
             b | {"mask": np.float32(step * batch + rows < size)}
             for step, b in zip(steps, found, strict=True)
         )
-    stream = _Stream(cfg, split, batch, rows, 0)
+    chosen, bad = _cached(cfg, split)
+    stream = _Stream(cfg, _load(cfg), chosen, bad, batch, rows, 0, training=False)
     return stream.run(range(-(-stream.size // batch)))
+
+
+def split_of(cfg: DataConfig, name: str) -> Split:
+    """The examples of a split, undecoded."""
+    return sources.evaluation_split(cfg, _load(cfg), name)
+
+
+def stream_of(cfg: DataConfig, split: Split, batch: int) -> Iterator[Batch]:
+    """Training batches of any list of examples, all of one class; for the benchmark."""
+    rows, dataset = np.arange(batch), Dataset(split, split, ("0",))
+    stream = _Stream(cfg, dataset, split, {}, batch, rows, 0, training=True)
+    return stream.run(range(2**62))
 
 
 class _Stream:
     """The rows of one process of every batch of one split.
 
-    ``name``: "" for training (shuffled, augmented, endless), else the split to evaluate.
+    Training: shuffled, augmented, endless. Otherwise: every example once, in order.
     """
 
     def __init__(
-        self, cfg: DataConfig, name: str, batch: int, rows: np.ndarray, seed: int
+        self,
+        cfg: DataConfig,
+        dataset: Dataset,
+        split: Split,
+        bad: dict[int, str],
+        batch: int,
+        rows: np.ndarray,
+        seed: int,
+        *,
+        training: bool,
     ) -> None:
         from vit_jax.data import graph  # imports tensorflow, which takes seconds
 
-        dataset = _load(cfg)
-        self.training = not name
-        knob = "data.train_transforms" if self.training else "data.eval_transforms"
-        self.graph = graph
+        self.graph, self.training = graph, training
         self.cfg, self.batch, self.local, self.seed = cfg, batch, rows, seed
         self.num_classes, self.multilabel = dataset.num_classes, dataset.multilabel
-        self.split, self.bad = _cached(cfg, name or "train")
-        self.size = len(self.split)
-        self.example = graph.example_function(
-            cfg, self.split, dataset, training=self.training, knob=knob
-        )
-        self.failure: BaseException | None = None
+        self.split, self.bad, self.size = split, bad, len(split)
+        self.example = graph.example_function(cfg, split, dataset, training=training)
         self.sequence = None
-        if self.split.sequence is not None:
-            self.sequence = self.split.sequence.reader(
-                batch, rows, seed if self.training else None
+        if split.sequence is not None:
+            self.sequence = split.sequence.reader(
+                batch, rows, seed if training else None
             )
+        self.failure: BaseException | None = None
         for index, reason in self.bad.items():
             self._report(index, reason)
         self._check_bad()

@@ -298,6 +298,7 @@ class _TrainReader:
         if step not in self.recent:
             if not self.recent or step != next(reversed(self.recent)) + 1:
                 self._start(step)
+            started, first = time.monotonic(), not self.recent
             index = np.empty(len(self.local), np.int64)
             record = np.empty(len(self.local), object)
             windows = []
@@ -307,6 +308,12 @@ class _TrainReader:
                     index[row], record[row], window = next(iterator)
                 windows.append(window)
             self.recent[step] = index, record, windows
+            if first:  # the first batch waits for the skipping and for full windows
+                log.info(
+                    "reading in sequence from step %d: first batch after %.1f s",
+                    step,
+                    time.monotonic() - started,
+                )
             while len(self.recent) > 16:
                 self.recent.popitem(last=False)
         index, record, windows = self.recent[step]
@@ -349,21 +356,11 @@ class _TrainReader:
     ) -> Iterator[tuple[int, bytes]]:
         """Records [low, high) starting at low + shift and going round, less ``skip``."""
         size = high - low
-        begin = (shift + skip) % size
-        started = time.monotonic()
-        parts = [(low + begin, high), (low, low + begin)]
-        left = size - skip
-        for a, b in parts:
-            for item in _in_sequence(self.source.shards, a, min(b, a + left)):
-                if skip:
-                    log.info(
-                        "skipped %d records of a stream in %.2f s",
-                        skip,
-                        time.monotonic() - started,
-                    )
-                    skip = 0
-                yield item
-            left -= max(0, min(b, a + left) - a)
+        begin, left = (shift + skip) % size, size - skip
+        for a, b in ((low + begin, high), (low, low + begin)):
+            stop = min(b, a + left)
+            yield from _in_sequence(self.source.shards, a, stop)
+            left -= stop - a
 
 
 class _EvalReader:

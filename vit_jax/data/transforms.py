@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vit_jax.config import choose, nearest
+from vit_jax.data import randaugment as ra
 from vit_jax.data.decode import Image, decode, decode_crop, resize_to, shape_of
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
@@ -39,7 +40,19 @@ def inception_crop(
     TensorFlow's own sampler, whose distribution is not torchvision's: the ratio is
     uniform, then the height is uniform among those that fit, so small crops are common.
     """
-    shape = shape_of(image)
+    window = inception_window(shape_of(image), seed, area=area, ratio=ratio)
+    crop = decode_crop(image, window, target=0 if exact else size)
+    return resize_to(crop, size)
+
+
+def inception_window(
+    shape: Any,
+    seed: Seed,
+    *,
+    area: tuple[float, float] = (0.05, 1.0),
+    ratio: tuple[float, float] = (0.75, 1.33),
+) -> Any:
+    """Where ``inception_crop`` cuts: (top, left, height, width), int32."""
     begin, extent, _ = tf.raw_ops.StatelessSampleDistortedBoundingBox(
         image_size=shape,
         bounding_boxes=tf.constant([[[0.0, 0.0, 1.0, 1.0]]]),
@@ -50,9 +63,7 @@ def inception_crop(
         max_attempts=100,
         use_image_if_no_bounding_boxes=True,
     )
-    window = tf.concat([begin[:2], extent[:2]], 0)
-    crop = decode_crop(image, window, target=0 if exact else size)
-    return resize_to(crop, size)
+    return tf.concat([begin[:2], extent[:2]], 0)
 
 
 def resize(
@@ -128,9 +139,7 @@ def randaugment(
     image: Image, seed: Seed, *, n: int = 2, m: float = 10.0, corrected: bool = False
 ) -> Image:
     """``n`` of 16 random operations at magnitude ``m``; see randaugment.py."""
-    from vit_jax.data import randaugment as module
-
-    return module.randaugment(decode(image), seed, n=n, m=m, corrected=corrected)
+    return ra.randaugment(decode(image), seed, n=n, m=m, corrected=corrected)
 
 
 TRANSFORMS: dict[str, Callable[..., Image]] = {

@@ -137,10 +137,10 @@ def load_for_training(source: str | Path, cfg: ModelConfig) -> dict[str, Any]:
     """
     cfg = models.resolve(cfg)
     source = catalogue.resolve(str(source))
-    with sources.open_source(source) as (contents, tree):
+    with sources.open_source(source, {"heads": cfg.heads}) as (contents, tree):
         about = contents.metadata
         report = Report(contents.where)
-        arrays = _canonical(contents, tree, report, {"heads": cfg.heads})
+        arrays = _canonical(contents, tree, report)
         known = dict(about.model)
         stored = infer.infer(arrays, known, (0, 0), report)
         for field in fit.ARCHITECTURE:
@@ -217,9 +217,12 @@ def _read(
     overrides = _checked(overrides)
     stated = {k: v for k, v in overrides.items() if k in _STATED and not new_head}
     stated |= {k: v for k, v in overrides.items() if k in ("heads", "gelu")}
-    with sources.open_source(catalogue.resolve(str(source))) as (contents, tree):
+    with sources.open_source(catalogue.resolve(str(source)), stated) as (
+        contents,
+        tree,
+    ):
         report = Report(contents.where)
-        arrays = _canonical(contents, tree, report, stated)
+        arrays = _canonical(contents, tree, report)
         known = {**contents.metadata.model, **stated}
         stored = infer.infer(arrays, known, size, report)
         wanted = dataclasses.replace(
@@ -246,13 +249,9 @@ def _read(
     return Checkpoint(wanted, params, about, report)
 
 
-def _canonical(
-    contents: Contents, tree: str, report: Report, stated: dict[str, Any]
-) -> dict[str, Array]:
+def _canonical(contents: Contents, tree: str, report: Report) -> dict[str, Array]:
     for note in contents.notes:
-        assumed = note.startswith("assumed: heads") and "heads" in stated
-        if not assumed:
-            report.change(note)
+        report.change(note)
     return layout.canonical(contents.arrays, tree, report)
 
 

@@ -226,6 +226,11 @@ def _image_size(
         )
         return (unit, unit)
     n = shape[1]
+    if wanted != (0, 0) and wanted[0] != wanted[1]:
+        # A number of rows that is square by chance: the caller knows better.
+        rows, columns = variants.token_grid(cfg, wanted)
+        if n == rows * columns + ("cls" in arrays):
+            return wanted
     for patches in (n - 1, n) if "cls" in arrays else (n, n - 1):
         side = int(patches**0.5)
         if patches and side * side == patches:

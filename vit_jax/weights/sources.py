@@ -25,11 +25,14 @@ _TORCH_WAY_OUT = (
 
 
 @contextmanager
-def open_source(source: str | Path) -> Iterator[tuple[Contents, str]]:
+def open_source(
+    source: str | Path, facts: dict[str, Any] | None = None
+) -> Iterator[tuple[Contents, str]]:
     """The contents of a checkpoint, and the subtree asked for as in ``file.npz:img``.
 
     Args:
       source: file, folder or URL; see ``weights.load``.
+      facts: fields of ModelConfig that the caller knows, such as the heads of a torch file.
 
     Raises:
       UserError: it is missing, unreadable, or not a checkpoint.
@@ -39,7 +42,7 @@ def open_source(source: str | Path) -> Iterator[tuple[Contents, str]]:
         if source.startswith("gs://") and not re.search(r"\.\w{2,11}(#|$)", source):
             yield _open_bucket(source), tree
         else:
-            yield _open(local(source), source, stack), tree
+            yield _open(local(source), source, stack, facts or {}), tree
 
 
 def split(source: str) -> tuple[str, str]:
@@ -136,9 +139,9 @@ def sniff(path: Path, where: str) -> str:
     )
 
 
-def _open(path: Path, where: str, stack: ExitStack) -> Contents:
+def _open(path: Path, where: str, stack: ExitStack, facts: dict[str, Any]) -> Contents:
     if path.is_dir():
-        return _open_folder(path, where, stack)
+        return _open_folder(path, where, stack, facts)
     if not path.is_file():
         raise UserError(f"{where} is neither a file nor a folder")
     try:
@@ -151,13 +154,12 @@ def _open(path: Path, where: str, stack: ExitStack) -> Contents:
         return Contents(where, arrays, metadata.of_npz(path))
     if kind == "msgpack":
         return _open_msgpack(path, where)
-    files = [path]
-    return _open_torch(
-        files, path.parent / "config.json", where, stack, own_folder=False
-    )
+    return _open_torch([path], path.parent / "config.json", where, facts, False)
 
 
-def _open_folder(path: Path, where: str, stack: ExitStack) -> Contents:
+def _open_folder(
+    path: Path, where: str, stack: ExitStack, facts: dict[str, Any]
+) -> Contents:
     names = {p.name for p in path.iterdir()}
     index = path / "model.safetensors.index.json"
     if index.exists():
@@ -165,12 +167,12 @@ def _open_folder(path: Path, where: str, stack: ExitStack) -> Contents:
         files = [path / part for part in parts]
         if lost := [f.name for f in files if not f.exists()]:
             raise UserError(f"{where}: {index.name} names {lost}, which are missing")
-        return _open_torch(files, path / "config.json", where, stack, own_folder=True)
+        return _open_torch(files, path / "config.json", where, facts, True)
     found = sorted(path.glob("*.safetensors"))
     model = path / "model.safetensors"
     if model in found or len(found) == 1:
         files = [model if model in found else found[0]]
-        return _open_torch(files, path / "config.json", where, stack, own_folder=True)
+        return _open_torch(files, path / "config.json", where, facts, True)
     if found:
         raise UserError(f"{where} holds {[f.name for f in found]}: name one of them")
     if _is_orbax(path) or "checkpoints" in names:
@@ -186,13 +188,13 @@ def _open_folder(path: Path, where: str, stack: ExitStack) -> Contents:
         )
     inside = sorted(n for n in names if n.endswith((".npz", ".msgpack")))
     if len(inside) == 1:
-        return _open(path / inside[0], f"{where}/{inside[0]}", stack)
+        return _open(path / inside[0], f"{where}/{inside[0]}", stack, facts)
     flax = sorted(n for n in names if re.fullmatch(r"checkpoint_\d+", n))
     if flax:
         newest = max(flax, key=lambda n: int(n.split("_")[1]))
         if (path / newest).is_dir():
             return _open_orbax(path.absolute() / newest, f"{where}/{newest}")
-        return _open(path / newest, f"{where}/{newest}", stack)
+        return _open(path / newest, f"{where}/{newest}", stack, facts)
     raise UserError(
         f"{where} holds no checkpoint: neither model.safetensors nor checkpoints/ nor one "
         f".npz file is among {sorted(names)[:6]}"
@@ -200,12 +202,16 @@ def _open_folder(path: Path, where: str, stack: ExitStack) -> Contents:
 
 
 def _open_torch(
-    files: list[Path], config: Path, where: str, stack: ExitStack, own_folder: bool
+    files: list[Path],
+    config: Path,
+    where: str,
+    facts: dict[str, Any],
+    own_folder: bool,
 ) -> Contents:
     arrays: dict[str, Any] = {}
     header: dict[str, str] = {}
     for file in files:
-        part, found = torch.read(file, where, stack)
+        part, found = torch.read(file, where)
         arrays |= part
         header |= found
     about = metadata.of_safetensors(header)
@@ -216,7 +222,7 @@ def _open_torch(
             # A file among strangers: the config beside it may be another model's.
             if own_folder:
                 raise
-    arrays, fields, layout, notes = torch.from_torch(arrays, about.model, where)
+    arrays, fields, layout, notes = torch.from_torch(arrays, about.model | facts, where)
     about = dataclasses.replace(about, model=fields, layout=layout)
     if layout == "timm" and "classifier.weight" not in arrays and not about.transforms:
         about = dataclasses.replace(about, transforms=metadata.DEFAULT_TRANSFORMS)

@@ -9,7 +9,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -184,6 +183,9 @@ def _timm_resnet(stages: list[int]) -> Iterator[Pair]:
 
 # --- reading ----------------------------------------------------------------------------
 
+# bfloat16 as two raw bytes, which to_float32 knows.
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "V2"}
+
 _UNSUPPORTED = {
     r"(^|\.)dist_token$|distillation": "a distillation token (DeiT)",
     r"(^|\.)reg_token$|register_tokens": "register tokens",
@@ -196,37 +198,51 @@ _UNSUPPORTED = {
 }
 
 
-def read(path: Path, where: str, stack: ExitStack) -> tuple[dict[str, Array], dict]:
+def read(path: Path, where: str) -> tuple[dict[str, Array], dict[str, str]]:
     """Arrays and the text header of a safetensors file.
 
+    The package checks the file; values are read here, because its memory map would count
+    every page that was read on top of the arrays.
+
     Raises:
-      UserError: truncated or damaged.
+      UserError: truncated, damaged, or an array of a type that no weights have.
     """
     from safetensors import SafetensorError, safe_open
 
     require_memory(path.stat().st_size, where)
     try:
         # A type checker cannot see into the compiled module.
-        file: Any = stack.enter_context(safe_open(str(path), framework="numpy"))
-        names = list(file.keys())
+        opened: Any = safe_open(str(path), framework="numpy")
+        with opened as file:
+            about = dict(file.metadata() or {})
+        with path.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            table = json.loads(raw.read(length))
     except (SafetensorError, OSError, ValueError) as e:
         raise UserError(
             f"{where} is a truncated or damaged safetensors file ({e}): download it again"
         ) from e
     arrays = {}
-    for name in names:
-        part = file.get_slice(name)
-        shape, dtype = tuple(part.get_shape()), part.get_dtype()
-        if dtype not in ("F64", "F32", "F16", "BF16"):
-            if dtype.startswith(("I", "U", "B")):
-                continue  # counters and position ids, not parameters
-            raise UserError(
-                f"{where}: the array {name} has type {dtype}: not supported"
-            )
-        arrays[name] = Array(
-            name, shape, lambda name=name: to_float32(file.get_tensor(name))
-        )
-    return arrays, dict(file.metadata() or {})
+    for name, entry in table.items():
+        kind = entry.get("dtype", "")
+        if name == "__metadata__" or kind.startswith(("I", "U", "BOOL")):
+            continue  # counters and position ids are no parameters
+        if kind not in _DTYPES:
+            raise UserError(f"{where}: the array {name} has type {kind}: not supported")
+        start = 8 + length + entry["data_offsets"][0]
+        arrays[name] = _stored(path, name, tuple(entry["shape"]), kind, start)
+    return arrays, about
+
+
+def _stored(
+    path: Path, name: str, shape: tuple[int, ...], kind: str, start: int
+) -> Array:
+    def values() -> np.ndarray:
+        count, dtype = math.prod(shape), _DTYPES[kind]
+        flat = np.fromfile(path, dtype, count, offset=start)
+        return to_float32(flat.reshape(shape))
+
+    return Array(name, shape, values)
 
 
 def from_torch(

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exports: names of the releases, the same bits on every way round, metadata."""
+
+import json
+import resource
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors
+from weights_files import save_npz, small_model
+
+import vit_jax
+from vit_jax import convert, weights
+from vit_jax.config import Config, DataConfig
+from vit_jax.errors import UserError
+from vit_jax.weights import fit
+from vit_jax.weights.contents import Metadata
+
+NAMES = Metadata(
+    class_names=("cat", "dög", "eel", "fox", "gnu"),
+    transforms=(
+        {"op": "resize_small", "size": 20, "method": "area"},
+        {"op": "central_crop"},
+    ),
+)
+
+
+def same_bits(a, b):
+    a, b = np.load(a), np.load(b)
+    assert set(a.files) == set(b.files)
+    for name in a.files:
+        assert a[name].dtype == b[name].dtype == np.float32
+        np.testing.assert_array_equal(
+            a[name].view(np.uint32), b[name].view(np.uint32), name
+        )
+
+
+def start(tmp_path, **fields):
+    model, flat = small_model(**fields)
+    flat["cls" if "cls" in flat else "embedding/bias"][
+        ..., 0
+    ] = -0.0  # its sign is a bit
+    file = tmp_path / "start.npz"
+    weights.save(file, model.cfg, fit.unflatten(flat), NAMES)
+    return file, model, flat
+
+
+@pytest.mark.parametrize("through", ["hf", "timm.safetensors", "other.npz"])
+def test_there_and_back(tmp_path, through):
+    file, model, _ = start(tmp_path, gelu="exact", layer_norm_eps=1e-5)
+    convert.convert(str(file), str(tmp_path / through))
+    convert.convert(str(tmp_path / through), str(tmp_path / "end.npz"))
+    same_bits(file, tmp_path / "end.npz")
+    found = weights.read(tmp_path / "end.npz")
+    assert found.cfg == model.cfg
+    assert found.metadata.class_names == NAMES.class_names
+    assert found.metadata.transforms == NAMES.transforms
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"head": "gap", "pre_logits": True},
+        {"head": "map"},
+        {"resnet": (1, 1), "patch": 1, "image_size": 32},
+        {"resnet_width": 1, "image_size": 64},
+        {"image_size": (16, 24), "layers": "scan"},
+    ],
+)
+def test_there_and_back_through_timm(tmp_path, fields):
+    file, model, _ = start(tmp_path, **fields)
+    convert.convert(str(file), str(tmp_path / "m.safetensors"))
+    convert.convert(str(tmp_path / "m.safetensors"), str(tmp_path / "end.npz"))
+    same_bits(file, tmp_path / "end.npz")
+    found = weights.read(tmp_path / "end.npz", layers=model.cfg.layers)
+    assert found.cfg == model.cfg
+
+
+def test_official_loader_reads_it(tmp_path):
+    """Plain arrays, "/" names, no pickle, blocks numbered as in the releases."""
+    file, _, flat = start(tmp_path)
+    with np.load(file, allow_pickle=False) as arrays:
+        assert set(arrays.files) == flat.keys()
+        block = "Transformer/encoderblock_1"
+        for child in (
+            "LayerNorm_0/scale",
+            "MultiHeadDotProductAttention_1/query/kernel",
+            "LayerNorm_2/bias",
+            "MlpBlock_3/Dense_1/kernel",
+        ):
+            assert f"{block}/{child}" in arrays.files
+
+
+def keys_of_b16(block, rest):
+    attention = [
+        f"MultiHeadDotProductAttention_1/{x}/{p}"
+        for x in ("query", "key", "value", "out")
+        for p in ("kernel", "bias")
+    ]
+    norms = [f"LayerNorm_{i}/{p}" for i in (0, 2) for p in ("scale", "bias")]
+    mlp = [f"MlpBlock_3/Dense_{i}/{p}" for i in (0, 1) for p in ("kernel", "bias")]
+    inside = [f"{block}_{i}/{x}" for i in range(12) for x in attention + norms + mlp]
+    return {*inside, *rest}
+
+
+REST = [
+    "cls",
+    "embedding/kernel",
+    "embedding/bias",
+    "Transformer/posembed_input/pos_embedding",
+    "Transformer/encoder_norm/scale",
+    "Transformer/encoder_norm/bias",
+    "pre_logits/kernel",
+    "pre_logits/bias",
+    "head/kernel",
+    "head/bias",
+]
+
+
+@pytest.mark.parametrize(("name", "count"), [("ViT-B/16", 202), ("R50+ViT-B/16", 358)])
+def test_keys_of_the_releases(name, count):
+    """Sections 3.2 and 2.6 of the specification, on shapes: what npz would hold."""
+    model = vit_jax.create_model(
+        name, num_classes=21843, image_size=224, pre_logits=True
+    )
+    shapes = {k: v.shape for k, v in fit.flatten(fit._shapes(model.cfg)).items()}
+    want = keys_of_b16("Transformer/encoderblock", REST)
+    if name.startswith("R50"):
+        want |= {"conv_root/kernel", "gn_root/scale", "gn_root/bias"}
+        for i, units in enumerate((3, 4, 9), 1):
+            for j in range(1, units + 1):
+                parts = ["1", "2", "3"] + ["_proj"] * (j == 1)
+                unit = f"block{i}/unit{j}"
+                want |= {f"{unit}/conv{p}/kernel" for p in parts}
+                want |= {f"{unit}/gn{p}/{x}" for p in parts for x in ("scale", "bias")}
+    assert shapes.keys() == want
+    assert len(want) == count
+    query = "Transformer/encoderblock_11/MultiHeadDotProductAttention_1/query/kernel"
+    assert shapes[query] == (768, 12, 64)
+    assert shapes["Transformer/posembed_input/pos_embedding"] == (1, 197, 768)
+    flat = {k: np.broadcast_to(np.float32(0), s) for k, s in shapes.items()}
+    from vit_jax.weights import export
+
+    assert {k for k, _ in export.unstacked(fit.unflatten(flat))} == want
+
+
+def test_headers_are_those_of_the_package(tmp_path):
+    """Our own writer against the safetensors package: same arrays, same metadata."""
+    file, _, flat = start(tmp_path)
+    convert.convert(str(file), str(tmp_path / "m.safetensors"))
+    arrays = safetensors.load_file(tmp_path / "m.safetensors")
+    np.testing.assert_array_equal(arrays["head.weight"], flat["head/kernel"].T)
+    assert (tmp_path / "m.safetensors").stat().st_size == len(
+        safetensors.save(arrays)
+    ) + _extra(tmp_path / "m.safetensors", arrays)
+
+
+def _extra(path, arrays):
+    """How much longer our header is than one without metadata."""
+    ours = int.from_bytes(path.read_bytes()[:8], "little")
+    theirs = int.from_bytes(safetensors.save(arrays)[:8], "little")
+    return ours - theirs
+
+
+def test_workdir_to_npz(tmp_path):
+    """What training leaves behind: names and preprocessing travel from its files."""
+    from vit_jax import checkpoint, config
+
+    model, flat = small_model(layers="scan", dropout=0.1)
+    cfg = Config(
+        model=model.cfg,
+        data=DataConfig(image_size=16, eval_transforms=NAMES.transforms),
+    )
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "config.json").write_text(config.to_json(cfg))
+    (workdir / "dataset.json").write_text(
+        json.dumps({"class_names": NAMES.class_names, "image_size": [16, 16]})
+    )
+    params = jax.tree.map(jax.numpy.asarray, fit.unflatten(flat))
+    saver = checkpoint.Checkpointer(str(workdir), cfg.checkpoint)
+    saver.save(checkpoint.State(params, {}, jax.numpy.int32(3), {}), 3, {})
+    saver.wait()
+    saver.close()
+    for source in (workdir, workdir / "checkpoints", workdir / "checkpoints" / "3"):
+        found = weights.read(source)
+        assert found.cfg == model.cfg
+        for name, value in fit.flatten(found.params).items():
+            np.testing.assert_array_equal(value, flat[name], name)
+    convert.convert(str(workdir), str(tmp_path / "x.npz"))
+    found = weights.read(tmp_path / "x.npz")
+    assert found.metadata.class_names == NAMES.class_names
+    assert found.metadata.transforms == NAMES.transforms
+    layer = fit.flatten(found.params)["Transformer/encoderblock_1/LayerNorm_0/bias"]
+    np.testing.assert_array_equal(
+        layer, flat["Transformer/encoderblock/LayerNorm_0/bias"][1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("dest", "layout", "message"),
+    [
+        ("x.bin", "", r"none of \.npz"),
+        ("x.npz", "tf", "unknown layout 'tf'"),
+        ("start.npz", "hf", "is a file"),
+    ],
+)
+def test_destinations(tmp_path, dest, layout, message):
+    file, _, _ = start(tmp_path)
+    with pytest.raises(UserError, match=message):
+        convert.convert(str(file), str(tmp_path / dest), layout)
+
+
+def test_failure_leaves_nothing(tmp_path):
+    file, _, flat = start(tmp_path)
+    flat["Transformer/encoder_norm/bias"][:] = np.nan
+    bad = save_npz(tmp_path / "bad.npz", flat)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(UserError, match="not finite"):
+        convert.convert(bad, str(tmp_path / "y.npz"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_command(tmp_path):
+    file, _, _ = start(tmp_path)
+    run = [sys.executable, "-m", "vit_jax.convert"]
+    done = subprocess.run(
+        [*run, file, tmp_path / "a.npz", "--image_size=24"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"wrote {tmp_path / 'a.npz'}\n"
+    assert "resized" in done.stderr
+    done = subprocess.run(
+        [*run, tmp_path / "none.npz", "b.npz"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_memory_of_a_large_model(tmp_path):
+    """Reading and writing ViT-B/16 needs at most 2.2 times the file."""
+    script = (
+        "import sys, resource, numpy as np\n"
+        "from vit_jax import convert\n"
+        "convert.convert(sys.argv[1], sys.argv[2])\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)\n"
+    )
+    model = vit_jax.create_model("ViT-L/16", num_classes=1000, image_size=224)
+    shapes = fit.flatten(fit._shapes(model.cfg))
+    ones = {k: np.broadcast_to(np.float32(1), v.shape) for k, v in shapes.items()}
+    weights.save(tmp_path / "x.npz", model.cfg, fit.unflatten(ones))
+    assert resource.RUSAGE_SELF == 0
+    for a, b in (
+        ("x.npz", "y.npz"),
+        ("x.npz", "y.safetensors"),
+        ("y.safetensors", "z.npz"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", script, tmp_path / a, tmp_path / b],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert int(done.stdout.split()[-1]) < 2.2 * (tmp_path / a).stat().st_size

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several real processes do what one does, and none waits forever for another."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from vit_jax.checkpoint import load_params
+from vit_jax.distributed import Peers
+from vit_jax.errors import UserError
+from vit_jax.progress import read_metrics
+
+ROOT = Path(__file__).parent.parent
+# SGD: Adam would divide rounding noise by its own size where a gradient is zero (the key's bias).
+COMMAND = [
+    sys.executable, "-m", "vit_jax.main", "--config=tests/tiny.py", "--config.model.depth=1",
+    "--config.optim.name=sgd", "--config.optim.learning_rate=0.01", "--config.data.holdout=0.0361",
+]  # fmt: skip
+TEST_IMAGES = 37  # 0.0361 of 1024: not divisible by anything
+LONG = ["--config.steps=1000000", "--config.log_every=10", "--config.eval.every=0", "--config.checkpoint.every=0"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(workdir, processes, cache, *flags):
+    """The same command on every process; eight devices in all."""
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
+    }  # fmt: skip
+    together = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={processes}"]
+    return [
+        subprocess.Popen(
+            [*COMMAND, f"--workdir={workdir}", *flags, *(together if processes > 1 else []),
+             *([f"--process_id={i}"] if processes > 1 else [])],
+            cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(processes)
+    ]  # fmt: skip
+
+
+def finish(processes):
+    """[(exit status, standard output, standard error)]. The pipes are read at once: a full one blocks its process."""
+    ends = [()] * len(processes)
+
+    def read(i):
+        out, err = processes[i].communicate(timeout=300)
+        ends[i] = (processes[i].returncode, out, err)
+
+    threads = [threading.Thread(target=read, args=(i,)) for i in range(len(processes))]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    return ends
+
+
+def run(workdir, processes, cache, *flags):
+    ends = finish(start(workdir, processes, cache, *flags))
+    assert [e[0] for e in ends] == [0] * processes, ends
+    return ends
+
+
+@contextlib.contextmanager
+def running(workdir, cache):
+    """Two processes in the middle of a long training; none is left behind."""
+    logged = len(read_metrics(str(workdir)))
+    processes = start(workdir, 2, cache, *LONG)
+    try:
+        deadline = time.monotonic() + 240
+        while len(read_metrics(str(workdir))) <= logged + 2:
+            assert all(p.poll() is None for p in processes), finish(processes)
+            assert time.monotonic() < deadline, "the run did not get there in 240 s"
+            time.sleep(0.05)
+        yield processes
+    finally:
+        for p in processes:
+            p.kill()
+            p.wait()
+
+
+def steps_saved(workdir):
+    return {int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()}
+
+
+def same(a, b):
+    """Equal but for the order in which gradients of devices are summed, which Gloo and one process choose differently."""
+    a, b = load_params(str(a)), load_params(str(b))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-6), a, b)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, cache):
+    workdir = tmp_path_factory.mktemp("alone")
+    run(workdir, 1, cache)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, cache):
+    workdir = tmp_path_factory.mktemp("two")
+    return workdir, run(workdir, 2, cache)
+
+
+def test_two_processes_train_and_evaluate_like_one(alone, two):
+    workdir, ends = two
+    same(workdir, alone)
+    lines, expected = read_metrics(str(workdir)), read_metrics(str(alone))
+    assert [m["step"] for m in lines] == [m["step"] for m in expected]
+    for got, want in zip(lines, expected, strict=True):
+        for key in ("test/accuracy", "test/count", "train/loss", "test/loss"):
+            assert got.get(key) == pytest.approx(want.get(key), rel=1e-5)
+    assert lines[-1]["test/count"] == TEST_IMAGES
+    # Process 0 alone talks and writes.
+    assert ends[1][1].splitlines()[1:] == [x for x in ends[1][1].splitlines() if x.startswith("[Gloo]")]
+    assert len(list(workdir.glob("events*"))) == 1
+    assert json.loads((workdir / "config.json").read_text())["steps"] == 20
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_other_numbers_of_processes_continue(processes, two, cache, tmp_path):
+    first, _ = two
+    shutil.copytree(first, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/20")
+    ends = run(tmp_path / "run", processes, cache)
+    assert "continuing after step 10" in ends[0][1]
+    same(tmp_path / "run", first)
+
+
+def test_stopping_one_process_stops_all_at_the_same_step_and_a_lost_one_ends_the_others(cache, tmp_path):
+    with running(tmp_path, cache) as processes:
+        processes[1].send_signal(signal.SIGTERM)
+        ends = finish(processes)
+    assert [e[0] for e in ends] == [75, 75], ends
+    (saved,) = steps_saved(tmp_path)
+    assert f"stopped after step {saved} of" in ends[0][1]
+
+    with running(tmp_path, cache) as processes:
+        processes[1].kill()
+        status, output, errors = finish(processes)[0]
+    assert f"continuing after step {saved}" in output
+    assert status == 75, errors
+    assert errors.splitlines()[-1].startswith("error: process 0 of 2 lost contact with process 1: start the same")
+    assert "Traceback" not in errors
+    assert steps_saved(tmp_path) == {saved}
+
+    with running(tmp_path, cache) as processes:
+        processes[0].kill()
+        status, _, errors = finish(processes)[1]
+    # JAX may notice first that its coordinator is gone, and aborts with a message of its own.
+    assert status in (75, -signal.SIGABRT), errors
+    assert "error: process 1 of 2 lost contact with process 0" in errors or "another task died" in errors
+
+
+# The meeting -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("me", [0, 1])
+def test_a_lone_process_says_who_is_missing(me, tmp_path):
+    flags = ["--coordinator=127.0.0.1:%d" % free_port(), "--num_processes=2", f"--process_id={me}"]
+    result = subprocess.run(
+        [*COMMAND, f"--workdir={tmp_path}", *flags, "--process_timeout=2"],
+        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 2, result
+    assert result.stdout.startswith(f"process {me} of 2: waiting for the others at 127.0.0.1")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: process {me} of 2 is alone: process {1 - me} did not come within 2 s")
+    assert "--process_timeout" in line
+
+
+def meet(ids, n, timeout, port):
+    """What processes ``ids`` of ``n`` are told, by id."""
+    told = {}
+
+    def one(i):
+        peers = Peers(f"127.0.0.1:{port}", n, i)
+        try:
+            peers.meet(timeout)
+            told[i] = "all here"
+        except UserError as e:
+            told[i] = str(e)
+        finally:
+            peers.close()
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in ids]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    return told
+
+
+def test_all_processes_hear_who_is_missing(capsys):
+    told = meet([1, 0], 4, 1, free_port())
+    assert len(told) == 2
+    assert all("process 2, 3 did not come within 1 s" in m for m in told.values()), told
+
+
+def test_processes_meet_in_any_order_and_strangers_are_ignored(capsys):
+    port = free_port()
+
+    def bother():
+        for _ in range(50):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as s:
+                s.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                return
+            time.sleep(0.02)
+
+    stranger = threading.Thread(target=bother)
+    stranger.start()
+    assert meet([2, 0, 1], 3, 20, port) == dict.fromkeys(range(3), "all here")
+    stranger.join()
+
+
+def test_a_taken_port_is_named(capsys):
+    with socket.create_server(("", 0)) as s:
+        port = s.getsockname()[1]
+        with pytest.raises(UserError, match=f"process 0 cannot use port {port}: Address already in use"):
+            Peers(f"localhost:{port}", 2, 0).meet(1)
+
+
+@pytest.mark.parametrize("address", ["localhost", "localhost:", ":1234", "localhost:x"])
+def test_a_bad_address_is_named(address):
+    with pytest.raises(UserError, match="must be HOST:PORT"):
+        Peers(address, 2, 0)
+
+
+def test_an_error_of_one_process_ends_the_others_with_its_status():
+    code = (
+        "import sys, time\n"
+        "from vit_jax import distributed\n"
+        "distributed.GRACE = 0.5\n"
+        "me = int(sys.argv[2])\n"
+        "peers = distributed.Peers(f'127.0.0.1:{sys.argv[1]}', 3, me)\n"
+        "peers.meet(60)\n"
+        "peers.watch()\n"
+        "if me == 1: peers.leave(2)\n"
+        "time.sleep(60)\n"
+    )
+    port = str(free_port())
+    ends = finish(
+        [
+            subprocess.Popen(
+                [sys.executable, "-c", code, port, str(i)], cwd=ROOT, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+            for i in range(3)
+        ]
+    )  # fmt: skip
+    assert [e[0] for e in ends] == [2, 2, 2], ends
+    for me in (0, 2):
+        assert ends[me][2] == (
+            f"error: process {me} of 3 stopped because process 1 did, with exit status 2: see its output\n"
+        )

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
+import pytest
+
+from vit_jax import models
+from vit_jax.config import ModelConfig
+from vit_jax.errors import UserError
+from vit_jax.weights import __main__ as command
+from vit_jax.weights import catalogue, fetch
+from vit_jax.weights.catalogue import CATALOGUE
+
+
+def test_ids_and_cache_names_are_unique(monkeypatch, tmp_path):
+    monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path))
+    rows = [*catalogue._original(), *catalogue._augreg(), *catalogue._big_vision()]
+    assert len({p.id for p in rows}) == len(rows) == len(CATALOGUE)
+    files = [p.file for p in rows]
+    assert len(set(files)) == len(files)
+    assert len({fetch.cached(f) for f in files}) == len(files)
+    elsewhere = [s for p in rows for s in p.alternatives]
+    assert len(set(elsewhere)) == len(elsewhere)
+    same_name = [p for p in rows if p.file.endswith("/ViT-B_16.npz")]
+    assert len(same_name) == 4  # in four folders
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_every_row_is_a_model(name):
+    p = CATALOGUE[name]
+    cfg = models.resolve(ModelConfig(name=p.model, image_size=(p.image_size,) * 2))
+    assert cfg.depth in (12, 24, 32)
+    assert (p.head == "zeroed") == ("imagenet21k/" in p.file)
+    assert bool(p.accuracy) == bool(p.measured_by)
+    assert p.accuracy < 90
+    assert p.classes in (1000, 21843)
+    if "augreg" in p.file:
+        about = catalogue.parse_name(p.file)
+        assert about.model == p.model
+        assert about.image_size == p.image_size
+        assert bool(about.adapt_data) == ("->" in p.data)
+
+
+def test_parser():
+    name = "gs://a/R26_S_32-i21k-30ep-lr_0.001-aug_light0-wd_0.03-do_0.1-sd_0.1.npz"
+    assert catalogue.parse_name(name) == (
+        ("R26+ViT-S/32", "i21k", 30, 0.001, "light0", 0.03, 0.1, 0.1, "", 0, 0.0, 224)
+    )
+    tuned = name.removesuffix(".npz") + "--cifar100-steps_0k-lr_0.003-res_384.npz"
+    about = catalogue.parse_name(tuned)
+    assert about[8:] == ("cifar100", 0, 0.003, 384)
+    short = "Ti_16-i1k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0"
+    assert catalogue.parse_name(short).model == "ViT-Ti/16"
+    with pytest.raises(UserError, match="no AugReg file name"):
+        catalogue.parse_name("ViT-B_16.npz")
+
+
+def test_command(capsys, tmp_path):
+    assert command.main(["list", "b/16", "384"]) == 0
+    out = capsys.readouterr().out
+    assert "vit_b16_augreg_i21k_ft_i1k_384" in out
+    assert "ViT-L" not in out
+    assert "refused anonymous readers" in out
+    command.main(["show", "vit_b16_i21k"])
+    out = capsys.readouterr().out
+    for field in dataclasses.fields(catalogue.Published):
+        assert field.name in out
+    command.main(["parse", "S_16-i1k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0"])
+    assert "weight_decay         0.1" in capsys.readouterr().out
+    with pytest.raises(UserError, match="did you mean 'vit_b16_i21k'"):
+        command.main(["show", "vit_b16_i21"])
+    with pytest.raises(UserError, match="unknown command"):
+        command.main(["lst"])

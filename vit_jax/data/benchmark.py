@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast images reach the model, beside the obvious pipeline and the floor.
+
+Three pipelines over the same JPEG files, timed in turns in one run:
+
+    obvious      decode, random crop, resize, flip, scale to [-1, 1]: four lines of tf.data
+    decode_only  what any pipeline must do: decode the crop, and nothing after it
+    ours         what training uses
+"""
+
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vit_jax.config import DataConfig
+from vit_jax.data import folders, order, pipeline, transforms
+from vit_jax.data.decode import decode_crop, shape_of
+from vit_jax.data.sources import Labels
+from vit_jax.data.tensorflow_cpu import tf
+
+
+def run(
+    cfg: DataConfig,
+    *,
+    batch: int = 64,
+    rounds: int = 7,
+    seconds: float = 2.0,
+    photos: int = 256,
+) -> dict[str, Any]:
+    """Times the three pipelines and compares pixels.
+
+    Args:
+      cfg: ``image_size``, ``train_transforms`` and ``decode`` are used, and with source
+        "folder" the files under ``path``; otherwise ``photos`` pictures of 500 x 375
+        pixels are cut from the two photographs that ship with scikit-learn.
+      rounds: turns each pipeline gets, ``seconds`` each; medians are reported, because
+        other programs share the machine.
+
+    Returns:
+      ``images_per_second`` and ``cpu_ms_per_image`` of each pipeline, the two ratios that
+      the targets are about, and the ``pixel_difference`` to the exact path.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        if cfg.source == "folder" and cfg.path:
+            split = pipeline.split_of(cfg, "train")
+            paths = [str(p) for p in split.fetch(split.index(np.arange(len(split))))]
+        else:
+            paths = write_photos(Path(scratch), photos)
+        makers = {
+            "obvious": lambda: _obvious(paths, cfg.image_size, batch),
+            "decode_only": lambda: _decode_only(paths, batch),
+            "ours": lambda: _ours(cfg, paths, batch),
+        }
+        speed = _timed(makers, batch, rounds, seconds)
+        difference = pixel_difference(cfg, paths[:64])
+    rate = {k: statistics.median(v) for k, v in speed["rate"].items()}
+    cpu = {k: min(v) for k, v in speed["cpu"].items()}
+    return {
+        "images": len(paths),
+        "image_size": cfg.image_size,
+        "images_per_second": {k: round(v, 1) for k, v in rate.items()},
+        "cpu_ms_per_image": {k: round(1e3 * v, 3) for k, v in cpu.items()},
+        "times_obvious": round(rate["ours"] / rate["obvious"], 3),
+        "share_of_decode_only": round(rate["ours"] / rate["decode_only"], 3),
+        "times_obvious_cpu": round(cpu["obvious"] / cpu["ours"], 3),
+        "share_of_decode_only_cpu": round(cpu["decode_only"] / cpu["ours"], 3),
+        "pixel_difference": difference,
+    }
+
+
+def pixel_difference(cfg: DataConfig, paths: list[str]) -> dict[str, float]:
+    """|fast - exact| of the training images, in steps of 0 to 255, same crops."""
+    images = []
+    for choice in ("fast", "exact"):
+        one = dataclasses.replace(cfg, decode=choice)
+        batches = _ours(one, paths, len(paths))
+        images.append(next(batches)["image"].astype(np.float32))
+    difference = np.abs(images[0] - images[1])
+    return {
+        "mean": round(float(difference.mean()), 3),
+        "p99.9": round(float(np.quantile(difference, 0.999)), 3),
+    }
+
+
+def write_photos(folder: Path, count: int) -> list[str]:
+    """Random 500 x 375 cuts of scikit-learn's two photographs, as JPEG files."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    rng = np.random.default_rng(0)
+    originals = [Image.fromarray(i) for i in load_sample_images().images]
+    paths = []
+    for i in range(count):
+        image = originals[i % 2]
+        scale = rng.uniform(0.8, 1.0)
+        width, height = int(569 * scale), int(427 * scale)
+        x = int(rng.integers(image.width - width + 1))
+        y = int(rng.integers(image.height - height + 1))
+        image = image.crop((x, y, x + width, y + height)).resize((500, 375))
+        paths.append(str(folder / f"{i:04d}.jpg"))
+        image.save(paths[-1], quality=90)
+    return paths
+
+
+def _timed(
+    makers: dict[str, Callable[[], Iterator[Any]]],
+    batch: int,
+    rounds: int,
+    seconds: float,
+) -> dict[str, dict[str, list[float]]]:
+    """Images per second, and CPU seconds per image, of every pipeline in every round."""
+    rate: dict[str, list[float]] = {k: [] for k in makers}
+    cpu: dict[str, list[float]] = {k: [] for k in makers}
+    for _ in range(rounds):
+        for name, make in makers.items():
+            batches = make()
+            for _ in range(4):  # buffers fill, and threads find their number
+                next(batches)
+            done, wall, used = 0, time.perf_counter(), time.process_time()
+            while time.perf_counter() - wall < seconds:
+                next(batches)
+                done += batch
+            rate[name].append(done / (time.perf_counter() - wall))
+            cpu[name].append((time.process_time() - used) / done)
+            del batches  # stops its threads
+    return {"rate": rate, "cpu": cpu}
+
+
+def _obvious(paths: list[str], size: int, batch: int) -> Iterator[Any]:
+    def make(path: Any) -> Any:
+        image = tf.io.decode_jpeg(tf.io.read_file(path), channels=3)
+        begin, extent, _ = tf.image.sample_distorted_bounding_box(
+            tf.shape(image),
+            tf.zeros([0, 0, 4]),
+            area_range=(0.05, 1.0),
+            aspect_ratio_range=(0.75, 1.33),
+            min_object_covered=0.0,
+            use_image_if_no_bounding_boxes=True,
+        )
+        image = tf.image.resize(tf.slice(image, begin, extent), [size, size])
+        image = tf.image.random_flip_left_right(image)
+        return tf.ensure_shape(image / 127.5 - 1.0, (size, size, 3))
+
+    dataset = tf.data.Dataset.from_tensor_slices(paths).repeat().shuffle(len(paths))
+    dataset = dataset.map(make, num_parallel_calls=tf.data.AUTOTUNE).batch(batch)
+    return dataset.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+
+
+def _decode_only(paths: list[str], batch: int) -> Iterator[Any]:
+    def make(path: Any, seed: Any) -> Any:
+        data = tf.io.read_file(path)
+        window = transforms.inception_window(shape_of(data), seed)
+        pixels = decode_crop(data, window, target=0)
+        return tf.reshape(pixels, [-1])[:1]  # so that collecting them costs nothing
+
+    seeds = order.augmentation_seeds(np.arange(len(paths)), 0)
+    dataset = tf.data.Dataset.from_tensor_slices((paths, seeds)).repeat()
+    make = tf.autograph.experimental.do_not_convert(make)
+    dataset = dataset.shuffle(len(paths)).map(
+        make, num_parallel_calls=tf.data.AUTOTUNE
+    )
+    return dataset.batch(batch).prefetch(2).as_numpy_iterator()
+
+
+def _ours(cfg: DataConfig, paths: list[str], batch: int) -> Iterator[Any]:
+    split = folders.from_files(paths, Labels.single(np.zeros(len(paths), np.int32)))
+    return pipeline.stream_of(cfg, split, batch)
+
+
