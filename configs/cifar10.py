@@ -13,11 +13,11 @@ from vit_jax.config import config_dict
 
 
 def get_config():
-    sizes = ModelConfig(name="", width=128, depth=6, mlp_dim=256, heads=4, patch=4, head="gap")
+    sizes = ModelConfig(name="", width=96, depth=4, mlp_dim=192, heads=3, patch=4, head="gap")
     crop = ({"op": "inception_crop", "area": (0.5, 1.0)}, {"op": "flip"})
     images = DataConfig("folder", image_size=32, train_transforms=crop)
     adam = OptimConfig("adam", learning_rate=1e-3, warmup=150, weight_decay=0.1, clip=1.0)
     evals = EvalConfig(every=500, batch=500)
     return config_dict(
-        Config(sizes, images, adam, evals, Checkpoint(every=500), steps=1500, batch=128)
+        Config(sizes, images, adam, evals, Checkpoint(every=500), steps=2000, batch=128)
     )

@@ -6,7 +6,7 @@ from vit_jax.config import config_dict
 
 
 def get_config():
-    sizes = ModelConfig(name="", width=64, depth=4, mlp_dim=128, heads=4, patch=4)
+    sizes = ModelConfig(name="", width=64, depth=4, mlp_dim=128, heads=4, patch=4, dropout=0.1)
     shift = ({"op": "resize", "size": 18}, {"op": "random_crop", "size": 16})
     centre = ({"op": "resize", "size": 18}, {"op": "central_crop", "size": 16})
     images = DataConfig("digits", image_size=16, train_transforms=shift, eval_transforms=centre)
@@ -14,6 +14,6 @@ def get_config():
     return config_dict(
         Config(
             sizes, images, adam, EvalConfig(every=500), Checkpoint(every=500),
-            steps=1500, batch=64, log_every=50,
+            steps=1500, batch=64, label_smoothing=0.1, log_every=50,
         )
     )  # fmt: skip

@@ -33,7 +33,15 @@ class _Stub(types.ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         if name == "InterpolationMode":
-            names = "nearest nearest_exact bilinear bicubic box hamming lanczos".split()
+            names = [
+                "nearest",
+                "nearest_exact",
+                "bilinear",
+                "bicubic",
+                "box",
+                "hamming",
+                "lanczos",
+            ]
             return _MODES.setdefault(0, enum.Enum(name, {n.upper(): n for n in names}))
         return _Anything(name, (object,), {})
 

@@ -94,7 +94,9 @@ def test_without_images_only_the_embeddings_are_drawn(npz, tmp_path):
 def test_a_model_without_positions_says_so(tmp_path, photos, capsys):
     cfg = dataclasses.replace(SMALL, positions="none")
     path = save(tmp_path / "none.npz", cfg)
-    omitted = analyse(path, str(tmp_path), places=(photos,), only=("positions", "filters"))
+    omitted = analyse(
+        path, str(tmp_path), places=(photos,), only=("positions", "filters")
+    )
     assert "the model has none" in omitted["positions"]
     assert "left out positions: no position embeddings" in capsys.readouterr().out
     assert (tmp_path / "filters.png").exists()
@@ -102,11 +104,18 @@ def test_a_model_without_positions_says_so(tmp_path, photos, capsys):
 
 @pytest.mark.parametrize(
     "source",
-    ["vt_token_rep.weights.npz", "bv_gap_rep.weights.npz", "hf_vit", "vt_hybrid.weights.npz"],
+    [
+        "vt_token_rep.weights.npz",
+        "bv_gap_rep.weights.npz",
+        "hf_vit",
+        "vt_hybrid.weights.npz",
+    ],
 )
 def test_attention_of_files_that_others_wrote(source, photos, shared, tmp_path):
     """Released layout, big_vision, Hugging Face, hybrid."""
-    analysis = Analysis(str(shared / "golden" / source), str(tmp_path), (photos,), count=2)
+    analysis = Analysis(
+        str(shared / "golden" / source), str(tmp_path), (photos,), count=2
+    )
     summary, shown = analysis.summary()
     layers, heads = analysis.model.cfg.depth, analysis.model.cfg.heads
     assert summary.distance.shape == (layers, heads)
@@ -151,7 +160,11 @@ def test_errors_are_the_most_and_the_least_confident(count):
     mask = np.arange(30) < 27
     pictures = np.arange(30, dtype=np.uint8)[:, None, None, None]
     batches = [
-        {"image": pictures[i : i + 10], "label": label[i : i + 10], "mask": mask[i : i + 10]}
+        {
+            "image": pictures[i : i + 10],
+            "label": label[i : i + 10],
+            "mask": mask[i : i + 10],
+        }
         for i in (0, 10, 20)
     ]
     matrix, wrong = runs.find_errors(

@@ -2,7 +2,6 @@
 """Exports: names of the releases, the same bits on every way round, metadata."""
 
 import json
-import resource
 import subprocess
 import sys
 
@@ -215,7 +214,7 @@ def test_destinations(tmp_path, dest, layout, message):
 
 
 def test_failure_leaves_nothing(tmp_path):
-    file, _, flat = start(tmp_path)
+    flat = start(tmp_path)[2]
     flat["Transformer/encoder_norm/bias"][:] = np.nan
     bad = save_npz(tmp_path / "bad.npz", flat)
     before = sorted(p.name for p in tmp_path.iterdir())
@@ -249,7 +248,7 @@ def test_command(tmp_path):
 
 @pytest.mark.slow
 def test_memory_of_a_large_model(tmp_path):
-    """Reading and writing ViT-B/16 needs at most 2.2 times the file."""
+    """Reading and writing ViT-L/16 (1.2 GB) needs at most 2.2 times the file."""
     script = (
         "import sys, resource, numpy as np\n"
         "from vit_jax import convert\n"
@@ -260,7 +259,6 @@ def test_memory_of_a_large_model(tmp_path):
     shapes = fit.flatten(fit._shapes(model.cfg))
     ones = {k: np.broadcast_to(np.float32(1), v.shape) for k, v in shapes.items()}
     weights.save(tmp_path / "x.npz", model.cfg, fit.unflatten(ones))
-    assert resource.RUSAGE_SELF == 0
     for a, b in (
         ("x.npz", "y.npz"),
         ("x.npz", "y.safetensors"),

@@ -80,7 +80,10 @@ def test_stated_normalisation_and_transforms_are_applied(npz, tmp_path):
     )
     other = dataclasses.replace(
         found.metadata,
-        transforms=({"op": "resize"}, {"op": "normalize", "mean": [5.0] * 3, "std": std}),
+        transforms=(
+            {"op": "resize"},
+            {"op": "normalize", "mean": [5.0] * 3, "std": std},
+        ),
     )
     losses = []
     for i, about in enumerate((same, other)):
@@ -98,13 +101,17 @@ def test_names_of_the_outputs():
     assert _class_names((), data, 2) == data
     assert _class_names((), data, 3) == ("0", "1", "2")
     assert _class_names(("x", "y"), data, 2) == ("x", "y")
-    with pytest.raises(UserError, match="in another order: class 0 is 'b' there and 'a'"):
+    with pytest.raises(
+        UserError, match="in another order: class 0 is 'b' there and 'a'"
+    ):
         _class_names(own, data, 2)
 
 
 def test_another_number_of_classes(npz):
     cfg = config.replace(TINY, data__num_classes=7)
-    with pytest.raises(UserError, match=r"has 7 classes and the model 5: choose .*'fewshot'"):
+    with pytest.raises(
+        UserError, match=r"has 7 classes and the model 5: choose .*'fewshot'"
+    ):
         evaluate(npz, cfg)
     cfg = config.replace(cfg, eval__evaluators=({"type": "knn", "k": (1,)},))
     assert 0 <= evaluate(npz, cfg)["knn/accuracy_k1"] <= 1
@@ -123,7 +130,9 @@ def test_vtab_means_are_those_of_table_9():
         names = ["mean_natural", "mean_specialized", "mean_structured", "mean"]
         np.testing.assert_allclose([got[n] for n in names], expected, atol=0.006)
     assert vtab.means({"dtd": 0.5}) == {}
-    all_but_structured = {t: 0.5 for t, r in vtab.TASKS.items() if r.group != "structured"}
+    all_but_structured = {
+        t: 0.5 for t, r in vtab.TASKS.items() if r.group != "structured"
+    }
     assert set(vtab.means(all_but_structured)) == {"mean_natural", "mean_specialized"}
 
 
@@ -138,7 +147,10 @@ def test_vtab_tasks_are_those_of_the_recipes():
 def test_vtab_table_of_workdirs(tmp_path):
     for task, accuracy in (("dtd", 0.5), ("pets", 0.75)):
         (tmp_path / task).mkdir()
-        rows = [{"step": 1, "test/accuracy": 0.1}, {"step": 2, "test/accuracy": accuracy}]
+        rows = [
+            {"step": 1, "test/accuracy": 0.1},
+            {"step": 2, "test/accuracy": accuracy},
+        ]
         text = "\n".join(map(json.dumps, rows))
         (tmp_path / task / "metrics.jsonl").write_text(text)
     found = vtab.read(str(tmp_path))

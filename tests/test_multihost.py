@@ -32,21 +32,16 @@ TEST_IMAGES = 37  # 0.0361 of 1024: not divisible by anything
 LONG = ["--config.steps=1000000", "--config.log_every=10", "--config.eval.every=0", "--config.checkpoint.every=0"]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("cache"))
-
-
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
-def start(workdir, processes, cache, *flags):
+def start(workdir, processes, *flags):
     """The same command on every process; eight devices in all."""
     env = os.environ | {
-        "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
     }  # fmt: skip
     together = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={processes}"]
@@ -76,17 +71,17 @@ def finish(processes):
     return ends
 
 
-def run(workdir, processes, cache, *flags):
-    ends = finish(start(workdir, processes, cache, *flags))
+def run(workdir, processes, *flags):
+    ends = finish(start(workdir, processes, *flags))
     assert [e[0] for e in ends] == [0] * processes, ends
     return ends
 
 
 @contextlib.contextmanager
-def running(workdir, cache):
+def running(workdir):
     """Two processes in the middle of a long training; none is left behind."""
     logged = len(read_metrics(str(workdir)))
-    processes = start(workdir, 2, cache, *LONG)
+    processes = start(workdir, 2, *LONG)
     try:
         deadline = time.monotonic() + 240
         while len(read_metrics(str(workdir))) <= logged + 2:
@@ -111,16 +106,16 @@ def same(a, b):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, cache):
+def alone(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("alone")
-    run(workdir, 1, cache)
+    run(workdir, 1)
     return workdir
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory, cache):
+def two(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("two")
-    return workdir, run(workdir, 2, cache)
+    return workdir, run(workdir, 2)
 
 
 def test_two_processes_train_and_evaluate_like_one(alone, two):
@@ -130,7 +125,7 @@ def test_two_processes_train_and_evaluate_like_one(alone, two):
     assert [m["step"] for m in lines] == [m["step"] for m in expected]
     for got, want in zip(lines, expected, strict=True):
         for key in ("test/accuracy", "test/count", "train/loss", "test/loss"):
-            assert got.get(key) == pytest.approx(want.get(key), rel=1e-5)
+            assert got.get(key, -1.0) == pytest.approx(want.get(key, -1.0), rel=1e-5)
     assert lines[-1]["test/count"] == TEST_IMAGES
     # Process 0 alone talks and writes.
     assert ends[1][1].splitlines()[1:] == [x for x in ends[1][1].splitlines() if x.startswith("[Gloo]")]
@@ -138,25 +133,25 @@ def test_two_processes_train_and_evaluate_like_one(alone, two):
     assert json.loads((workdir / "config.json").read_text())["steps"] == 20
 
 
-@pytest.mark.parametrize("processes", [1, 4])
-def test_other_numbers_of_processes_continue(processes, two, cache, tmp_path):
+@pytest.mark.parametrize("processes", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_other_numbers_of_processes_continue(processes, two, tmp_path):
     first, _ = two
     shutil.copytree(first, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/20")
-    ends = run(tmp_path / "run", processes, cache)
+    ends = run(tmp_path / "run", processes)
     assert "continuing after step 10" in ends[0][1]
     same(tmp_path / "run", first)
 
 
-def test_stopping_one_process_stops_all_at_the_same_step_and_a_lost_one_ends_the_others(cache, tmp_path):
-    with running(tmp_path, cache) as processes:
+def test_stopping_one_process_stops_all_at_the_same_step_and_a_lost_one_ends_the_others(tmp_path):
+    with running(tmp_path) as processes:
         processes[1].send_signal(signal.SIGTERM)
         ends = finish(processes)
     assert [e[0] for e in ends] == [75, 75], ends
     (saved,) = steps_saved(tmp_path)
     assert f"stopped after step {saved} of" in ends[0][1]
 
-    with running(tmp_path, cache) as processes:
+    with running(tmp_path) as processes:
         processes[1].kill()
         status, output, errors = finish(processes)[0]
     assert f"continuing after step {saved}" in output
@@ -165,7 +160,7 @@ def test_stopping_one_process_stops_all_at_the_same_step_and_a_lost_one_ends_the
     assert "Traceback" not in errors
     assert steps_saved(tmp_path) == {saved}
 
-    with running(tmp_path, cache) as processes:
+    with running(tmp_path) as processes:
         processes[0].kill()
         status, _, errors = finish(processes)[1]
     # JAX may notice first that its coordinator is gone, and aborts with a message of its own.
@@ -178,7 +173,7 @@ def test_stopping_one_process_stops_all_at_the_same_step_and_a_lost_one_ends_the
 
 @pytest.mark.parametrize("me", [0, 1])
 def test_a_lone_process_says_who_is_missing(me, tmp_path):
-    flags = ["--coordinator=127.0.0.1:%d" % free_port(), "--num_processes=2", f"--process_id={me}"]
+    flags = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", f"--process_id={me}"]
     result = subprocess.run(
         [*COMMAND, f"--workdir={tmp_path}", *flags, "--process_timeout=2"],
         cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=120,

@@ -21,12 +21,13 @@ COMMAND = [
     sys.executable, "-m", "vit_jax.main", "--config=tests/tiny.py", "--config.model.width=96",
     "--config.data.image_size=48", "--config.batch=64", "--config.log_every=1",
 ]  # fmt: skip
-ENV = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}  # one device
+ENV = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}  # one device
+CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 
-def start(workdir, *flags):
+def start(workdir, *flags, **env):
     return subprocess.Popen(
-        [*COMMAND, f"--workdir={workdir}", *flags], cwd=ROOT, env=ENV,
+        [*COMMAND, f"--workdir={workdir}", *flags], cwd=ROOT, env=os.environ | ENV | env,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -62,14 +63,24 @@ def check_same(workdir, straight):
     jax.tree.map(np.testing.assert_array_equal, load_params(str(workdir)), straight)
 
 
+def is_saving(workdir):
+    """Orbax writes into a folder with another name first."""
+    folder = workdir / "checkpoints"
+    return folder.exists() and any("tmp" in p.name for p in folder.iterdir())
+
+
+def steps_saved(workdir):
+    folder = workdir / "checkpoints"
+    return sorted(int(p.name) for p in folder.iterdir()) if folder.exists() else []
+
+
 @pytest.mark.parametrize("moment", ["training", "saving"])
 def test_killed_at_any_moment_a_run_continues_to_the_same_bits(moment, straight, tmp_path):
     process = start(tmp_path)
-    folder = tmp_path / "checkpoints"
     if moment == "training":
         wait_until(lambda: 13 in steps_of(tmp_path), process)
-    else:  # Orbax writes into a folder with another name first
-        wait_until(lambda: folder.exists() and any("tmp" in p.name for p in folder.iterdir()), process)
+    else:
+        wait_until(lambda: is_saving(tmp_path), process)
     process.kill()
     assert finish(process)[0] == -signal.SIGKILL
     code, output = finish(start(tmp_path))
@@ -86,9 +97,79 @@ def test_asked_to_stop_a_run_saves_and_says_that_it_can_continue(straight, tmp_p
     code, output = finish(process)
     assert code == 75, output
     assert "start the same command to continue" in output
-    saved = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+    saved = steps_saved(tmp_path)[-1]
     assert 3 <= saved < 20
     code, output = finish(start(tmp_path))
     assert code == 0, output
     assert f"continuing after step {saved}" in output
     check_same(tmp_path, straight)
+
+
+def test_asked_to_stop_while_compiling_a_run_leaves_before_it_trains(straight, tmp_path):
+    process = start(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false")
+    while not process.stdout.readline().startswith("first batch"):
+        assert process.poll() is None
+    process.terminate()
+    code, output = finish(process)
+    assert code == 75, output
+    assert not steps_of(tmp_path)
+    assert not steps_saved(tmp_path)
+    assert finish(start(tmp_path))[0] == 0
+    check_same(tmp_path, straight)
+
+
+def test_asked_to_stop_while_evaluating_a_run_saves_without_finishing_that(straight, tmp_path):
+    many = tuple({"type": "accuracy", "prefix": f"again{i}"} for i in range(500))
+    process = start(tmp_path, "--config.eval.batch=1", f"--config.eval.evaluators={many}")
+    wait_until(lambda: 10 in steps_of(tmp_path), process)
+    process.terminate()
+    code, output = finish(process)
+    assert code == 75, output
+    assert steps_saved(tmp_path) == [10]
+    assert not any("again0/accuracy" in m for m in read_metrics(str(tmp_path)))
+    code, output = finish(start(tmp_path))
+    assert code == 0, output
+    check_same(tmp_path, straight)
+
+
+def test_asked_to_stop_while_saving_a_run_completes_the_checkpoint(straight, tmp_path):
+    process = start(tmp_path)
+    wait_until(lambda: is_saving(tmp_path), process)
+    process.terminate()
+    code, output = finish(process)
+    assert code == 75, output
+    assert 10 in steps_saved(tmp_path)
+    assert not is_saving(tmp_path)
+    code, output = finish(start(tmp_path))
+    assert code == 0, output
+    check_same(tmp_path, straight)
+
+
+def test_what_one_run_compiled_the_next_one_reads(straight, tmp_path):
+    log = {"JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}
+    code, output = finish(start(tmp_path / "hit", **log))
+    assert code == 0, output
+    assert "Persistent compilation cache hit for 'jit_train_step'" in output
+    assert "warning" not in output.lower()
+    check_same(tmp_path / "hit", straight)
+
+
+def test_the_compilation_cache_is_in_the_home_folder_and_can_be_switched_off(tmp_path):
+    code = (
+        "import jax\n"
+        "from vit_jax import cli\n"
+        "cli.keep_compiled()\n"
+        "print(jax.config.jax_compilation_cache_dir)\n"
+        "jax.jit(lambda x: x + 1)(1.0)\n"
+    )
+    env = {k: v for k, v in (os.environ | ENV).items() if k != CACHE} | {"HOME": str(tmp_path)}
+    call = lambda **more: subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env | more, check=True, text=True, stdout=subprocess.PIPE
+    ).stdout.strip()
+    folder = tmp_path / ".cache" / "vit_jax" / "xla"
+    assert call(JAX_ENABLE_COMPILATION_CACHE="false") == str(folder)
+    assert not folder.exists()
+    assert call() == str(folder)
+    assert list(folder.iterdir())
+    assert call(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine")) == str(tmp_path / "mine")
+    assert list((tmp_path / "mine").iterdir())

@@ -131,30 +131,37 @@ class Peers:
                 server.settimeout(left)
                 try:
                     peer = server.accept()[0]
-                    peer.settimeout(5)
-                    name, n, i = peer.recv(64).split()
-                except (OSError, ValueError):  # time is up, or a stranger
-                    continue
-                if name == b"vit_jax" and int(n) == self._n and 0 < int(i) < self._n:
-                    # A process that was started again takes the place of its former self.
-                    self._sockets[int(i)] = peer
+                except TimeoutError:
+                    break
+                i = self._introduced(peer)
+                former = self._sockets.pop(i, peer)  # a process that was started again replaces its former self
+                if i:
+                    self._sockets[i] = peer
+                if former is not peer or not i:
+                    former.close()
         missing = [str(i) for i in range(1, self._n) if i not in self._sockets]
         for peer in self._sockets.values():
             _send(peer, f"missing {' '.join(missing)}\n")
 
+    def _introduced(self, peer: socket.socket) -> int:
+        """The id of the process that connected; 0 if it is none of this run."""
+        peer.settimeout(5)
+        hello = _read(peer).decode(errors="replace").split()
+        if len(hello) == 3 and hello[:2] == ["vit_jax", str(self._n)] and hello[2].isdigit():
+            return int(hello[2]) if int(hello[2]) < self._n else 0
+        return 0
+
     def _join(self, deadline: float) -> list[int]:
         """Any other process: connects to process 0 until it answers, and returns who is missing."""
         while time.monotonic() < deadline:
-            try:
+            with contextlib.suppress(OSError):
                 peer = socket.create_connection(self._address, timeout=5)
                 peer.settimeout(max(deadline - time.monotonic(), 0) + GRACE)  # process 0 may be a little late
-                peer.sendall(f"vit_jax {self._n} {self._me}\n".encode())
-                answer = peer.recv(4096).decode().split()
-            except OSError:
-                answer = []
-            if answer:
-                self._sockets[0] = peer
-                return [int(i) for i in answer[1:]]
+                _send(peer, f"vit_jax {self._n} {self._me}\n")
+                if answer := _read(peer).decode().split():
+                    self._sockets[0] = peer
+                    return [int(i) for i in answer[1:]]
+                peer.close()  # process 0 was started again
             time.sleep(0.2)
         return [0]
 

@@ -511,17 +511,30 @@ def claim(workdir: str, cfg: Config, info: data.DataInfo) -> Iterator[None]:
     stored = folder / "config.json"
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
-            if stored.exists():
-                _check_same_run(workdir, config.from_dict(json.loads(stored.read_text())), cfg)
-            try:
+            with _explain_no_access(workdir):
+                if stored.exists():
+                    _check_same_run(workdir, config.from_dict(json.loads(stored.read_text())), cfg)
                 folder.mkdir(parents=True, exist_ok=True)
                 if "://" not in workdir:
                     stack.enter_context(_lock(workdir))
                 write_whole(stored, config.to_json(cfg))
                 write_whole(folder / "dataset.json", json.dumps(_dataset(cfg, info), indent=2) + "\n")
-            except OSError as e:
-                raise UserError(f"--workdir={workdir} cannot be written: {e}") from e
         yield
+
+
+@contextlib.contextmanager
+def _explain_no_access(workdir: str) -> Iterator[None]:
+    remote = "://" in workdir
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:  # on gs:// an error class of tensorflow's or gcsfs's own
+        if not remote and not isinstance(e, OSError):
+            raise
+        hint = ": check the name of the bucket and your permission to write there" if remote else ""
+        reason = " ".join(str(e).split())[:300]
+        raise UserError(f"--workdir={workdir} cannot be written ({type(e).__name__}: {reason}){hint}") from e
 
 
 def _check_same_run(workdir: str, old: Config, new: Config) -> None:

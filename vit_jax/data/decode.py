@@ -106,11 +106,16 @@ def resize_to(
     return _rgb(result)
 
 
+# Traced once per process: building a pipeline must not take seconds.
+_once = tf.function(autograph=False, input_signature=[tf.TensorSpec((), tf.string)])
+
+
 def is_jpeg(image: Image) -> Any:
     """Whether the file starts as a JPEG does."""
     return tf.strings.substr(image, 0, 2) == b"\xff\xd8"
 
 
+@_once
 def _decode_jpeg(image: Image) -> Image:
     with tf.control_dependencies([_not_huge(tf.image.extract_jpeg_shape(image))]):
         pixels = tf.io.decode_jpeg(image, channels=3)
@@ -121,6 +126,7 @@ def _decode_jpeg(image: Image) -> Image:
     )
 
 
+@_once
 def _decode_other(image: Image) -> Image:
     is_png = tf.strings.substr(image, 1, 3) == b"PNG"
 
@@ -160,6 +166,7 @@ def _has_exif(image: Image) -> Any:
     return first | (tf.strings.substr(image, 24, size) == _EXIF)
 
 
+@_once
 def _orientation(image: Image) -> Any:
     """EXIF orientation, int32 in [1, 8]; 1 where there is none.
 
@@ -189,20 +196,11 @@ def _orientation(image: Image) -> Any:
 
 def _orient(pixels: Image, orientation: Any) -> Image:
     """Undoes the rotation or mirroring that EXIF orientation 1 to 8 records."""
-    transposed = lambda: tf.transpose(pixels, [1, 0, 2])
-    return tf.switch_case(
-        orientation - 1,
-        [
-            lambda: pixels,
-            lambda: tf.reverse(pixels, [1]),
-            lambda: tf.reverse(pixels, [0, 1]),
-            lambda: tf.reverse(pixels, [0]),
-            transposed,
-            lambda: tf.reverse(transposed(), [1]),
-            lambda: tf.reverse(transposed(), [0, 1]),
-            lambda: tf.reverse(transposed(), [0]),
-        ],
-    )
+    # 5 to 8 are 1 to 4 of the transposed image; 2 mirrors, 4 turns upside down, 3 both.
+    axes = tf.where(orientation >= 5, [1, 0, 2], [0, 1, 2])
+    turn = (orientation - 1) % 4
+    dims = tf.stack([turn >= 2, (turn == 1) | (turn == 2), tf.constant(False)])
+    return tf.raw_ops.Reverse(tensor=tf.transpose(pixels, axes), dims=dims)
 
 
 def _slice(image: Image, window: Any) -> Image:

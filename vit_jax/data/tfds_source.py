@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.config import DataConfig
+from vit_jax.data import records
 from vit_jax.data.sources import Dataset, Labels, Split, held_out
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
@@ -32,6 +33,8 @@ def load(cfg: DataConfig) -> Dataset:
     names = tuple(getattr(features[label], "names", None) or ())
 
     def split(name: str) -> Split:
+        if _num_bytes(builder, name) > cfg.cache_gib * 2**30:
+            return from_shards(cfg, builder, name)
         return read(builder, name, lambda example: example[label])
 
     train = split(cfg.train_split)
@@ -66,7 +69,7 @@ def prepared(name: str, data_dir: str = "") -> Any:
         ) from e
     if not _is_prepared(builder):
         if name.split(":")[0] == "imagenet2012":
-            check_imagenet_archives(builder)
+            check_imagenet_archives(Path(str(builder._data_dir_root)))
         log.info("preparing tfds set %s in %s", name, builder.data_dir)
         try:
             builder.download_and_prepare()
@@ -83,19 +86,11 @@ def read(builder: Any, split: str, label: Any) -> Split:
 
     A tfds split expression such as ``train[:98%]`` is taken literally.
     """
-    try:
-        dataset = builder.as_dataset(
-            split=split,
-            decoders={"image": tfds.decode.SkipDecoding()},
-            read_config=tfds.ReadConfig(
-                interleave_cycle_length=1, try_autocache=False
-            ),
-        )
-    except (ValueError, KeyError, AssertionError) as e:
-        raise UserError(
-            f"tfds set {builder.name!r} has no split {split!r}: it has "
-            f"{sorted(builder.info.splits)}, and slices such as 'train[:98%]'"
-        ) from e
+    dataset = builder.as_dataset(
+        split=split,
+        decoders={"image": tfds.decode.SkipDecoding()},
+        read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
+    )
     images, labels = [], []
     for example in dataset.as_numpy_iterator():
         images.append(example["image"])
@@ -128,17 +123,62 @@ def from_encoded(images: list[Any], labels: list[int], name: str) -> Split:
 _TRAIN_TAR, _VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 
 
-def check_imagenet_archives(builder: Any) -> None:
+def from_shards(cfg: DataConfig, builder: Any, split: str) -> Split:
+    """One split read from its files, for sets that do not fit in memory."""
+    instructions = _info(builder, split).file_instructions
+    files, counts, chosen, start = [], [], [], 0
+    for part in instructions:
+        if not files or files[-1] != str(part.filename):
+            files.append(str(part.filename))
+            counts.append(part.examples_in_shard)
+            start = sum(counts) - part.examples_in_shard
+        chosen.append(np.arange(part.skip, part.skip + part.examples) + start)
+    format = records.ARRAY_RECORD if "array_record" in files[0] else records.TFRECORD
+    shards = records.Shards(tuple(files), tuple(counts), format)
+    features = builder.info.features
+    decoders = {"image": tfds.decode.SkipDecoding()}
+
+    def parse(record: Any) -> tuple[Any, Any]:
+        example = features.deserialize_example(record, decoders=decoders)
+        return example["image"], tf.reshape(example["label"], [-1])
+
+    selected = np.concatenate(chosen)
+    whole = len(selected) == len(shards)
+    sequential = cfg.access == "sequential" or (
+        cfg.access == "auto" and "://" in files[0] and format == records.TFRECORD
+    )
+    if sequential and not whole:
+        raise UserError(
+            f"the slice {split!r} of {builder.name} needs random access to its files: "
+            "set --config.data.access=random"
+        )
+    return Split(
+        len(shards),
+        "record",
+        shards.read,
+        shards.name,
+        parse=parse,
+        sequence=records.Sequence(shards, cfg.shuffle_buffer or 8192)
+        if sequential
+        else None,
+        selected=None if whole else selected,
+    )
+
+
+_TRAIN_TAR, _VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+
+
+def check_imagenet_archives(data_dir: Path) -> None:
     """Says which ImageNet archive is missing or misplaced, before tfds fails oddly."""
-    manual = Path(builder.info.dataset_size and "" or _manual_dir(builder))
+    manual = data_dir / "downloads" / "manual"
     missing = [n for n in (_TRAIN_TAR, _VAL_TAR) if not (manual / n).is_file()]
     if not missing:
         return
-    data_dir = manual.parent.parent
-    places = [data_dir, manual.parent, *(p for p in manual.glob("*") if p.is_dir())]
+    inside = [p for p in manual.glob("*") if p.is_dir()]
     hints = []
     for name in missing:
-        found = next((p / name for p in places if (p / name).is_file()), None)
+        places = [p / name for p in (data_dir, manual.parent, *inside)]
+        found = next((p for p in places if p.is_file()), None)
         hints.append(f"{name} is {f'at {found}, move it' if found else 'missing'}")
     raise UserError(
         f"ImageNet must be downloaded by hand (from image-net.org, after "
@@ -147,8 +187,22 @@ def check_imagenet_archives(builder: Any) -> None:
     )
 
 
-def _manual_dir(builder: Any) -> Path:
-    return Path(str(builder._data_dir_root)) / "downloads" / "manual"
+def _info(builder: Any, split: str) -> Any:
+    """What tfds knows about a split expression."""
+    try:
+        return builder.info.splits[split]
+    except (ValueError, KeyError, AssertionError) as e:
+        raise UserError(
+            f"tfds set {builder.name!r} has no split {split!r}: it has "
+            f"{sorted(builder.info.splits)}, and slices such as 'train[:98%]'"
+        ) from e
+
+
+def _num_bytes(builder: Any, split: str) -> float:
+    """Size of a split on disk, in proportion for a slice."""
+    total = sum(s.num_bytes for s in builder.info.splits.values())
+    examples = sum(s.num_examples for s in builder.info.splits.values())
+    return total * _info(builder, split).num_examples / max(examples, 1)
 
 
 def _is_prepared(builder: Any) -> bool:
@@ -162,5 +216,3 @@ def _test_split(builder: Any, wanted: str) -> str:
         return wanted
     return next((n for n in ("validation", "val") if n in have), "")
 
-
-_ = tf  # tensorflow must be imported, with its accelerators hidden, before tfds

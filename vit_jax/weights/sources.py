@@ -294,7 +294,8 @@ def _is_orbax(path: Path) -> bool:
         "manifest.ocdbt",
         "params",
     )
-    return any((path / mark).exists() for mark in marks)
+    steps = (p for p in path.iterdir() if p.name.isdigit() and p.is_dir())
+    return any((path / mark).exists() for mark in marks) or any(steps)
 
 
 def _refuse_torch_zip(path: Path, where: str) -> None:

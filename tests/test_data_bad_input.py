@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Odd files are read as they should be; bad ones are skipped, counted and named."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from data_files import encoded, picture, take, write_folder
+from PIL import Image
+
+from vit_jax import data
+from vit_jax.config import DataConfig
+from vit_jax.data.decode import decode, shape_of
+from vit_jax.data.tensorflow_cpu import tf
+from vit_jax.errors import UserError
+
+RGB = picture(3, 40, 60)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims to be of this size and holds nothing."""
+
+    def chunk(kind, body):
+        crc = zlib.crc32(kind + body)
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IEND", b"")
+
+
+def animated() -> bytes:
+    buffer = io.BytesIO()
+    frames = [picture(i, 40, 60).convert("P") for i in range(3)]
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+    return buffer.getvalue()
+
+
+def as_rgb(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+ODD = {
+    "rgb": encoded(RGB),
+    "grey jpeg": encoded(RGB.convert("L")),
+    "cmyk jpeg": encoded(RGB.convert("CMYK")),
+    "grey png": encoded(RGB.convert("L"), "PNG"),
+    "palette png": encoded(RGB.convert("P"), "PNG"),
+    "alpha png": encoded(RGB.convert("RGBA"), "PNG"),
+    "grey alpha png": encoded(RGB.convert("LA"), "PNG"),
+    "one-bit png": encoded(RGB.convert("1"), "PNG"),
+    "bmp": encoded(RGB, "BMP"),
+    "webp": encoded(RGB, "WEBP", lossless=True),
+    "gif": animated(),
+    "one pixel": encoded(Image.new("RGB", (1, 1), (9, 99, 199)), "PNG"),
+    "trailing bytes": encoded(RGB) + b"\0\0\0",
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_files_are_read_as_pillow_reads_them(name):
+    made = decode(tf.constant(ODD[name])).numpy()
+    assert shape_of(tf.constant(ODD[name])).numpy()[:2].tolist() == [*made.shape[:2]]
+    # Decoders of JPEG may differ by a few steps, most in the conversion from CMYK.
+    np.testing.assert_allclose(made, as_rgb(ODD[name]), atol=4)
+
+
+def test_sixteen_bits_become_eight():
+    values = (np.arange(64 * 64).reshape(64, 64) * 16).astype(np.uint16)
+    made = decode(tf.constant(encoded(Image.fromarray(values), "PNG"))).numpy()
+    np.testing.assert_array_equal(made, np.repeat(values[..., None] >> 8, 3, -1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("order", ["big", "little"])
+def test_exif_orientation_is_applied(orientation, order):
+    from PIL import ImageOps
+
+    exif = Image.Exif()
+    exif.endian = {"big": ">", "little": "<"}[order]
+    exif[0x0112] = orientation
+    exif[0x010F] = "maker"
+    stored = encoded(RGB, exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(stored))))
+    made = decode(tf.constant(stored)).numpy()
+    np.testing.assert_allclose(made, expected, atol=4)
+    assert shape_of(tf.constant(stored)).numpy()[:2].tolist() == [*expected.shape[:2]]
+
+
+@pytest.mark.slow
+def test_a_hundred_megapixels(tmp_path):
+    (tmp_path / "a").mkdir()
+    big = Image.new("RGB", (12_500, 8_000), (10, 200, 30))
+    for i in range(2):
+        big.save(tmp_path / f"a/{i}.jpg")
+    cfg = DataConfig(source="folder", path=str(tmp_path), image_size=16, test_share=0.5)
+    for batch in (
+        next(data.train_batches(cfg, batch=1, seed=0)),
+        next(data.eval_batches(cfg, batch=1)),
+    ):
+        np.testing.assert_allclose(batch["image"][0, 8, 8], [10, 200, 30], atol=4)
+
+
+BAD = {
+    "truncated": encoded(RGB)[:-200],
+    "zero bytes": b"",
+    "no image": b"hello",
+    "html": b"<html>403</html>",
+    "claims too much": png_header(60_000, 60_000),
+    "truncated png": encoded(RGB, "PNG")[:-300],
+}
+
+
+def with_bad_files(root, count=1, good=10):
+    write_folder(root, {"a": good, "b": good}, ("train", "test"))
+    bad = []
+    for i, content in enumerate([*BAD.values()][:count]):
+        for split in ("train", "test"):
+            bad.append(root / split / "a" / f"bad{i}.jpg")
+            bad[-1].write_bytes(content)
+    return bad
+
+
+@pytest.mark.parametrize("cache", [0.0, 1.0])
+def test_bad_files_are_skipped_counted_and_named(tmp_path, cache, caplog):
+    bad = with_bad_files(tmp_path, len(BAD))
+    cfg = DataConfig(
+        source="folder", path=str(tmp_path), image_size=8, max_bad=0.5, cache_gib=cache
+    )
+    whole = take(data.train_batches(cfg, batch=13, seed=0), 5)
+    for b in whole:
+        assert (b["image"].reshape(13, -1).std(axis=1) > 0).all()
+    found = data.bad_examples()
+    assert {str(p) for p in bad if "train" in p.parts} <= set(found)
+    assert all(found.values())
+    assert sum("skipped the unreadable example" in r.message for r in caplog.records) >= 6
+    # What stands in for a bad file does not depend on when it was found to be bad.
+    late = next(data.train_batches(cfg, batch=13, seed=0, start=4))
+    np.testing.assert_array_equal(late["image"], whole[4]["image"])
+    tested = list(data.eval_batches(cfg, batch=8))
+    assert sum(b["mask"].sum() for b in tested) == 20
+    assert np.bincount(
+        np.concatenate([b["label"][b["mask"] == 1] for b in tested])
+    ).tolist() == [10, 10]
+
+
+def test_one_bad_file_does_not_stop_a_small_set(tmp_path):
+    with_bad_files(tmp_path)
+    cfg = DataConfig(source="folder", path=str(tmp_path), image_size=8, cache_gib=0.0)
+    assert len(take(data.train_batches(cfg, batch=21, seed=0), 2)) == 2
+
+
+@pytest.mark.parametrize(("count", "max_bad"), [(3, 0.1), (1, 0.0)])
+def test_too_many_bad_files_stop_the_run(tmp_path, count, max_bad):
+    with_bad_files(tmp_path, count)
+    cfg = DataConfig(
+        source="folder",
+        path=str(tmp_path),
+        image_size=8,
+        cache_gib=0.0,
+        max_bad=max_bad,
+    )
+    with pytest.raises(UserError, match=r"examples cannot be read.*raise --config.data"):
+        take(data.train_batches(cfg, batch=8, seed=0), 8)
+
+
+def test_a_set_of_nothing_but_bad_files_stops(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            (tmp_path / name / f"{i}.jpg").write_bytes(b"no image")
+    cfg = DataConfig(source="folder", path=str(tmp_path), image_size=8, max_bad=1.0)
+    with pytest.raises(UserError, match="4 of 4 examples cannot be read"):
+        next(data.train_batches(cfg, batch=2, seed=0))

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing records, reading them back, and everything that can be wrong with them."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from data_files import encoded, picture, take, write_folder
+
+from vit_jax import data
+from vit_jax.config import DataConfig
+from vit_jax.data import write_records
+from vit_jax.data.tensorflow_cpu import tf
+from vit_jax.errors import UserError
+
+FORMATS = ("tfrecord", "array_record")
+
+
+@pytest.fixture(scope="module")
+def multilabel(tmp_path_factory):
+    """12 images with 0 to 3 of the labels sky, sea, tree."""
+    root = tmp_path_factory.mktemp("manifest")
+    names, lines = ("sea", "sky", "tree"), []
+    for i in range(12):
+        (root / f"{i}.jpg").write_bytes(encoded(picture(i)))
+        labels = [n for bit, n in enumerate(names) if i >> bit & 1]
+        split = "train" if i < 8 else "test"
+        lines.append(json.dumps({"image": f"{i}.jpg", "labels": labels, "split": split}))
+    (root / "set.jsonl").write_text("\n".join(lines))
+    return str(root / "set.jsonl")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """{format: folder} of 10 + 10 photos of two classes, in two shards each."""
+    photos = write_folder(
+        tmp_path_factory.mktemp("photos"), {"a": 6, "b": 4}, ("train", "test")
+    )
+    found = {"photos": str(photos)}
+    for format in FORMATS:
+        found[format] = str(tmp_path_factory.mktemp(format))
+        write_records.write(str(photos), found[format], format=format, shards=2)
+    return found
+
+
+def copy_of(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+def config(path, **changes):
+    return DataConfig(
+        source="records", path=str(path), image_size=8, cache_gib=0.0, **changes
+    )
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_index_says_what_was_written(written, format):
+    with open(f"{written[format]}/train.json") as stream:
+        index = json.load(stream)
+    assert index["class_names"] == ["a", "b"]
+    assert index["class_counts"] == [6, 4]
+    assert [s["examples"] for s in index["shards"]] == [5, 5]
+    assert data.describe(config(written[format])) == data.DataInfo(
+        2, ("a", "b"), 10, 10, False
+    )
+    balanced = config(written[format], subset=4.0)
+    labels = next(data.train_batches(balanced, batch=4, seed=0))["label"]
+    assert sorted(labels) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("cache", [0.0, 1.0])
+def test_any_number_of_labels(multilabel, tmp_path, format, cache):
+    write_records.write(multilabel, str(tmp_path), format=format, shards=3)
+    cfg = dataclasses.replace(config(tmp_path), cache_gib=cache)
+    assert data.describe(cfg) == data.DataInfo(3, ("sea", "sky", "tree"), 8, 4, True)
+    labels = np.concatenate(
+        [b["label"] for b in take(data.train_batches(cfg, batch=4, seed=0), 2)]
+    )
+    assert labels.dtype == np.float32
+    everything = {tuple(float(i >> bit & 1) for bit in range(3)) for i in range(8)}
+    assert {tuple(row) for row in labels} == everything
+
+
+def test_an_interrupted_writer_goes_on_where_it_was(written, tmp_path):
+    copy = copy_of(written["tfrecord"], tmp_path)
+    kept = copy / "train-00000-of-00002.tfrecord"
+    lost = copy / "train-00001-of-00002.tfrecord"
+    before = kept.stat().st_mtime_ns, lost.read_bytes()
+    lost.unlink()
+    (copy / "train.json").unlink()
+    write_records.write(written["photos"], str(copy), shards=2)
+    assert (kept.stat().st_mtime_ns, lost.read_bytes()) == before
+    # Other labels make other shards, though the names are the same.
+    other = write_folder(tmp_path / "other", {"a": 5, "b": 5}, ("train", "test"))
+    write_records.write(str(other), str(copy), shards=2)
+    assert kept.stat().st_mtime_ns != before[0]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_full_disk_while_writing(written, tmp_path, format):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    for i in range(2):
+        file = tmp_path / f"train-{i:05d}-of-00002.{format}.tmp"
+        file.symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"failed after \d of 2 shards.*run the same command"):
+        write_records.write(
+            written["photos"], str(tmp_path), split="train", format=format, shards=2
+        )
+    assert not list(tmp_path.glob("*.json"))
+    write_records.write(
+        written["photos"], str(tmp_path), split="train", format=format, shards=2
+    )
+    assert data.describe(config(tmp_path)).num_train == 8
+
+
+def test_command(written, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "vit_jax.data.write_records", written["photos"], tmp_path],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "train: 10 examples of 2 classes in 1 tfrecord shards" in done.stdout
+    assert data.describe(config(tmp_path)).num_train == 10
+
+
+def change_index(folder, **changes):
+    file = folder / "train.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def cut(folder):
+    file = folder / "train-00001-of-00002.tfrecord"
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def exchange(folder):
+    """A shard of the right size that is not the one that was indexed."""
+    file = folder / "train-00001-of-00002.tfrecord"
+    content = file.read_bytes()
+    file.write_bytes(b"\1" + content[1:])
+
+
+WRONG = {
+    "cut short": (cut, r"is cut short: it has \d+ bytes"),
+    "shard missing": (
+        lambda f: (f / "train-00001-of-00002.tfrecord").unlink(),
+        "does not exist",
+    ),
+    "index says more": (
+        lambda f: change_index(f, examples=11),
+        r"contradicts itself: its shards hold 10 examples, but it says 11",
+    ),
+    "duplicate classes": (
+        lambda f: change_index(f, class_names=["a", "A"]),
+        "two classes of the same name",
+    ),
+    "no index at all": (
+        lambda f: [p.unlink() for p in f.glob("*.json")],
+        r"set --config.data.num_classes",
+    ),
+    "broken index": (lambda f: (f / "train.json").write_text("{}"), "is not an index"),
+    "other contents": (exchange, r"does not match its index at record 0"),
+    "test set of other classes": (
+        lambda f: change_index(f, class_names=["x", "y"]),
+        "different class names",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_an_index_that_disagrees_with_its_shards(case, written, tmp_path):
+    change, message = WRONG[case]
+    copy = copy_of(written["tfrecord"], tmp_path)
+    change(copy)
+    with pytest.raises(UserError, match=message):
+        take(data.train_batches(config(copy), batch=5, seed=0), 4)
+
+
+def test_a_shard_cut_short_without_an_index(written, tmp_path):
+    copy = copy_of(written["tfrecord"], tmp_path)
+    cut(copy)
+    for file in [*copy.glob("*.json"), *copy.glob("*.npz")]:
+        file.unlink()
+    with pytest.raises(UserError, match=r"is cut short: record 4 ends beyond"):
+        data.describe(config(copy, num_classes=2))
+
+
+def write_tfrecord(file, rows, image_key="image", label_key="label"):
+    with tf.io.TFRecordWriter(str(file)) as writer:
+        for i, labels in enumerate(rows):
+            image = tf.train.BytesList(value=[encoded(picture(i))])
+            features = {
+                image_key: tf.train.Feature(bytes_list=image),
+                label_key: tf.train.Feature(
+                    int64_list=tf.train.Int64List(value=labels)
+                ),
+            }
+            example = tf.train.Example(features=tf.train.Features(feature=features))
+            writer.write(example.SerializeToString())
+
+
+def test_records_that_somebody_else_wrote(tmp_path):
+    write_tfrecord(tmp_path / "train-0-of-2.tfrecord", [[0], [1], [2]])
+    write_tfrecord(tmp_path / "train-1-of-2.tfrecord", [[1], [1]])
+    write_tfrecord(tmp_path / "val.tfrecord", [[2]])
+    cfg = config(tmp_path, num_classes=3)
+    assert data.describe(cfg) == data.DataInfo(3, ("0", "1", "2"), 5, 1, False)
+    labels = next(data.train_batches(cfg, batch=5, seed=0))["label"]
+    assert sorted(labels) == [0, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("cache", [0.0, 1.0])
+@pytest.mark.parametrize("labels", [[3], [-2], [0, 1]])
+def test_a_record_with_an_impossible_label_is_not_used(tmp_path, labels, cache):
+    write_tfrecord(tmp_path / "train.tfrecord", [[0], [1], [2], labels])
+    write_tfrecord(tmp_path / "test.tfrecord", [[0]])
+    cfg = dataclasses.replace(
+        config(tmp_path, num_classes=3, max_bad=0.5), cache_gib=cache
+    )
+    for batch in take(data.train_batches(cfg, batch=4, seed=0), 3):
+        assert set(batch["label"]) <= {0, 1, 2}
+    reasons = [r for n, r in data.bad_examples().items() if str(tmp_path) in n]
+    assert len(reasons) == 1
+    assert "label" in reasons[0]
+    with pytest.raises(UserError, match="more than the share data.max_bad"):
+        strict = dataclasses.replace(cfg, max_bad=0.0)
+        take(data.train_batches(strict, batch=4, seed=0), 3)
+
+
+def test_bad_records_in_sequence_are_replaced_from_their_window(tmp_path):
+    write_tfrecord(tmp_path / "train.tfrecord", [[0], [9], [1], [0], [1], [0], [1], [1]])
+    write_tfrecord(tmp_path / "test.tfrecord", [[0], [9], [1]])
+    cfg = config(tmp_path, num_classes=2, max_bad=0.5, access="sequential")
+    whole = take(data.train_batches(cfg, batch=4, seed=0), 5)
+    assert all(set(b["label"]) <= {0, 1} for b in whole)
+    late = next(data.train_batches(cfg, batch=4, seed=0, start=4))
+    np.testing.assert_array_equal(late["image"], whole[4]["image"])
+    tested = list(data.eval_batches(cfg, batch=2))
+    assert sum(b["mask"].sum() for b in tested) == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("", "data.path is empty"), ("nowhere", "is not a folder"), (".", "holds no .tfrecord")],
+)
+def test_a_folder_without_records(path, message, tmp_path):
+    (tmp_path / "x.txt").write_text("")
+    with pytest.raises(UserError, match=message):
+        data.describe(config(tmp_path / path if path else ""))
+
+
+def test_unknown_format(written, tmp_path):
+    with pytest.raises(UserError, match="unknown format 'csv'"):
+        write_records.write(written["photos"], str(tmp_path), format="csv")
+
+
+def test_cifar_and_mnist_as_folders_and_as_records(shared, tmp_path):
+    """A sample of both sets, as they come and rewritten: the same labels per epoch."""
+    import tarfile
+
+    for archive in ("cifar10-jpeg.tar.xz", "mnist-png.tar.xz"):
+        root = tmp_path / archive.split("-")[0]
+        if not (shared / "data" / archive).exists():
+            pytest.skip(f"needs {archive}")
+        taken = {}
+        with tarfile.open(shared / "data" / archive, "r|xz") as tar:
+            for member in tar:
+                parts = member.name.strip("./").split("/")
+                if not member.isfile() or len(parts) != 3:
+                    continue
+                folder = tuple(parts[:2])
+                taken[folder] = taken.get(folder, 0) + 1
+                if taken[folder] <= 3:
+                    file = root.joinpath(*parts)
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_bytes(tar.extractfile(member).read())
+                elif len(taken) == 20 and min(taken.values()) >= 3:
+                    break
+        folder_cfg = DataConfig(source="folder", path=str(root), image_size=8)
+        write_records.write(str(root), str(tmp_path / "records"), shards=2)
+        size = data.describe(folder_cfg).num_train
+        multisets = [
+            sorted(next(data.train_batches(c, batch=size, seed=0))["label"])
+            for c in (folder_cfg, config(tmp_path / "records"))
+        ]
+        assert multisets[0] == multisets[1]
+        shutil.rmtree(tmp_path / "records")

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""tfds sets through a small one that the test prepares, ImageNet's archives, VTAB."""
+
+
+import numpy as np
+import pytest
+from data_files import picture
+
+from vit_jax import data
+from vit_jax.config import DataConfig
+from vit_jax.data import tfds_source, vtab
+from vit_jax.errors import UserError
+
+import tensorflow_datasets as tfds  # isort: skip
+
+
+class TinyPhotos(tfds.core.GeneratorBasedBuilder):
+    """Twenty training and seven validation images of three classes."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        return self.dataset_info_from_configs(
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(None, None, 3)),
+                    "label": tfds.features.ClassLabel(names=["x", "y", "z"]),
+                }
+            )
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._examples(20, 0), "validation": self._examples(7, 100)}
+
+    def _generate_examples(self):
+        raise NotImplementedError
+
+    def _examples(self, count, seed):
+        for i in range(count):
+            yield i, {"image": np.asarray(picture(seed + i)), "label": i % 3}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    root = str(tmp_path_factory.mktemp("tfds"))
+    tfds_source.prepared("tiny_photos", root)
+    return root
+
+
+def test_a_tfds_set_and_its_splits(data_dir):
+    cfg = DataConfig(source="tfds", name="tiny_photos", path=data_dir, image_size=8)
+    assert data.describe(cfg) == data.DataInfo(3, ("x", "y", "z"), 20, 7, False)
+    sliced = DataConfig(
+        source="tfds",
+        name="tiny_photos",
+        path=data_dir,
+        image_size=8,
+        train_split="train[:75%]",
+        test_split="train[75%:]",
+    )
+    info = data.describe(sliced)
+    assert (info.num_train, info.num_test) == (15, 5)
+    labels = next(data.train_batches(cfg, batch=20, seed=0))["label"]
+    assert np.bincount(labels).tolist() == [7, 7, 6]
+    masks = [b["mask"].sum() for b in data.eval_batches(cfg, batch=4)]
+    assert sum(masks) == 7
+
+
+def test_a_large_tfds_set_is_read_from_its_files(data_dir):
+    """As above, but without the memory to hold it."""
+    small, large = (
+        DataConfig(
+            source="tfds",
+            name="tiny_photos",
+            path=data_dir,
+            image_size=8,
+            train_split="train[10%:]",
+            cache_gib=gib,
+        )
+        for gib in (1.0, 0.0)
+    )
+    assert data.describe(small) == data.describe(large)
+    pixels = [
+        sorted((i.tobytes(), int(n)) for i, n in zip(b["image"], b["label"], strict=True))
+        for b in (next(data.eval_batches(c, batch=18, split="train")) for c in (small, large))
+    ]
+    assert pixels[0] == pixels[1]
+
+
+def test_unknown_names(data_dir):
+    cfg = DataConfig(source="tfds", name="cifr10", path=data_dir)
+    with pytest.raises(UserError, match=r"unknown tfds set 'cifr10'.*'cifar10'"):
+        data.describe(cfg)
+    with pytest.raises(UserError, match=r"data.name is empty"):
+        data.describe(DataConfig(source="tfds"))
+    cfg = DataConfig(
+        source="tfds", name="tiny_photos", path=data_dir, train_split="nothing"
+    )
+    with pytest.raises(UserError, match=r"no split 'nothing': it has"):
+        data.describe(cfg)
+
+
+def test_imagenet_archives_missing_or_misplaced(tmp_path):
+    manual = tmp_path / "downloads" / "manual"
+    manual.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"train.tar is missing.*val.tar is missing"):
+        tfds_source.check_imagenet_archives(tmp_path)
+    (tmp_path / "downloads" / "ILSVRC2012_img_val.tar").write_bytes(b"")
+    (manual / "ILSVRC2012_img_train.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"val.tar is at .*downloads/ILSVRC.*, move it"):
+        tfds_source.check_imagenet_archives(tmp_path)
+    (manual / "ILSVRC2012_img_val.tar").write_bytes(b"")
+    tfds_source.check_imagenet_archives(tmp_path)
+    (manual / "ILSVRC2012_img_train.tar").unlink()
+    cfg = DataConfig(source="tfds", name="imagenet2012", path=str(tmp_path))
+    with pytest.raises(UserError, match=r"The exact tree is .*downloads/manual/ILSVRC"):
+        data.describe(cfg)
+
+
+# ------------------------------------------------------------------------------ VTAB
+
+
+def test_the_table_is_complete():
+    groups = [t.group for t in vtab.TASKS.values()]
+    assert [groups.count(g) for g in (vtab.NATURAL, vtab.SPECIALIZED, vtab.STRUCTURED)] == [7, 4, 8]
+    classes = [t.classes for t in vtab.TASKS.values()]
+    assert classes == [102, 100, 47, 102, 37, 10, 397, 2, 10, 45, 5, 8, 6, 6, 4, 16, 16, 18, 9]
+    no_flip = {n for n, t in vtab.TASKS.items() if not t.flip}
+    assert no_flip == {"dsprites_location", "dsprites_orientation", "smallnorb_azimuth"}
+    no_crop = {n for n, t in vtab.TASKS.items() if not t.crop}
+    assert no_crop == {
+        "clevr_count",
+        "clevr_distance",
+        "dmlab",
+        "kitti_distance",
+        "dsprites_location",
+    }
+
+
+SIZES = {
+    "cifar100": ({"train": 50000}, "train[45000:45200]"),
+    "pets": ({"train": 3680}, "train[2944:3144]"),
+    "svhn": ({"train": 73257}, "train[65931:66131]"),
+    "eurosat": ({"train": 27000}, "train[16200:16400]"),
+    "resisc45": ({"train": 31500}, "train[18900:19100]"),
+    "clevr_count": ({"train": 70000}, "train[63000:63200]"),
+    "dtd": ({"validation": 1880}, "validation[0:200]"),
+    "smallnorb_azimuth": ({"test": 24300}, "test[0:200]"),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_splits_are_those_of_the_benchmark(name):
+    sizes, val = SIZES[name]
+    found = vtab.split_expressions(vtab.TASKS[name], {"test": 24300} | sizes)
+    assert found["val200"] == val
+    assert found["train800val200"] == f"train[:800]+{val}"
+    test = {"eurosat": "train[21600:]", "resisc45": "train[25200:]"}
+    test |= {"clevr_count": "validation", "smallnorb_azimuth": "test[12150:]"}
+    assert found["test"] == test.get(name, "test")
+
+
+def test_label_rules():
+    coords = {"objects": {"pixel_coords": np.array([[0, 0, 9.7], [0, 0, 8.2]])}}
+    assert vtab.TASKS["clevr_distance"].label(coords) == 1
+    assert vtab.nearest_clevr({"objects": {"pixel_coords": [[0, 0, 10.5]]}}) == 5
+    assert vtab.TASKS["clevr_count"].label({"objects": {"size": [1, 0, 1, 1]}}) == 1
+    cars = {"objects": {"type": [3, 0, 2], "location": [[0, 0, 2.0], [0, 0, 30], [0, 0, 9]]}}
+    assert vtab.nearest_kitti(cars) == 1
+    nobody = {"objects": {"type": np.array([4]), "location": np.array([[0, 0, 2.0]])}}
+    assert vtab.nearest_kitti(nobody) == 3
+    assert vtab.TASKS["dsprites_location"].label({"label_x_position": 31}) == 15
+    turned = vtab.TASKS["dsprites_orientation"].label
+    assert [turned({"label_orientation": i}) for i in (0, 2, 3, 39)] == [0, 0, 1, 15]
+
+
+def test_transforms_of_a_task():
+    ops = vtab.transforms(vtab.TASKS["dtd"], 384)
+    assert ops == ({"op": "resize", "size": 448}, {"op": "random_crop"}, {"op": "flip"})
+    assert vtab.transforms(vtab.TASKS["dsprites_location"], 384) == ({"op": "resize"},)
+    cfg = DataConfig(source="tfds", name="vtab/dtt")
+    with pytest.raises(UserError, match=r"unknown VTAB task .*did you mean 'dtd'"):
+        data.describe(cfg)
+
+

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A workdir on gs://, with a folder standing in for the bucket. Orbax's own access to Cloud Storage is not covered."""
+
+import json
+
+import pytest
+from etils import epath
+from etils.epath import backend, gpath
+from tiny import TINY
+
+from vit_jax import data, train
+from vit_jax.config import replace
+from vit_jax.errors import UserError
+from vit_jax.progress import MetricsWriter, read_metrics
+
+CFG = replace(TINY, model__num_classes=5, model__image_size=(16, 16))
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """gs://bucket/... is a folder that can be replaced file by file, but not appended to."""
+    fsspec = pytest.importorskip("fsspec")
+
+    class Bucket(fsspec.implementations.dirfs.DirFileSystem):
+        def _open(self, path, mode="rb", **kwargs):
+            assert "a" not in mode, "object stores cannot append"
+            return super()._open(path, mode, **kwargs)
+
+        def open(self, path, mode="rb", **kwargs):
+            assert "a" not in mode, "object stores cannot append"
+            return super().open(path, mode, **kwargs)
+
+        def _join(self, path):
+            return super()._join(path.removeprefix("gs://") if isinstance(path, str) else path)
+
+    files = Bucket(str(tmp_path), fsspec.filesystem("file", auto_mkdir=True))
+    monkeypatch.setattr(backend.fsspec_backend, "fs", lambda path: files)
+    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
+    return tmp_path
+
+
+def test_a_run_writes_and_continues_its_metrics(bucket):
+    workdir = "gs://bucket/run"
+    with train.claim(workdir, CFG, data.describe(CFG.data)):
+        writer = MetricsWriter(workdir, 0)
+    for step in (1, 2, 3):
+        writer.write(step, {"train/loss": 1 / step})
+    assert [m["step"] for m in read_metrics(workdir)] == [1, 2, 3]
+    MetricsWriter(workdir, 2).write(3, {"train/loss": 0.5})
+    assert [m["train/loss"] for m in read_metrics(workdir)] == [1.0, 0.5, 0.5]
+    assert json.loads((bucket / "bucket/run/dataset.json").read_text())["num_classes"] == 5
+    assert len(list((bucket / "bucket/run").glob("events*"))) in (1, 2)  # two in the same second share a name
+
+    with pytest.raises(UserError, match="holds a run with another config"):
+        with train.claim(workdir, replace(CFG, seed=1), data.describe(CFG.data)):
+            pass
+
+
+@pytest.mark.parametrize("error", [PermissionError("403 Forbidden"), RuntimeError("storage.objects.get denied")])
+def test_a_bucket_without_permission_is_one_message(error, monkeypatch):
+    def refuse(self):
+        raise error
+
+    monkeypatch.setattr(type(epath.Path("gs://bucket/x")), "exists", refuse)
+    match = rf"--workdir=gs://bucket/run cannot be written \({type(error).__name__}: {error}\): check the name of"
+    with pytest.raises(UserError, match=match):
+        with train.claim("gs://bucket/run", CFG, data.describe(CFG.data)):
+            pass
