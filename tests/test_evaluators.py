@@ -155,6 +155,14 @@ def test_knn_votes_like_numpy():
         assert result[f"accuracy_k{k}"] == pytest.approx(expected, abs=1e-12)
 
 
+def test_padding_is_nobodys_neighbour():
+    """45 examples on 8 devices leave 3 rows of zeros, nearer than any example here."""
+    train = np.abs(RNG.normal(size=(45, K))), np.zeros(45, int)
+    splits = {"train": train, "test": (-np.abs(X), np.zeros(37, int))}
+    result = EVALUATORS["knn"](context(splits, np.zeros((K, 3))), k=(1, 3))
+    assert result["accuracy_k1"] == result["accuracy_k3"] == 1
+
+
 def test_linear_probe_finds_the_minimum():
     from scipy.optimize import minimize
 

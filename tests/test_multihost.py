@@ -60,7 +60,7 @@ def finish(processes):
     ends = [()] * len(processes)
 
     def read(i):
-        out, err = processes[i].communicate(timeout=300)
+        out, err = processes[i].communicate(timeout=600)
         ends[i] = (processes[i].returncode, out, err)
 
     threads = [threading.Thread(target=read, args=(i,)) for i in range(len(processes))]

@@ -33,15 +33,15 @@ def start(workdir, *flags, **env):
 
 
 def finish(process):
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=600)
     return process.returncode, output
 
 
 def wait_until(condition, process):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not condition():
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "the run did not get there in 120 s"
+        assert time.monotonic() < deadline, "the run did not get there in 300 s"
         time.sleep(0.005)
 
 

@@ -20,8 +20,9 @@ CFG = replace(TINY, model__num_classes=5, model__image_size=(16, 16))
 def bucket(tmp_path, monkeypatch):
     """gs://bucket/... is a folder that can be replaced file by file, but not appended to."""
     fsspec = pytest.importorskip("fsspec")
+    dirfs = pytest.importorskip("fsspec.implementations.dirfs")
 
-    class Bucket(fsspec.implementations.dirfs.DirFileSystem):
+    class Bucket(dirfs.DirFileSystem):
         def _open(self, path, mode="rb", **kwargs):
             assert "a" not in mode, "object stores cannot append"
             return super()._open(path, mode, **kwargs)
@@ -51,9 +52,9 @@ def test_a_run_writes_and_continues_its_metrics(bucket):
     assert json.loads((bucket / "bucket/run/dataset.json").read_text())["num_classes"] == 5
     assert len(list((bucket / "bucket/run").glob("events*"))) in (1, 2)  # two in the same second share a name
 
-    with pytest.raises(UserError, match="holds a run with another config"):
-        with train.claim(workdir, replace(CFG, seed=1), data.describe(CFG.data)):
-            pass
+    other = train.claim(workdir, replace(CFG, seed=1), data.describe(CFG.data))
+    with pytest.raises(UserError, match="holds a run with another config"), other:
+        pass
 
 
 @pytest.mark.parametrize("error", [PermissionError("403 Forbidden"), RuntimeError("storage.objects.get denied")])
@@ -63,6 +64,6 @@ def test_a_bucket_without_permission_is_one_message(error, monkeypatch):
 
     monkeypatch.setattr(type(epath.Path("gs://bucket/x")), "exists", refuse)
     match = rf"--workdir=gs://bucket/run cannot be written \({type(error).__name__}: {error}\): check the name of"
-    with pytest.raises(UserError, match=match):
-        with train.claim("gs://bucket/run", CFG, data.describe(CFG.data)):
-            pass
+    refused = train.claim("gs://bucket/run", CFG, data.describe(CFG.data))
+    with pytest.raises(UserError, match=match), refused:
+        pass

@@ -527,17 +527,17 @@ def small(**changes: Any) -> Config:
     What the ``configs/small_*.py`` have in common; they say what each run showed.
     """
     cfg = Config(
-        model=ModelConfig(name="", width=96, depth=6, mlp_dim=192, heads=4, patch=4),
+        model=ModelConfig(name="", width=96, depth=4, mlp_dim=192, heads=4, patch=4),
         data=DataConfig(
             source="folder",
             image_size=32,
             train_transforms=(
-                {"op": "inception_crop", "area": (0.3, 1.0)},
+                {"op": "inception_crop", "area": (0.5, 1.0)},
                 {"op": "flip"},
             ),
         ),
         optim=OptimConfig(learning_rate=1e-3, warmup=100, weight_decay=0.1, clip=1.0),
-        eval=EvalConfig(every=0),
+        eval=EvalConfig(every=500, batch=500),
         checkpoint=CheckpointConfig(every=500),
         steps=2_000,
         batch=128,
