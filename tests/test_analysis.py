@@ -22,6 +22,12 @@ HYBRID = dataclasses.replace(
 )
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers_for_each_test():
+    global RNG
+    RNG = np.random.default_rng(1)
+
+
 def random_weights(*shape):
     w = RNG.random(shape)
     return w / w.sum(-1, keepdims=True)

@@ -29,6 +29,12 @@ SMALL = ModelConfig(
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers_for_each_test():
+    global RNG
+    RNG = np.random.default_rng(1)
+
+
 @pytest.fixture
 def photos(tmp_path):
     folder = tmp_path / "photos"

@@ -27,13 +27,14 @@ def make_state(value=1.0, ema=False, where=None):
 
 def like(state, where=None):
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where or x.sharding), state
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where or x.sharding),
+        state,
     )
 
 
-def save(workdir, states, cfg=CheckpointConfig(), metrics=()):
+def save(workdir, states, cfg=None, metrics=()):
     with_metrics = dict(metrics)
-    c = Checkpointer(str(workdir), cfg)
+    c = Checkpointer(str(workdir), cfg or CheckpointConfig())
     for step, state in states.items():
         c.save(state, step, with_metrics.get(step, {}))
     c.close()
@@ -47,7 +48,10 @@ def test_what_is_restored_is_what_was_saved(tmp_path):
 
 
 def test_an_empty_workdir_restores_nothing(tmp_path):
-    assert Checkpointer(str(tmp_path), CheckpointConfig()).restore(like(make_state())) is None
+    assert (
+        Checkpointer(str(tmp_path), CheckpointConfig()).restore(like(make_state()))
+        is None
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -60,7 +64,9 @@ def test_restores_onto_another_number_of_devices(tmp_path, count):
     target.params["a"]["kernel"] = kernel
     found = Checkpointer(str(tmp_path), CheckpointConfig()).restore(target)
     assert found.params["a"]["kernel"].sharding.spec == P("data")
-    np.testing.assert_array_equal(found.params["a"]["kernel"], state.params["a"]["kernel"])
+    np.testing.assert_array_equal(
+        found.params["a"]["kernel"], state.params["a"]["kernel"]
+    )
 
 
 def test_keeps_the_newest_and_the_best(tmp_path):
@@ -99,11 +105,15 @@ def test_saving_does_not_see_later_changes(tmp_path):
     for _ in range(5):
         state = add(state)
     c.close()
-    np.testing.assert_array_equal(checkpoint.load_params(str(tmp_path))["b"], np.arange(8.0))
+    np.testing.assert_array_equal(
+        checkpoint.load_params(str(tmp_path))["b"], np.arange(8.0)
+    )
 
 
 def test_load_params_takes_the_average_where_there_is_one(tmp_path):
-    state = make_state(1.0)._replace(ema={"a": {"kernel": jnp.full((8, 4), 9.0)}, "b": jnp.zeros(8)})
+    state = make_state(1.0)._replace(
+        ema={"a": {"kernel": jnp.full((8, 4), 9.0)}, "b": jnp.zeros(8)}
+    )
     save(tmp_path, {1: state})
     for path in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "1"):
         params = checkpoint.load_params(str(path))
@@ -121,4 +131,6 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     other = make_state()
     other.params["a"]["kernel"] = jnp.zeros((8, 5))
     with pytest.raises(UserError, match="another model"):
-        Checkpointer(str(tmp_path), CheckpointConfig()).restore(like(other, sharding(jax.devices()[:1])))
+        Checkpointer(str(tmp_path), CheckpointConfig()).restore(
+            like(other, sharding(jax.devices()[:1]))
+        )

@@ -10,13 +10,21 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-ENV = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+ENV = os.environ | {
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "JAX_PLATFORMS": "cpu",
+}
 TINY = "--config=tests/tiny.py"
 
 
 def run(*args, module="vit_jax.main"):
     return subprocess.run(
-        [sys.executable, "-m", module, *map(str, args)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", module, *map(str, args)],
+        cwd=ROOT,
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -36,8 +44,14 @@ def folder_of_images(path, classes=("cat", "dog"), count=6):
         ([TINY, "--config.stepss=3"], ["stepss", "steps"]),
         ([TINY, "--config.steps=many"], ["steps", "many"]),
         ([TINY, "--config.loss=softmx"], ["config.loss", "softmx", "softmax"]),
-        ([TINY, "--config.data.source=fodler"], ["config.data.source", "fodler", "folder"]),
-        ([TINY, "--config.batch=7", "--config.accumulate=2"], ["config.batch=7", "config.accumulate"]),
+        (
+            [TINY, "--config.data.source=fodler"],
+            ["config.data.source", "fodler", "folder"],
+        ),
+        (
+            [TINY, "--config.batch=7", "--config.accumulate=2"],
+            ["config.batch=7", "config.accumulate"],
+        ),
         (["--config=configs/digitss.py"], ["configs/digitss.py"]),
         ([TINY, "--wrkdir=x"], ["wrkdir", "workdir"]),
         ([TINY, "surplus"], ["surplus"]),
@@ -70,8 +84,13 @@ def test_bad_data_is_one_line(case, tmp_path):
         (path / "emu").mkdir()
         words = ["emu"]
     elif case == "unknown tfds":
-        args, words = ["--config.data.source=tfds", "--config.data.name=cifar11"], ["cifar11", "cifar10"]
-    result = run(TINY, *args, "--config.data.num_classes=0", f"--workdir={tmp_path / 'run'}")
+        args, words = (
+            ["--config.data.source=tfds", "--config.data.name=cifar11"],
+            ["cifar11", "cifar10"],
+        )
+    result = run(
+        TINY, *args, "--config.data.num_classes=0", f"--workdir={tmp_path / 'run'}"
+    )
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("error: ")
@@ -88,7 +107,10 @@ def test_a_folder_of_images_trains_without_an_edit(tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     for phase in ("devices", "data", "initialize", "first batch", "compile"):
-        assert any(line.startswith(phase) and line.endswith(" s") for line in result.stdout.splitlines())
+        assert any(
+            line.startswith(phase) and line.endswith(" s")
+            for line in result.stdout.splitlines()
+        )
     assert "2 classes" in result.stdout
     assert "python -m vit_jax.predict" in result.stdout
     assert '"cat"' in (tmp_path / "run" / "dataset.json").read_text()
@@ -96,7 +118,14 @@ def test_a_folder_of_images_trains_without_an_edit(tmp_path):
 
 
 def test_the_benchmark_prints_the_cost_of_the_loop():
-    result = run(TINY, "--what=train,infer", "--rounds=1", "--round_steps=2", "--json", module="vit_jax.benchmark")
+    result = run(
+        TINY,
+        "--what=train,infer",
+        "--rounds=1",
+        "--round_steps=2",
+        "--json",
+        module="vit_jax.benchmark",
+    )
     assert result.returncode == 0, result.stderr
     assert '"loop_over_step":' in result.stdout
 

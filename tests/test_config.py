@@ -13,7 +13,9 @@ from vit_jax.errors import UserError
 def test_json_round_trip_is_exact():
     cfg = Config(
         model=ModelConfig(resnet=(3, 4, 9)),
-        data=DataConfig(train_transforms=({"op": "flip"}, {"op": "crop", "area": (0.05, 1.0)})),
+        data=DataConfig(
+            train_transforms=({"op": "flip"}, {"op": "crop", "area": (0.05, 1.0)})
+        ),
     )
     assert config.from_dict(json.loads(config.to_json(cfg))) == cfg
 
@@ -38,7 +40,10 @@ def test_a_config_is_frozen():
         ({"steps": True}, ["config.steps", "True", "int"]),
         ({"loss": "softmx"}, ["config.loss", "'softmx'", "'softmax'"]),
         ({"model": {"resnet": 3}}, ["config.model.resnet", "list"]),
-        ({"model": {"image_size": (1, 2, 3)}}, ["config.model.image_size", "2 entries"]),
+        (
+            {"model": {"image_size": (1, 2, 3)}},
+            ["config.model.image_size", "2 entries"],
+        ),
         ({"model": 3}, ["config.model", "group of keys"]),
     ],
 )
@@ -66,6 +71,8 @@ def test_no_default_is_none():
     def leaves(part):
         for f in dataclasses.fields(part):
             value = getattr(part, f.name)
-            yield from leaves(value) if dataclasses.is_dataclass(value) else [(f.name, value)]
+            yield from (
+                leaves(value) if dataclasses.is_dataclass(value) else [(f.name, value)]
+            )
 
     assert [name for name, value in leaves(Config()) if value is None] == []

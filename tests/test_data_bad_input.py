@@ -134,7 +134,9 @@ def test_bad_files_are_skipped_counted_and_named(tmp_path, cache, caplog):
     found = data.bad_examples()
     assert {str(p) for p in bad if "train" in p.parts} <= set(found)
     assert all(found.values())
-    assert sum("skipped the unreadable example" in r.message for r in caplog.records) >= 6
+    assert (
+        sum("skipped the unreadable example" in r.message for r in caplog.records) >= 6
+    )
     # What stands in for a bad file does not depend on when it was found to be bad.
     late = next(data.train_batches(cfg, batch=13, seed=0, start=4))
     np.testing.assert_array_equal(late["image"], whole[4]["image"])
@@ -161,7 +163,9 @@ def test_too_many_bad_files_stop_the_run(tmp_path, count, max_bad):
         cache_gib=0.0,
         max_bad=max_bad,
     )
-    with pytest.raises(UserError, match=r"examples cannot be read.*raise --config.data"):
+    with pytest.raises(
+        UserError, match=r"examples cannot be read.*raise --config.data"
+    ):
         take(data.train_batches(cfg, batch=8, seed=0), 8)
 
 

@@ -25,7 +25,9 @@ def test_every_example_once_per_epoch(size):
 def test_any_position_is_computed_alone():
     everything = order.train_indices(np.arange(1000), 77, seed=1)
     some = np.array([999, 3, 500])
-    np.testing.assert_array_equal(order.train_indices(some, 77, seed=1), everything[some])
+    np.testing.assert_array_equal(
+        order.train_indices(some, 77, seed=1), everything[some]
+    )
     far = order.train_indices(np.array([10**15]), 300_000_000, seed=1)
     assert 0 <= far[0] < 300_000_000
 
@@ -44,7 +46,9 @@ def test_permutations_are_uniform():
 def test_seeds_of_augmentation_differ_and_depend_on_seed_and_position_only():
     seeds = order.augmentation_seeds(np.arange(10_000), 0)
     assert len(np.unique(seeds, axis=0)) == 10_000
-    np.testing.assert_array_equal(order.augmentation_seeds(np.array([77]), 0)[0], seeds[77])
+    np.testing.assert_array_equal(
+        order.augmentation_seeds(np.array([77]), 0)[0], seeds[77]
+    )
     assert (order.augmentation_seeds(np.arange(10), 1) != seeds[:10]).all()
 
 
@@ -57,7 +61,8 @@ def test_synthetic_is_a_function_of_seed_and_step(name):
     whole = _steps(data.train_batches(cfg, batch=8, seed=0), 6)
     halves = [
         _steps(
-            data.train_batches(cfg, batch=8, seed=0, process_index=i, process_count=2), 6
+            data.train_batches(cfg, batch=8, seed=0, process_index=i, process_count=2),
+            6,
         )
         for i in range(2)
     ]

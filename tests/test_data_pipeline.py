@@ -115,7 +115,9 @@ def test_sequential_streams_pass_over_everything(configs):
         configs["sequential"], train_transforms=({"op": "resize"},)
     )
     drawn = {}
-    for b in take(data.train_batches(cfg, batch=37, seed=0), 3):  # gcd(37, 64) = 1 stream
+    for b in take(
+        data.train_batches(cfg, batch=37, seed=0), 3
+    ):  # gcd(37, 64) = 1 stream
         for image in b["image"]:
             drawn[image.tobytes()] = drawn.get(image.tobytes(), 0) + 1
     assert set(drawn.values()) == {3}
@@ -160,7 +162,7 @@ WORKER = """
 import hashlib, sys
 from vit_jax import data
 from vit_jax.config import DataConfig
-path, index, count, start, steps = sys.argv[1], *map(int, sys.argv[2:])
+path, index, count, start, steps = sys.argv[1], *map(int, sys.argv[2:6])
 cfg = DataConfig(source="folder", path=path, image_size=16, cache_gib=0.0)
 batches = data.train_batches(cfg, batch=12, seed=7, start=start, process_index=index,
                              process_count=count)
@@ -200,7 +202,7 @@ def test_benchmark_reports_all_three_pipelines():
     from vit_jax.data import benchmark
 
     found = benchmark.run(
-        DataConfig(image_size=32), batch=4, rounds=1, seconds=0.01, photos=8
+        DataConfig(image_size=32), batch=4, rounds=1, steps=1, photos=8
     )
     assert set(found["images_per_second"]) == {"obvious", "decode_only", "ours"}
     assert min(found["images_per_second"].values()) > 0

@@ -30,7 +30,9 @@ def multilabel(tmp_path_factory):
         (root / f"{i}.jpg").write_bytes(encoded(picture(i)))
         labels = [n for bit, n in enumerate(names) if i >> bit & 1]
         split = "train" if i < 8 else "test"
-        lines.append(json.dumps({"image": f"{i}.jpg", "labels": labels, "split": split}))
+        lines.append(
+            json.dumps({"image": f"{i}.jpg", "labels": labels, "split": split})
+        )
     (root / "set.jsonl").write_text("\n".join(lines))
     return str(root / "set.jsonl")
 
@@ -109,7 +111,9 @@ def test_a_full_disk_while_writing(written, tmp_path, format):
     for i in range(2):
         file = tmp_path / f"train-{i:05d}-of-00002.{format}.tmp"
         file.symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"failed after \d of 2 shards.*run the same command"):
+    with pytest.raises(
+        UserError, match=r"failed after \d of 2 shards.*run the same command"
+    ):
         write_records.write(
             written["photos"], str(tmp_path), split="train", format=format, shards=2
         )
@@ -122,7 +126,13 @@ def test_a_full_disk_while_writing(written, tmp_path, format):
 
 def test_command(written, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "vit_jax.data.write_records", written["photos"], tmp_path],
+        [
+            sys.executable,
+            "-m",
+            "vit_jax.data.write_records",
+            written["photos"],
+            tmp_path,
+        ],
         check=True,
         capture_output=True,
         text=True,
@@ -230,13 +240,15 @@ def test_a_record_with_an_impossible_label_is_not_used(tmp_path, labels, cache):
     reasons = [r for n, r in data.bad_examples().items() if str(tmp_path) in n]
     assert len(reasons) == 1
     assert "label" in reasons[0]
-    with pytest.raises(UserError, match="more than the share data.max_bad"):
-        strict = dataclasses.replace(cfg, max_bad=0.0)
+    strict = dataclasses.replace(cfg, max_bad=0.0)
+    with pytest.raises(UserError, match=r"more than the share data\.max_bad"):
         take(data.train_batches(strict, batch=4, seed=0), 3)
 
 
 def test_bad_records_in_sequence_are_replaced_from_their_window(tmp_path):
-    write_tfrecord(tmp_path / "train.tfrecord", [[0], [9], [1], [0], [1], [0], [1], [1]])
+    write_tfrecord(
+        tmp_path / "train.tfrecord", [[0], [9], [1], [0], [1], [0], [1], [1]]
+    )
     write_tfrecord(tmp_path / "test.tfrecord", [[0], [9], [1]])
     cfg = config(tmp_path, num_classes=2, max_bad=0.5, access="sequential")
     whole = take(data.train_batches(cfg, batch=4, seed=0), 5)
@@ -249,7 +261,11 @@ def test_bad_records_in_sequence_are_replaced_from_their_window(tmp_path):
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("", "data.path is empty"), ("nowhere", "is not a folder"), (".", "holds no .tfrecord")],
+    [
+        ("", "data.path is empty"),
+        ("nowhere", "is not a folder"),
+        (".", "holds no .tfrecord"),
+    ],
 )
 def test_a_folder_without_records(path, message, tmp_path):
     (tmp_path / "x.txt").write_text("")

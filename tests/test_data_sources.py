@@ -53,7 +53,10 @@ def test_labels_are_those_of_the_folder(tmp_path):
             (tmp_path / name / f"{i}.png").write_bytes(encoded(image, "PNG"))
     cfg = DataConfig(source="folder", path=str(tmp_path), image_size=8)
     names = data.describe(cfg).class_names
-    batches = [*data.eval_batches(cfg, batch=4), *take(data.train_batches(cfg, batch=4, seed=0), 3)]
+    batches = [
+        *data.eval_batches(cfg, batch=4),
+        *take(data.train_batches(cfg, batch=4, seed=0), 3),
+    ]
     for batch in batches:
         for i, label in enumerate(batch["label"]):
             if batch.get("mask", np.ones(4))[i]:
@@ -97,7 +100,9 @@ def test_test_labels_in_a_text_file(tmp_path):
     for i in range(3):
         (tmp_path / f"val/{i}.JPEG").write_bytes(encoded(picture(i)))
     (tmp_path / "val.txt").write_text("0.JPEG 1\n1.JPEG cat\n2.JPEG 0\n")
-    cfg = DataConfig(source="folder", path=str(tmp_path), image_size=8, test_split="val.txt")
+    cfg = DataConfig(
+        source="folder", path=str(tmp_path), image_size=8, test_split="val.txt"
+    )
     assert data.describe(cfg).num_test == 3
     batch = next(data.eval_batches(cfg, batch=3))
     np.testing.assert_array_equal(batch["label"], [1, 0, 0])
@@ -128,7 +133,7 @@ BROKEN = {
     "missing": (lambda p: str(p / "nowhere"), "does not exist"),
     "empty": (lambda p: str(p), "has no class folders"),
     "loose images": (
-        lambda p: (p / "1.jpg").write_bytes(b"") and "" or str(p),
+        lambda p: ((p / "1.jpg").write_bytes(b"") and "") or str(p),
         r"1 images lie in it directly",
     ),
     "empty class": (
@@ -141,11 +146,15 @@ BROKEN = {
     ),
     "unknown test class": (
         lambda p: (
-            write_folder(p / "train", {"cat": 2}) and str(write_folder(p / "test", {"cta": 1}).parent)
+            write_folder(p / "train", {"cat": 2})
+            and str(write_folder(p / "test", {"cta": 1}).parent)
         ),
         r"class 'cta', which the training set lacks: did you mean 'cat'",
     ),
-    "manifest of nothing": (lambda p: _file(p, "m.csv", "image,label\n"), "lists no images"),
+    "manifest of nothing": (
+        lambda p: _file(p, "m.csv", "image,label\n"),
+        "lists no images",
+    ),
     "manifest without label": (
         lambda p: _file(p, "m.csv", "image\na.jpg\n"),
         r"needs an image .* and a label",

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """tfds sets through a small one that the test prepares, ImageNet's archives, VTAB."""
 
-
 import numpy as np
 import pytest
 from data_files import picture
@@ -20,7 +19,8 @@ class TinyPhotos(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-        return self.dataset_info_from_configs(
+        return tfds.core.DatasetInfo(
+            builder=self,
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(None, None, 3)),
@@ -81,8 +81,12 @@ def test_a_large_tfds_set_is_read_from_its_files(data_dir):
     )
     assert data.describe(small) == data.describe(large)
     pixels = [
-        sorted((i.tobytes(), int(n)) for i, n in zip(b["image"], b["label"], strict=True))
-        for b in (next(data.eval_batches(c, batch=18, split="train")) for c in (small, large))
+        sorted(
+            (i.tobytes(), int(n)) for i, n in zip(b["image"], b["label"], strict=True)
+        )
+        for b in (
+            next(data.eval_batches(c, batch=18, split="train")) for c in (small, large)
+        )
     ]
     assert pixels[0] == pixels[1]
 
@@ -122,9 +126,31 @@ def test_imagenet_archives_missing_or_misplaced(tmp_path):
 
 def test_the_table_is_complete():
     groups = [t.group for t in vtab.TASKS.values()]
-    assert [groups.count(g) for g in (vtab.NATURAL, vtab.SPECIALIZED, vtab.STRUCTURED)] == [7, 4, 8]
+    assert [
+        groups.count(g) for g in (vtab.NATURAL, vtab.SPECIALIZED, vtab.STRUCTURED)
+    ] == [7, 4, 8]
     classes = [t.classes for t in vtab.TASKS.values()]
-    assert classes == [102, 100, 47, 102, 37, 10, 397, 2, 10, 45, 5, 8, 6, 6, 4, 16, 16, 18, 9]
+    assert classes == [
+        102,
+        100,
+        47,
+        102,
+        37,
+        10,
+        397,
+        2,
+        10,
+        45,
+        5,
+        8,
+        6,
+        6,
+        4,
+        16,
+        16,
+        18,
+        9,
+    ]
     no_flip = {n for n, t in vtab.TASKS.items() if not t.flip}
     assert no_flip == {"dsprites_location", "dsprites_orientation", "smallnorb_azimuth"}
     no_crop = {n for n, t in vtab.TASKS.items() if not t.crop}
@@ -165,7 +191,9 @@ def test_label_rules():
     assert vtab.TASKS["clevr_distance"].label(coords) == 1
     assert vtab.nearest_clevr({"objects": {"pixel_coords": [[0, 0, 10.5]]}}) == 5
     assert vtab.TASKS["clevr_count"].label({"objects": {"size": [1, 0, 1, 1]}}) == 1
-    cars = {"objects": {"type": [3, 0, 2], "location": [[0, 0, 2.0], [0, 0, 30], [0, 0, 9]]}}
+    cars = {
+        "objects": {"type": [3, 0, 2], "location": [[0, 0, 2.0], [0, 0, 30], [0, 0, 9]]}
+    }
     assert vtab.nearest_kitti(cars) == 1
     nobody = {"objects": {"type": np.array([4]), "location": np.array([[0, 0, 2.0]])}}
     assert vtab.nearest_kitti(nobody) == 3
@@ -181,5 +209,3 @@ def test_transforms_of_a_task():
     cfg = DataConfig(source="tfds", name="vtab/dtt")
     with pytest.raises(UserError, match=r"unknown VTAB task .*did you mean 'dtd'"):
         data.describe(cfg)
-
-

@@ -67,7 +67,9 @@ def test_inception_crop_has_tensorflows_distribution():
         quantiles = np.linspace(0.02, 0.98, 13)
         scale = theirs.std()
         np.testing.assert_allclose(
-            np.quantile(mine, quantiles), np.quantile(theirs, quantiles), atol=0.1 * scale
+            np.quantile(mine, quantiles),
+            np.quantile(theirs, quantiles),
+            atol=0.1 * scale,
         )
     # Placed uniformly among the places where it fits.
     place = left / np.maximum(width - w, 1)
@@ -117,7 +119,9 @@ def test_evaluation_pipelines(noise):
 
 
 def test_value_range(noise):
-    made = compose({"op": "resize"}, {"op": "value_range"})(tf.constant(noise), seeds(1)[0])
+    made = compose({"op": "resize"}, {"op": "value_range"})(
+        tf.constant(noise), seeds(1)[0]
+    )
     assert made.dtype == tf.float32
     ends = transforms.value_range(tf.constant([[[0, 255, 127]]], tf.uint8), None)
     np.testing.assert_allclose(ends, [[[-1, 1, 127 / 127.5 - 1]]], atol=1e-6)
@@ -133,7 +137,10 @@ def test_the_order_of_later_operations_does_not_change_earlier_draws(noise):
 @pytest.mark.parametrize(
     ("ops", "message"),
     [
-        (({"op": "flop"},), r"unknown transform in data.train_transforms 'flop': did you mean 'flip'"),
+        (
+            ({"op": "flop"},),
+            r"unknown transform in data.train_transforms 'flop': did you mean 'flip'",
+        ),
         (({"op": "flip", "q": 1},), r"unknown option 'q' of transform 'flip'"),
         (({"size": 3},), r"needs the key 'op'"),
     ],
@@ -160,7 +167,9 @@ def test_fused_decoding_equals_decoding_and_cutting():
     assert np.abs(fast.astype(int) - exact).mean() < 2
 
 
-@pytest.mark.parametrize(("target", "ratio"), [(64, 1), (33, 1), (32, 2), (16, 4), (8, 8)])
+@pytest.mark.parametrize(
+    ("target", "ratio"), [(64, 1), (33, 1), (32, 2), (16, 4), (8, 8)]
+)
 def test_large_crops_are_decoded_at_a_fraction(target, ratio):
     data = tf.constant(encoded(picture(0, 120, 160)))
     crop = decode_crop(data, tf.constant([11, 13, 64, 96]), target=target)
@@ -192,7 +201,9 @@ def test_the_corrected_form_starts_at_the_identity(noise):
 def test_quirks(noise):
     image = tf.constant(noise)
     grey = min(noise.shape[0] * noise.shape[1] / 256, 255)
-    np.testing.assert_array_equal(ra.contrast(image, 0.0), np.full_like(noise, int(grey)))
+    np.testing.assert_array_equal(
+        ra.contrast(image, 0.0), np.full_like(noise, int(grey))
+    )
     fill = np.float32(np.uint8(grey))
     blended = np.clip(fill + 1.9 * (noise - fill), 0, 255)
     np.testing.assert_allclose(ra.contrast(image, 1.9), np.floor(blended), atol=1)
@@ -240,7 +251,9 @@ def test_randaugment_applies_n_of_all_operations(noise):
     image = tf.constant(noise)
     results = {
         name: {
-            f(image, 1.0, tf.constant(s), tf.constant([0.5, 0.5]), False).numpy().tobytes()
+            f(image, 1.0, tf.constant(s), tf.constant([0.5, 0.5]), False)
+            .numpy()
+            .tobytes()
             for s in (-1.0, 1.0)
         }
         for name, f in ra.OPERATIONS.items()

@@ -22,6 +22,12 @@ Y = RNG.integers(0, K, 37)
 EYE = np.eye(K)
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers_for_each_test():
+    global RNG
+    RNG = np.random.default_rng(1)
+
+
 def softmax(x):
     p = np.exp(x - x.max(1, keepdims=True))
     return p / p.sum(1, keepdims=True)
@@ -314,12 +320,13 @@ def test_imagenet_v2_folders_sort_as_text(named):
     names = sorted(map(str, range(k)))  # 0, 1, 10, 11, 2, ...
     x = RNG.normal(size=(37, k)).astype(np.float32)
     truth = RNG.integers(0, k, 37)
+    x[np.arange(30), truth[:30]] += 10  # a good model
     labels = np.array([names.index(str(c)) for c in truth])
     named(classes=names)
     fake = context({"test": (x, labels)}, np.eye(k))
     got = EVALUATORS["imagenet_v2"](fake, data={"source": "folder", "path": "v2"})
-    assert got["accuracy"] == (x.argmax(1) == truth).mean()
-    assert got["accuracy"] != EVALUATORS["accuracy"](fake)["accuracy"]
+    assert got["accuracy"] == (x.argmax(1) == truth).mean() > 0.8
+    assert EVALUATORS["accuracy"](fake)["accuracy"] < 0.5
 
 
 @pytest.mark.parametrize("restrict", [False, True])

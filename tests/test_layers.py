@@ -35,7 +35,9 @@ def imports(path: Path) -> set[str]:
             found |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found |= {node.module or ""} | {f"{node.module}.{a.name}" for a in node.names}
+            found |= {node.module or ""} | {
+                f"{node.module}.{a.name}" for a in node.names
+            }
     return found
 
 
@@ -55,11 +57,15 @@ def test_imports_point_down(path):
         if not module.startswith("vit_jax.") or part(module) in (own, "__version__"):
             continue
         other = part(module)
-        assert other in LEVELS, f"{path} imports {module}, which has no level: add it to LEVELS"
+        assert other in LEVELS, (
+            f"{path} imports {module}, which has no level: add it to LEVELS"
+        )
         if own in GROUND and other in GROUND and not entry:
             assert GROUND.index(other) < GROUND.index(own), f"{path} imports {module}"
         else:
-            assert LEVELS[other] < level, f"{path} (level {level}) imports {module} (level {LEVELS[other]})"
+            assert LEVELS[other] < level, (
+                f"{path} (level {level}) imports {module} (level {LEVELS[other]})"
+            )
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
@@ -77,7 +83,11 @@ def test_only_configs_import_recipes():
     for path in FILES:
         if path.name != "recipes.py":
             assert "vit_jax.recipes" not in imports(path), f"{path} imports recipes"
-    own = {part(m) for m in imports(ROOT / "vit_jax" / "recipes.py") if m.startswith("vit_jax.")}
+    own = {
+        part(m)
+        for m in imports(ROOT / "vit_jax" / "recipes.py")
+        if m.startswith("vit_jax.")
+    }
     assert own <= {"config", "errors"}
 
 

@@ -16,10 +16,10 @@ from vit_jax.checkpoint import load_params
 from vit_jax.progress import read_metrics
 
 ROOT = Path(__file__).parent.parent
-# Big enough that a step takes some 50 ms, so that there is time to be killed in the middle.
+# Big enough that a step takes some 20 ms (compiled without optimizing), so that there is time to be killed in the middle.
 COMMAND = [
-    sys.executable, "-m", "vit_jax.main", "--config=tests/tiny.py", "--config.model.width=96",
-    "--config.data.image_size=48", "--config.batch=64", "--config.log_every=1",
+    sys.executable, "-m", "vit_jax.main", "--config=tests/tiny.py", "--config.model.width=64",
+    "--config.data.image_size=32", "--config.batch=32", "--config.log_every=1",
 ]  # fmt: skip
 ENV = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}  # one device
 CACHE = "JAX_COMPILATION_CACHE_DIR"

@@ -42,7 +42,9 @@ def curve(cfg, devices, steps):
     source = data.train_batches(program.cfg.data, batch=cfg.batch, seed=cfg.seed)
     losses = []
     for _ in range(steps):
-        state, metrics = program.train_step(state, put(next(source), program.batch_sharding))
+        state, metrics = program.train_step(
+            state, put(next(source), program.batch_sharding)
+        )
         losses.append(float(metrics["loss"]))
     return np.asarray(losses)
 
@@ -79,24 +81,45 @@ def test_polyak_average_follows_the_formula(batches):
     expected = jax.device_get(state.params)
     for batch in batches:
         state, _ = program.train_step(state, batch)
-        expected = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * np.asarray(p), expected, state.params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.ema, expected)
+        expected = jax.tree.map(
+            lambda e, p: 0.9 * e + 0.1 * np.asarray(p), expected, state.params
+        )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+        state.ema,
+        expected,
+    )
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(program, batches):
     state = program.init()
     before = jax.device_get(state)
-    bad = batches[0] | {"image": jnp.full(batches[0]["image"].shape, jnp.nan, jnp.float32)}
-    after, metrics = program.train_step(state, jax.device_put(bad, program.batch_sharding))
+    bad = batches[0] | {
+        "image": jnp.full(batches[0]["image"].shape, jnp.nan, jnp.float32)
+    }
+    after, metrics = program.train_step(
+        state, jax.device_put(bad, program.batch_sharding)
+    )
     assert float(metrics["skipped"]) == 1.0
     assert int(after.step) == 1
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.params), before.params)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.opt_state), before.opt_state)
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.device_get(after.params), before.params
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.device_get(after.opt_state), before.opt_state
+    )
 
 
 @pytest.mark.parametrize(
     ("n", "step", "last", "expected"),
-    [(10, 10, 20, True), (10, 11, 20, False), (10, 20, 20, True), (0, 10, 20, False), (0, 20, 20, True), (7, 20, 20, True)],
+    [
+        (10, 10, 20, True),
+        (10, 11, 20, False),
+        (10, 20, 20, True),
+        (0, 10, 20, False),
+        (0, 20, 20, True),
+        (7, 20, 20, True),
+    ],
 )
 def test_every(n, step, last, expected):
     assert train.every(n, step, last) == expected
@@ -106,14 +129,24 @@ def test_a_run_leaves_what_the_design_promises(finished):
     workdir, result = finished
     assert result.step == 20
     assert set(result.metrics) >= {"test/accuracy", "test/loss"}
-    assert config.from_dict(json.loads((workdir / "config.json").read_text())).model.num_classes == 5
+    assert (
+        config.from_dict(
+            json.loads((workdir / "config.json").read_text())
+        ).model.num_classes
+        == 5
+    )
     assert json.loads((workdir / "dataset.json").read_text())["num_classes"] == 5
     assert list(workdir.glob("events.out.tfevents.*"))
     assert (workdir / "checkpoints" / "20").is_dir()
     lines = read_metrics(str(workdir))
     assert [m["step"] for m in lines if "train/loss" in m] == [5, 10, 15, 20]
     assert [m["step"] for m in lines if "test/accuracy" in m] == [10, 20]
-    assert {"train/images_per_second", "train/data_wait", "train/learning_rate", "train/grad_norm"} <= set(lines[0])
+    assert {
+        "train/images_per_second",
+        "train/data_wait",
+        "train/learning_rate",
+        "train/grad_norm",
+    } <= set(lines[0])
 
 
 def test_the_same_command_again_only_evaluates(finished):
@@ -139,7 +172,14 @@ def test_ten_and_ten_steps_are_twenty(finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"model__width": 32}, {"data__image_size": 32}, {"seed": 1}, {"batch": 32}, {"loss": "sigmoid"}]
+    "change",
+    [
+        {"model__width": 32},
+        {"data__image_size": 32},
+        {"seed": 1},
+        {"batch": 32},
+        {"loss": "sigmoid"},
+    ],
 )
 def test_a_workdir_of_another_run_is_refused(finished, change):
     workdir, _ = finished
@@ -167,7 +207,9 @@ def test_a_workdir_that_cannot_be_written(program, tmp_path):
 
 
 def test_a_batch_that_does_not_divide():
-    with pytest.raises(UserError, match=r"config\.batch=12 does not divide over 8 devices"):
+    with pytest.raises(
+        UserError, match=r"config\.batch=12 does not divide over 8 devices"
+    ):
         train.build(config.replace(TINY, batch=12))
 
 
@@ -176,8 +218,13 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     train.train(cfg, str(tmp_path))
     good = load_params(str(tmp_path))
     # Momentum of the good run, then steps so large that the loss overflows.
-    cfg = config.replace(cfg, steps=40, optim__learning_rate=1e30, checkpoint__every=1000)
-    with pytest.raises(UserError, match=r"not finite in 3 steps in a row, up to step \d+.*checkpoints/10"):
+    cfg = config.replace(
+        cfg, steps=40, optim__learning_rate=1e30, checkpoint__every=1000
+    )
+    with pytest.raises(
+        UserError,
+        match=r"not finite in 3 steps in a row, up to step \d+.*checkpoints/10",
+    ):
         train.train(cfg, str(tmp_path))
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["10", "5"]
     jax.tree.map(np.testing.assert_array_equal, good, load_params(str(tmp_path)))
@@ -186,7 +233,9 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tmp_path):
 def test_lines_of_steps_after_the_checkpoint_are_removed(tmp_path):
     train.train(config.replace(TINY, steps=10), str(tmp_path))
     with (tmp_path / "metrics.jsonl").open("a") as f:
-        f.write('{"step": 15, "train/loss": 1.0}\n{"step": 16, "train/l')  # killed while writing
+        f.write(
+            '{"step": 15, "train/loss": 1.0}\n{"step": 16, "train/l'
+        )  # killed while writing
     train.train(TINY, str(tmp_path))
     steps = [m["step"] for m in read_metrics(str(tmp_path)) if "train/loss" in m]
     assert steps == [5, 10, 15, 20]
@@ -207,7 +256,13 @@ def test_feed_hands_on_order_and_errors(program):
 
 def test_evaluation_counts_every_example_once():
     """A number of examples that the batch of 16 does not divide, on 8 devices."""
-    cfg = config.replace(TINY, data__source="digits", data__image_size=8, data__num_classes=0, data__test_share=37 / 1797)
+    cfg = config.replace(
+        TINY,
+        data__source="digits",
+        data__image_size=8,
+        data__num_classes=0,
+        data__test_share=37 / 1797,
+    )
     info = data.describe(cfg.data)
     assert info.num_test % TINY.batch
     program = train.build(cfg, info=info)

@@ -46,29 +46,44 @@ def train(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
     ``loop_over_step`` is the ratio of their images/s: 1 means that data, logging and dispatch cost nothing.
     """
     cfg = config.replace(
-        cfg, eval__every=0, eval__evaluators=(), steps=2 * steps, log_every=steps, pretrained=""
+        cfg,
+        eval__every=0,
+        eval__evaluators=(),
+        steps=2 * steps,
+        log_every=steps,
+        pretrained="",
     )
     info = data.describe(cfg.data)
     program = training.build(cfg, info=info)
     start = time.perf_counter()
-    compiled = program.train_step.lower(program.state_shape, program.batch_shape).compile()
+    compiled = program.train_step.lower(
+        program.state_shape, program.batch_shape
+    ).compile()
     compile_seconds = time.perf_counter() - start
     source = data.train_batches(program.cfg.data, batch=cfg.batch, seed=cfg.seed)
     resident = put(next(source), program.batch_sharding)
     bare, loop = [], []
     with jax.set_mesh(program.mesh):
         for _ in range(rounds):
-            bare.append(cfg.batch * steps / _seconds(compiled, program.init(), resident, steps))
+            bare.append(
+                cfg.batch * steps / _seconds(compiled, program.init(), resident, steps)
+            )
             with tempfile.TemporaryDirectory() as workdir:
-                run = training.Loop(program, info, workdir, None, Preemption(), compiled)
+                run = training.Loop(
+                    program, info, workdir, None, Preemption(), compiled
+                )
                 run.run(program.init())
-                loop.append(read_metrics(workdir)[-1])  # the second interval: the first warms up
+                loop.append(
+                    read_metrics(workdir)[-1]
+                )  # the second interval: the first warms up
     speed = statistics.median(bare)
     flops = 6 * models.macs(program.cfg.model) * speed
     return {
         "images_per_second": speed,
         "step_ms": 1e3 * cfg.batch / speed,
-        "loop_images_per_second": statistics.median(m["train/images_per_second"] for m in loop),
+        "loop_images_per_second": statistics.median(
+            m["train/images_per_second"] for m in loop
+        ),
         "loop_over_step": statistics.median(
             m["train/images_per_second"] / b for m, b in zip(loop, bare, strict=True)
         ),
@@ -151,7 +166,9 @@ def _utilisation(flops: float) -> dict[str, float]:
 
 def main(argv: list[str]) -> None:
     if argv:
-        raise UserError(f"unexpected argument {argv[0]!r}: flags look like --what=train")
+        raise UserError(
+            f"unexpected argument {argv[0]!r}: flags look like --what=train"
+        )
     f = flags.FLAGS
     cfg = cli.read_config()
     results: dict[str, Any] = {

@@ -40,14 +40,18 @@ class Checkpointer:
             smaller = cfg.keep_best.endswith(("loss", "error"))
             keep.append(
                 preserve.BestN(
-                    get_metric_fn=metric, reverse=smaller, n=1,
+                    get_metric_fn=metric,
+                    reverse=smaller,
+                    n=1,
                     keep_checkpoints_without_metrics=False,
                 )
             )
         self._best = cfg.keep_best
         self._manager = ocp.CheckpointManager(
             _folder(workdir),
-            item_handlers={k: ocp.StandardCheckpointHandler() for k in ("params", "opt", "ema")},
+            item_handlers={
+                k: ocp.StandardCheckpointHandler() for k in ("params", "opt", "ema")
+            },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preserve.AnyPreservationPolicy(keep),
                 cleanup_tmp_directories=True,  # of a process that was killed
@@ -67,7 +71,9 @@ class Checkpointer:
         items = {"params": state.params, "opt": {"opt_state": state.opt_state}}
         if jax.tree.leaves(state.ema):
             items["ema"] = state.ema
-        args = ocp.args.Composite(**{k: ocp.args.StandardSave(v) for k, v in items.items()})
+        args = ocp.args.Composite(
+            **{k: ocp.args.StandardSave(v) for k, v in items.items()}
+        )
         metrics = {k: float(v) for k, v in metrics.items()}
         use = metrics if self._best in metrics else None
         self._manager.save(step, args=args, metrics=use, force=True)
@@ -84,10 +90,14 @@ class Checkpointer:
         if jax.tree.leaves(like.ema):
             items["ema"] = like.ema
         self._check(step, items)
-        args = ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in items.items()})
+        args = ocp.args.Composite(
+            **{k: ocp.args.StandardRestore(v) for k, v in items.items()}
+        )
         found = self._manager.restore(step, args=args)
         count = jax.device_put(np.int32(step), like.step.sharding)
-        return State(found["params"], found["opt"]["opt_state"], count, found.get("ema", {}))
+        return State(
+            found["params"], found["opt"]["opt_state"], count, found.get("ema", {})
+        )
 
     def _check(self, step: int, items: dict[str, Any]) -> None:
         """UserError if the checkpoint holds other arrays than ``items``; Orbax's own errors name no array."""
@@ -155,7 +165,9 @@ def load_params(path: str) -> dict[str, Any]:
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """Path -> shape; positions in tuples and names of fields both count as names."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    name = lambda key: str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+    name = lambda key: str(
+        getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))
+    )
     return {"/".join(map(name, path)): tuple(x.shape) for path, x in leaves}
 
 

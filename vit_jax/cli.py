@@ -19,7 +19,9 @@ from vit_jax import config, distributed
 from vit_jax.errors import UserError
 
 USER_ERROR = 2  # exit status: something in the command, its config or its files
-PREEMPTED = distributed.PREEMPTED  # a checkpoint was saved, or a peer was lost: start the same command again
+PREEMPTED = (
+    distributed.PREEMPTED
+)  # a checkpoint was saved, or a peer was lost: start the same command again
 
 
 def define_config_flag() -> None:
@@ -69,7 +71,9 @@ def read_config() -> config.Config:
     """
     values = flags.FLAGS.config
     if values is None:
-        raise UserError("--config is missing: give --config=configs/digits.py or your own")
+        raise UserError(
+            "--config is missing: give --config=configs/digits.py or your own"
+        )
     if isinstance(values, config.Config):
         return values
     return config.from_dict(dict(values.items()))
@@ -82,7 +86,9 @@ def run(main: Callable[[list[str]], Any]) -> None:
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.use_absl_handler()
-    logging.set_verbosity(logging.ERROR)  # Orbax and Flax warn about what is normal here
+    logging.set_verbosity(
+        logging.ERROR
+    )  # Orbax and Flax warn about what is normal here
 
     def guarded(argv: list[str]) -> int:
         try:

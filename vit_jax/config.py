@@ -26,7 +26,10 @@ class ModelConfig:
 
     name: str = "ViT-B/16"  # a row of models/variants.py with a patch size; "" if every size below is given
     num_classes: int = 0  # outputs of the head; 0: as many as the data set has classes
-    image_size: tuple[int, int] = (0, 0)  # (height, width) in pixels; (0, 0): data.image_size, square
+    image_size: tuple[int, int] = (
+        0,
+        0,
+    )  # (height, width) in pixels; (0, 0): data.image_size, square
     channels: int = 3  # of the input images
 
     width: int = 0  # D, size of a token
@@ -34,23 +37,47 @@ class ModelConfig:
     mlp_dim: int = 0  # M, hidden size of the MLP
     heads: int = 0  # k, attention heads
     patch: int = 0  # P, side of a patch in pixels (of the feature map, for hybrids)
-    resnet: tuple[int, ...] = ()  # residual units per stage of the ResNet stem, (): none (unless the name has one)
-    resnet_width: int = 0  # width factor of the ResNet stem or baseline; 0: the variant's
+    resnet: tuple[
+        int, ...
+    ] = ()  # residual units per stage of the ResNet stem, (): none (unless the name has one)
+    resnet_width: int = (
+        0  # width factor of the ResNet stem or baseline; 0: the variant's
+    )
 
-    head: Literal["token", "gap", "map", "none", "masked_patch"] = "token"  # what reads the encoded tokens
-    pre_logits: bool = False  # tanh layer of width D before the head (pre-training, section 3.1)
+    head: Literal["token", "gap", "map", "none", "masked_patch"] = (
+        "token"  # what reads the encoded tokens
+    )
+    pre_logits: bool = (
+        False  # tanh layer of width D before the head (pre-training, section 3.1)
+    )
     head_bias: float = 0.0  # initial bias of the head: -10 for 21k classes and -6.9 for 1k with sigmoid loss
-    positions: Literal["learned", "learned2d", "relative", "sincos2d", "none"] = "learned"  # Table 8
-    position_at: Literal["stem", "every", "shared"] = "stem"  # added once, in every layer, or shared by every layer
+    positions: Literal["learned", "learned2d", "relative", "sincos2d", "none"] = (
+        "learned"  # Table 8
+    )
+    position_at: Literal["stem", "every", "shared"] = (
+        "stem"  # added once, in every layer, or shared by every layer
+    )
 
     dropout: float = 0.0  # after E_pos and every dense layer but qkv (Appendix B.1)
-    attention_dropout: float = 0.0  # on the attention weights; 0 in every released model
-    stochastic_depth: float = 0.0  # drop rate of the last block; grows linearly from 0 at the first
-    gelu: Literal["tanh", "exact"] = "tanh"  # exact (erf) is what torch checkpoints were trained with
+    attention_dropout: float = (
+        0.0  # on the attention weights; 0 in every released model
+    )
+    stochastic_depth: float = (
+        0.0  # drop rate of the last block; grows linearly from 0 at the first
+    )
+    gelu: Literal["tanh", "exact"] = (
+        "tanh"  # exact (erf) is what torch checkpoints were trained with
+    )
     layer_norm_eps: float = 1e-6  # Hugging Face checkpoints use 1e-12
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters stay float32
-    layers: Literal["loop", "scan"] = "loop"  # scan compiles one block once: faster to compile, stacked parameters
-    remat: Literal["none", "full", "dots"] = "none"  # recompute activations in the backward pass to save memory
+    dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of the computation; parameters stay float32
+    )
+    layers: Literal["loop", "scan"] = (
+        "loop"  # scan compiles one block once: faster to compile, stacked parameters
+    )
+    remat: Literal["none", "full", "dots"] = (
+        "none"  # recompute activations in the backward pass to save memory
+    )
 
 
 @dataclass(frozen=True)
@@ -62,18 +89,32 @@ class DataConfig:
     path: str = ""  # folder, records: where the images are; tfds: data_dir
     image_size: int = 224  # side of the square images that reach the model, in pixels
     train_split: str = "train"  # tfds split expression, or sub-folder; see sources.py
-    test_split: str = "test"  # falls back to "validation"/"val", then to the held-out share below
+    test_split: str = (
+        "test"  # falls back to "validation"/"val", then to the held-out share below
+    )
     test_share: float = 0.2  # share of the examples held out for testing where the source has no test split
     holdout: float = 0.0  # share of the training set kept for selection: evaluated instead of test, not trained on
-    subset: float = 0.0  # use only this share (< 1) or number (>= 1) of training examples; 0: all
+    subset: float = (
+        0.0  # use only this share (< 1) or number (>= 1) of training examples; 0: all
+    )
     subset_balanced: bool = True  # the subset has as many examples of every class as it can; False: at random
-    train_transforms: tuple[dict[str, Any], ...] = ()  # ({"op": "inception_crop"}, {"op": "flip"}); (): just these
-    eval_transforms: tuple[dict[str, Any], ...] = ()  # ({"op": "resize"},) is what () means
+    train_transforms: tuple[
+        dict[str, Any], ...
+    ] = ()  # ({"op": "inception_crop"}, {"op": "flip"}); (): just these
+    eval_transforms: tuple[
+        dict[str, Any], ...
+    ] = ()  # ({"op": "resize"},) is what () means
     num_classes: int = 0  # synthetic: how many; multi-label records: width of the label vector; 0: found in the data
     cache_gib: float = 1.0  # a decoded data set up to this size is kept in memory
-    decode: Literal["fast", "exact"] = "fast"  # of training images; fast: coarser JPEG decoding and resizing
-    access: Literal["auto", "random", "sequential"] = "auto"  # records: auto reads in sequence only remote shards
-    shuffle_buffer: int = 0  # examples shuffled at a time where the source is read in sequence; 0: 8192
+    decode: Literal["fast", "exact"] = (
+        "fast"  # of training images; fast: coarser JPEG decoding and resizing
+    )
+    access: Literal["auto", "random", "sequential"] = (
+        "auto"  # records: auto reads in sequence only remote shards
+    )
+    shuffle_buffer: int = (
+        0  # examples shuffled at a time where the source is read in sequence; 0: 8192
+    )
     max_bad: float = 0.01  # share of unreadable examples above which the run stops
 
 
@@ -89,15 +130,23 @@ class OptimConfig:
     cooldown: int = 0  # steps of linear decay to 0 at the end of rsqrt
     timescale: int = 10_000  # steps after which rsqrt has fallen to 1/sqrt(2)
     weight_decay: float = 0.0  # on the parameters whose path matches an entry of decay
-    decay: tuple[tuple[str, float], ...] = ((r".*/kernel", 1.0),)  # ((path regular expression, factor), ...), first match
+    decay: tuple[tuple[str, float], ...] = (
+        (r".*/kernel", 1.0),
+    )  # ((path regular expression, factor), ...), first match
     clip: float = 0.0  # global gradient norm is clipped to this; 0: not clipped
     b1: float = 0.9  # Adam's first moment; momentum of SGD
     b2: float = 0.999  # Adam's second moment
     eps: float = 1e-8
-    momentum_dtype: Literal["float32", "bfloat16"] = "float32"  # of Adam's first moment and SGD's accumulator
+    momentum_dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of Adam's first moment and SGD's accumulator
+    )
     polyak: float = 0.0  # factor of the averaged copy of the weights that is evaluated and saved; 0: none
-    freeze: tuple[str, ...] = ()  # regular expressions of parameter paths that stay as they are
-    multipliers: tuple[tuple[str, float], ...] = ()  # ((path regular expression, learning-rate factor), ...)
+    freeze: tuple[
+        str, ...
+    ] = ()  # regular expressions of parameter paths that stay as they are
+    multipliers: tuple[
+        tuple[str, float], ...
+    ] = ()  # ((path regular expression, learning-rate factor), ...)
 
 
 @dataclass(frozen=True)
@@ -106,14 +155,18 @@ class EvalConfig:
 
     every: int = 1_000  # steps between evaluations; 0: only at the end
     batch: int = 0  # images per evaluation step over all devices; 0: batch
-    evaluators: tuple[dict[str, Any], ...] = ({"type": "accuracy"},)  # see evaluators/; each may override its data
+    evaluators: tuple[dict[str, Any], ...] = (
+        {"type": "accuracy"},
+    )  # see evaluators/; each may override its data
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """What is saved. A checkpoint holds parameters, optimizer state, step and averaged parameters."""
 
-    every: int = 1_000  # steps between checkpoints; 0: only at the end and on preemption
+    every: int = (
+        1_000  # steps between checkpoints; 0: only at the end and on preemption
+    )
     keep: int = 2  # how many of the newest stay
     keep_best: str = ""  # metric, such as "test/accuracy", whose best checkpoint stays as well; "": none
 
@@ -123,9 +176,13 @@ class SweepConfig:
     """How ``python -m vit_jax.sweep`` selects a learning rate (Appendix B.1.1); a single run ignores it."""
 
     learning_rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03)  # the grid
-    holdout: float = 0.1  # share of the training set that the runs of the grid are compared on
+    holdout: float = (
+        0.1  # share of the training set that the runs of the grid are compared on
+    )
     seeds: int = 3  # final runs on the whole training set, with seed, seed + 1, ...
-    metric: str = "test/accuracy"  # what is compared, at the end of a run; the highest wins
+    metric: str = (
+        "test/accuracy"  # what is compared, at the end of a run; the highest wins
+    )
 
 
 @dataclass(frozen=True)
@@ -140,20 +197,30 @@ class Config:
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
     steps: int = 10_000  # optimizer steps of the run
-    batch: int = 512  # images per optimizer step, over all hosts, devices and micro-batches
+    batch: int = (
+        512  # images per optimizer step, over all hosts, devices and micro-batches
+    )
     accumulate: int = 1  # micro-batches per step: less memory, same result
     seed: int = 0  # of initialisation, data order, augmentation and dropout
     loss: Literal["softmax", "sigmoid", "masked_patch"] = "softmax"
-    masked_target: Literal["mean", "downsampled", "pixels"] = "mean"  # what masked_patch predicts (Appendix B.1.2)
-    masked_share: float = 0.5  # share of the patches that masked_patch chooses and predicts
+    masked_target: Literal["mean", "downsampled", "pixels"] = (
+        "mean"  # what masked_patch predicts (Appendix B.1.2)
+    )
+    masked_share: float = (
+        0.5  # share of the patches that masked_patch chooses and predicts
+    )
     label_smoothing: float = 0.0  # softmax: share of the target spread over all classes
     mixup: float = 0.0  # alpha of the Beta distribution; 0: off
     pretrained: str = ""  # anything vit_jax.load takes; starts from it with a new head
     sharding: Literal["replicate", "zero", "fsdp", "tensor"] = "replicate"
-    mesh: tuple[int, ...] = ()  # devices per mesh axis, see sharding.py; (): one axis over all devices
+    mesh: tuple[
+        int, ...
+    ] = ()  # devices per mesh axis, see sharding.py; (): one axis over all devices
     max_bad_steps: int = 10  # non-finite steps in a row after which the run stops; each one is skipped and counted
     log_every: int = 50  # steps between lines of metrics.jsonl
-    profile: str = ""  # "100:110" writes a profiler trace of these steps into the workdir
+    profile: str = (
+        ""  # "100:110" writes a profiler trace of these steps into the workdir
+    )
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:

@@ -14,7 +14,9 @@ from jax.sharding import NamedSharding
 AHEAD = 2  # batches on the device beyond the one in use: enough to hide the copy, little memory
 
 
-def put(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+def put(
+    batch: Mapping[str, np.ndarray], sharding: NamedSharding
+) -> dict[str, jax.Array]:
     """This process's rows -> global arrays divided over the mesh along their first axis."""
     return {
         k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()

@@ -9,14 +9,18 @@ from absl import flags
 from vit_jax import cli
 from vit_jax.errors import UserError
 
-flags.DEFINE_string("workdir", "", "Folder of the run, local or gs://; an existing run is continued.")
+flags.DEFINE_string(
+    "workdir", "", "Folder of the run, local or gs://; an existing run is continued."
+)
 cli.define_config_flag()
 cli.define_process_flags()
 
 
 def main(argv: list[str]) -> int:
     if argv:
-        raise UserError(f"unexpected argument {argv[0]!r}: flags look like --workdir=DIR")
+        raise UserError(
+            f"unexpected argument {argv[0]!r}: flags look like --workdir=DIR"
+        )
     cfg = cli.read_config()
     if not flags.FLAGS.workdir:
         raise UserError("--workdir is missing: give the folder that the run writes to")

@@ -494,7 +494,7 @@ def _initial_state(program: Program) -> State:
 
 # A run may be resumed with other values of these only: they leave its model, data and optimizer state as they are.
 _MAY_CHANGE = (
-    "steps", "eval.", "checkpoint.", "log_every", "profile", "max_bad_steps", "sharding", "mesh", "accumulate",
+    "steps", "eval.", "checkpoint.", "sweep.", "log_every", "profile", "max_bad_steps", "sharding", "mesh", "accumulate",
     "model.remat", "data.cache_gib", "data.max_bad", "optim.learning_rate", "optim.schedule",
     "optim.end_learning_rate", "optim.warmup", "optim.cooldown", "optim.timescale",
 )  # fmt: skip

@@ -63,7 +63,9 @@ def decode_crop(image: Image, window: Any, *, target: int) -> Image:
 
     def fused() -> Image:
         if not target:
-            return tf.image.decode_and_crop_jpeg(image, window, channels=3)
+            return tf.image.decode_and_crop_jpeg(
+                image, window, channels=3, dct_method="INTEGER_ACCURATE"
+            )
 
         def at(ratio: int) -> Callable[[], Image]:
             return lambda: tf.raw_ops.DecodeAndCropJpeg(
@@ -118,7 +120,9 @@ def is_jpeg(image: Image) -> Any:
 @_once
 def _decode_jpeg(image: Image) -> Image:
     with tf.control_dependencies([_not_huge(tf.image.extract_jpeg_shape(image))]):
-        pixels = tf.io.decode_jpeg(image, channels=3)
+        pixels = tf.io.decode_jpeg(
+            image, channels=3, dct_method="INTEGER_ACCURATE"
+        )
     return tf.cond(
         _has_exif(image),
         lambda: _orient(pixels, _orientation(image)),

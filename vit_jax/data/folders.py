@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image files on disk: class folders, manifests, and test labels in a text file.
 
-    photos/train/cat/a.jpg      class folders under train/ and one of test/, val/, ...
-    photos/cat/a.jpg            class folders only: a share of each class is held out
-    photos.csv, photos.jsonl    image,label[,split]: one or several labels per image
-    photos/val.txt              "a.jpg 3" or "a.jpg cat" per line, as data.test_split
+photos/train/cat/a.jpg      class folders under train/ and one of test/, val/, ...
+photos/cat/a.jpg            class folders only: a share of each class is held out
+photos.csv, photos.jsonl    image,label[,split]: one or several labels per image
+photos/val.txt              "a.jpg 3" or "a.jpg cat" per line, as data.test_split
 """
 
 import csv

@@ -241,7 +241,12 @@ def _dummy() -> dict[str, Any]:
 
 
 def _first_line(error: Exception) -> str:
-    text = str(getattr(error, "message", error)).strip().splitlines()[0]
+    """What an error says, without what tensorflow wraps around it."""
+    text = str(getattr(error, "message", error)).strip()
+    if "Summarized data: " in text:  # an Assert: our own words, then values
+        text = " ".join(text.split("Summarized data: ", 1)[1].split())
+        text = text.removeprefix("b'").replace("' ", " ", 1)
+    text = (text.splitlines() or [type(error).__name__])[0]
     text = text.split("}} ", 1)[-1]  # "{{function_node ...}} what happened"
     return text.split(" [Op:")[0][:200]
 

@@ -264,9 +264,7 @@ class _Stream:
                 self.failure = e  # tensorflow would turn it into text
                 raise
 
-        for made in self.graph.batches(
-            steps, feed, len(self.local), self.example
-        ):
+        for made in self.graph.batches(steps, feed, len(self.local), self.example):
             yield drawn.popleft(), made
 
     def _is_bad(self, index: np.ndarray) -> np.ndarray:

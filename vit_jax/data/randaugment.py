@@ -10,6 +10,7 @@ height * width / 256, Solarize compares with the threshold modulo 256, Posterize
 and change it more and more from there; the mean of Contrast is the mean.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -32,10 +33,8 @@ def randaugment(
         draw = tf.raw_ops.StatelessRandomUniform(shape=[4], seed=seed + layer + 1)
         which = tf.minimum(tf.cast(draw[0] * len(OPERATIONS), tf.int32), 15)
         sign = tf.where(draw[1] < 0.5, -1.0, 1.0)
-        branches = [
-            lambda f=f: f(image, m / MAX_LEVEL, sign, draw[2:], corrected)
-            for f in OPERATIONS.values()
-        ]
+        at = (m / MAX_LEVEL, sign, draw[2:], corrected)
+        branches = [functools.partial(f, image, *at) for f in OPERATIONS.values()]
         image = tf.ensure_shape(tf.switch_case(which, branches), shape)
     return image
 
@@ -57,7 +56,9 @@ def equalize(image: Image) -> Image:
         histogram = tf.math.bincount(tf.reshape(x, [-1]), minlength=256)
         last = tf.boolean_mask(histogram, histogram > 0)[-1]
         step = (tf.reduce_sum(histogram) - last) // 255
-        table = (tf.cumsum(histogram, exclusive=True) + step // 2) // tf.maximum(step, 1)
+        table = (tf.cumsum(histogram, exclusive=True) + step // 2) // tf.maximum(
+            step, 1
+        )
         mapped = tf.gather(tf.clip_by_value(table, 0, 255), x)
         return tf.where(step == 0, x, mapped)
 

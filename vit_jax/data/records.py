@@ -177,7 +177,7 @@ class Shards:
 
     def _pread(self, shard: int, begin: int, length: int) -> bytes:
         if self._pool is None:
-            return os.pread(self._open(shard).fileno(), length, begin)
+            return self._open(shard).read(begin, length)
         with tf.io.gfile.GFile(self.files[shard], "rb") as stream:
             stream.seek(begin)
             return stream.read(length)
@@ -188,7 +188,7 @@ class Shards:
     def _open_file(self, shard: int) -> Any:
         if self.format == ARRAY_RECORD:
             return open_array_record(self.files[shard])
-        return open(self.files[shard], "rb")  # noqa: SIM115  (closed when evicted)
+        return _File(self.files[shard])
 
     def _load_offsets(self, shard: int) -> np.ndarray:
         sidecar = self.files[shard] + ".npz"
@@ -196,6 +196,19 @@ class Shards:
             with tf.io.gfile.GFile(sidecar, "rb") as stream, np.load(stream) as data:
                 return data["offsets"]
         return scan(self.files[shard])
+
+
+class _File:
+    """A local file that several threads read from; closed when nobody needs it."""
+
+    def __init__(self, path: str):
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def read(self, begin: int, length: int) -> bytes:
+        return os.pread(self._descriptor, length, begin)
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +238,9 @@ def scan(file: str) -> np.ndarray:
         while at < size:
             stream.seek(at)
             header = stream.read(12)
-            at += _FRAME + (struct.unpack("<Q", header[:8])[0] if len(header) == 12 else size)
+            at += _FRAME + (
+                struct.unpack("<Q", header[:8])[0] if len(header) == 12 else size
+            )
             if at > size:
                 raise UserError(
                     f"{file} is cut short: record {len(offsets) - 1} ends beyond the "
@@ -286,7 +301,9 @@ class _TrainReader:
             window = [x for x in windows[row // self.block] if x[0] not in bad]
             if not window:
                 continue
-            drawn = order.substitutes(position[row : row + 1], len(window), self.seed, 0)
+            drawn = order.substitutes(
+                position[row : row + 1], len(window), self.seed, 0
+            )
             index[row], record[row] = window[int(drawn[0])]
         return Rows(position, index, np.ones(len(index), bool), record)
 
@@ -372,7 +389,9 @@ class _EvalReader:
         total = len(source.shards)
         self.low = process * total // processes
         self.high = (process + 1) * total // processes
-        self.recent: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
+        self.recent: collections.OrderedDict[int, np.ndarray] = (
+            collections.OrderedDict()
+        )
         self.iterator: Iterator[tuple[int, bytes]] = iter(())
         self.next_step = -1
 
@@ -409,7 +428,9 @@ def _in_sequence(shards: Shards, low: int, high: int) -> Iterator[tuple[int, byt
             with _binary(file) as stream:
                 for number in range(first, stop):
                     header = stream.read(12)
-                    length = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else -1
+                    length = (
+                        struct.unpack("<Q", header[:8])[0] if len(header) == 12 else -1
+                    )
                     if number < low:
                         stream.seek(stream.tell() + length + 4)
                         continue
@@ -559,7 +580,9 @@ def _without_index(cfg: DataConfig, files: list[str]) -> Index:
         started = time.monotonic()
         with ThreadPoolExecutor(16) as pool:
             counts = [len(o) - 1 for o in pool.map(scan, files)]
-        log.info("counted %d records in %.1f s", sum(counts), time.monotonic() - started)
+        log.info(
+            "counted %d records in %.1f s", sum(counts), time.monotonic() - started
+        )
     format = ARRAY_RECORD if array else TFRECORD
     first = Shards((files[0],), (counts[0],), format).read(np.array([0]))[0]
     image_key, label_key, several = _keys(first, files[0])
@@ -619,4 +642,4 @@ def _is_remote(path: str) -> bool:
 
 
 def _binary(file: str) -> Any:
-    return tf.io.gfile.GFile(file, "rb") if _is_remote(file) else open(file, "rb")  # noqa: SIM115
+    return tf.io.gfile.GFile(file, "rb") if _is_remote(file) else open(file, "rb")

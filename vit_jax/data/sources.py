@@ -161,8 +161,7 @@ def evaluation_split(cfg: DataConfig, dataset: Dataset, name: str) -> Split:
         return dataset.test
     if dataset.splits is None:
         raise UserError(
-            f"unknown split {name!r}: data.source {cfg.source!r} has "
-            "['train', 'test']"
+            f"unknown split {name!r}: data.source {cfg.source!r} has ['train', 'test']"
         )
     return dataset.splits(name)
 

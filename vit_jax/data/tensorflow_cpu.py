@@ -13,7 +13,7 @@ import os
 # we count and name ourselves) say nothing a user can act on.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import tensorflow as tf  # noqa: E402
+import tensorflow as tf
 
 for _kind in ("GPU", "TPU"):
     try:

@@ -215,4 +215,3 @@ def _test_split(builder: Any, wanted: str) -> str:
     if wanted != "test" or wanted in have:
         return wanted
     return next((n for n in ("validation", "val") if n in have), "")
-

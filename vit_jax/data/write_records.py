@@ -10,7 +10,6 @@ in sequence. Shards are written side by side; one that is finished is not writte
 when the command is repeated after an interruption.
 """
 
-import argparse
 import dataclasses
 import errno
 import hashlib
@@ -23,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import numpy as np
+from absl import flags
 
 from vit_jax import cli
 from vit_jax.config import DataConfig
@@ -129,10 +129,8 @@ def _write_split(
                 counts += np.bincount(labels[labels >= 0], minlength=len(counts))
                 done += 1
             if progress:
-                print(
-                    f"\r{name}: {done} of {shards} shards", end="", flush=True
-                )
-    except (OSError, tf.errors.OpError) as e:
+                print(f"\r{name}: {done} of {shards} shards", end="", flush=True)
+    except (OSError, RuntimeError, tf.errors.OpError) as e:
         pool.shutdown(cancel_futures=True)
         raise _failure(e, dest, len(infos), shards) from e
     finally:
@@ -279,28 +277,33 @@ def _failure(error: Exception, dest: str, done: int, shards: int) -> UserError:
     full = isinstance(error, tf.errors.ResourceExhaustedError) or (
         isinstance(error, OSError) and error.errno in _FULL
     )
-    what = "the disk is full" if full else f"{type(error).__name__}: {error}"
+    full |= os.strerror(errno.ENOSPC) in str(error)  # array_record's RuntimeError
+    text = " ".join(str(error).split())[:200]
+    what = "the disk is full" if full else f"{type(error).__name__}: {text}"
     return UserError(
         f"writing to {dest} failed after {done} of {shards} shards: {what}; make room "
         "or mend it and run the same command again, which keeps the finished shards"
     )
 
 
-def main() -> None:
-    """Entry point of ``python -m vit_jax.data.write_records``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vit_jax.data.write_records",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("source", help="folder, .csv or .jsonl manifest, or tfds:NAME")
-    parser.add_argument("dest", help="folder for the shards")
-    parser.add_argument("--split", default="", help="train or test; default: both")
-    parser.add_argument("--format", default=TFRECORD, help=" or ".join(FORMATS))
-    parser.add_argument("--shards", type=int, default=0, help="per split; 0: by size")
-    parser.add_argument("--workers", type=int, default=0, help="0: one per CPU")
-    args = vars(parser.parse_args())
-    for name, index in write(**args, progress=True).items():
+def define_flags() -> None:
+    """The options of the command."""
+    flags.DEFINE_enum("format", TFRECORD, FORMATS, "Of the files.")
+    flags.DEFINE_string("split", "", "train or test; both if empty.")
+    flags.DEFINE_integer("shards", 0, "Files per split; 0: of about 128 MiB each.")
+    flags.DEFINE_integer("workers", 0, "Shards written at a time; 0: one per CPU.")
+
+
+def main(arguments: list[str]) -> None:
+    """Entry point: ``SOURCE DEST`` and the flags."""
+    if len(arguments) != 2:
+        raise UserError(
+            f"got the arguments {arguments}: it must be SOURCE (a folder, a .csv or "
+            ".jsonl manifest, or tfds:NAME) and DEST (a folder for the shards)"
+        )
+    source, dest = arguments
+    options = {k: flags.FLAGS[k].value for k in ("split", "format", "shards", "workers")}
+    for name, index in write(source, dest, **options, progress=True).items():
         print(
             f"{name}: {index['examples']} examples of {len(index['class_names'])} "
             f"classes in {len(index['shards'])} {index['format']} shards"
@@ -308,5 +311,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)
-

