@@ -103,7 +103,7 @@ def test_a_folder_of_images_trains_without_an_edit(tmp_path):
     path = folder_of_images(tmp_path / "photos")
     result = run(
         TINY, "--config.data.source=folder", f"--config.data.path={path}", "--config.data.num_classes=0",
-        "--config.steps=2", "--config.batch=4", f"--workdir={tmp_path / 'run'}",
+        "--config.steps=4", "--config.batch=4", f"--workdir={tmp_path / 'run'}",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     for phase in ("devices", "data", "initialize", "first batch", "compile"):

@@ -26,7 +26,7 @@ class TinyPhotos(tfds.core.GeneratorBasedBuilder):
                     "image": tfds.features.Image(shape=(None, None, 3)),
                     "label": tfds.features.ClassLabel(names=["x", "y", "z"]),
                 }
-            )
+            ),
         )
 
     def _split_generators(self, dl_manager):

@@ -86,7 +86,7 @@ def test_sums_keep_their_digits_over_many_batches():
 
 
 def test_calibration(tmp_path):
-    n = 600
+    n = 4000
     x = RNG.normal(size=(n, K)) * 3
     y = np.array([RNG.choice(K, p=p) for p in softmax(x)])  # calibrated by construction
     result = EVALUATORS["calibration"](

@@ -105,6 +105,12 @@ def test_constant_schedule_warms_up_and_stays():
     assert [lr(cfg, 9, t) for t in (0, 1, 4, 9)] == [0.0, 0.5, 2.0, 2.0]
 
 
+def test_a_warmup_below_one_is_a_share_of_the_run():
+    cfg = OptimConfig(schedule="constant", learning_rate=1.0, warmup=0.1)
+    schedule = optim.create(cfg, 50, {"kernel": 0})[1]
+    assert [float(schedule(t)) for t in (0, 2, 5, 49)] == pytest.approx([0, 0.4, 1, 1])
+
+
 def test_without_warmup_the_first_step_has_the_base_rate():
     assert lr(OptimConfig(schedule="cosine", learning_rate=0.5), 7, 0) == 0.5
 

@@ -108,9 +108,7 @@ def infer(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
         times = []
         for _ in range(rounds):
             start = time.perf_counter()
-            for _ in range(steps):
-                out = program.forward(params, part)
-            jax.block_until_ready(out)
+            jax.block_until_ready([program.forward(params, part) for _ in range(steps)])
             times.append(time.perf_counter() - start)
         speeds[batch] = batch * steps / statistics.median(times)
         batch *= 4

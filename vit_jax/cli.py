@@ -69,7 +69,11 @@ def read_config() -> config.Config:
     Raises:
       UserError: no ``--config``, an unknown key, or a value that a field does not allow.
     """
-    values = flags.FLAGS.config
+    try:
+        values = flags.FLAGS.config
+    except OSError as e:
+        reason = str(e).splitlines()[-1].strip()
+        raise UserError(f"--config cannot be read: {reason}") from e
     if values is None:
         raise UserError(
             "--config is missing: give --config=configs/digits.py or your own"
@@ -114,8 +118,6 @@ def _parse_flags(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except flags.Error as e:
         message = str(e)
-    except FileNotFoundError as e:
-        message = f"--config names a file that does not exist: {e.filename}"
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         message = f"{_config_argument(argv)}: {e}".replace("\n", " ")
     print(f"error: {message}", file=sys.stderr)

@@ -126,7 +126,7 @@ class OptimConfig:
     learning_rate: float = 1e-3  # base learning rate, reached at the end of warm-up
     schedule: Literal["cosine", "linear", "rsqrt", "constant"] = "cosine"
     end_learning_rate: float = 0.0  # where the linear schedule ends
-    warmup: int = 0  # steps of linear warm-up
+    warmup: float = 0.0  # steps of linear warm-up; below 1: this share of the steps
     cooldown: int = 0  # steps of linear decay to 0 at the end of rsqrt
     timescale: int = 10_000  # steps after which rsqrt has fallen to 1/sqrt(2)
     weight_decay: float = 0.0  # on the parameters whose path matches an entry of decay
@@ -307,12 +307,12 @@ def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
 def _convert(hint: Any, value: Any, path: str) -> Any:
     """``value`` as the field's type; JSON and ConfigDict turn tuples into lists, which is undone here."""
     origin = typing.get_origin(hint)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
         if not hasattr(value, "items"):
             raise UserError(f"{path} is {value!r}: it must be a group of keys")
-        return _build(typing.cast(type, hint), dict(value.items()), path)
+        return _build(hint, dict(value.items()), path)
     if origin is Literal:
         allowed = typing.get_args(hint)
         if value not in allowed:

@@ -146,7 +146,7 @@ class Peers:
     def _introduced(self, peer: socket.socket) -> int:
         """The id of the process that connected; 0 if it is none of this run."""
         peer.settimeout(5)
-        hello = _read(peer).decode(errors="replace").split()
+        hello = _read(peer).split()
         if len(hello) == 3 and hello[:2] == ["vit_jax", str(self._n)] and hello[2].isdigit():
             return int(hello[2]) if int(hello[2]) < self._n else 0
         return 0
@@ -158,7 +158,7 @@ class Peers:
                 peer = socket.create_connection(self._address, timeout=5)
                 peer.settimeout(max(deadline - time.monotonic(), 0) + GRACE)  # process 0 may be a little late
                 _send(peer, f"vit_jax {self._n} {self._me}\n")
-                if answer := _read(peer).decode().split():
+                if answer := _read(peer).split():
                     self._sockets[0] = peer
                     return [int(i) for i in answer[1:]]
                 peer.close()  # process 0 was started again
@@ -229,16 +229,18 @@ def _send(peer: socket.socket, message: str) -> None:
         peer.sendall(message.encode())
 
 
-def _read(peer: socket.socket) -> bytes:
-    try:
-        return peer.recv(4096)
-    except OSError:
-        return b""
+def _read(peer: socket.socket) -> str:
+    """The next line; "" if there is none to come."""
+    line = b""
+    with contextlib.suppress(OSError):
+        while not line.endswith(b"\n") and len(line) < 65536 and (byte := peer.recv(1)):
+            line += byte
+    return line.decode(errors="replace") if line.endswith(b"\n") else ""
 
 
 def _read_end(peer: socket.socket, i: int) -> tuple[int, int]:
     """(process, exit status) that peer ``i`` reports."""
-    message = _read(peer).decode().split()
+    message = _read(peer).split()
     return (int(message[0]), int(message[1])) if message else (i, _GONE)
 
 

@@ -14,6 +14,7 @@ have no optimizer state and do not count in the norm. Paths are written
 path.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,6 +42,7 @@ def create(
     Raises:
       UserError: a schedule longer than the run, or a pattern that matches no parameter.
     """
+    cfg = _with_warmup_in_steps(cfg, steps)
     check(cfg, steps, params)
     schedule = create_schedule(cfg, steps)
     parts = []
@@ -119,6 +121,11 @@ def check(cfg: OptimConfig, steps: int, params: Any) -> None:
             )
     if not any(jax.tree.leaves(trainable(cfg, params))):
         raise UserError(f"optim.freeze {cfg.freeze} leaves no parameter to train")
+
+
+def _with_warmup_in_steps(cfg: OptimConfig, steps: int) -> OptimConfig:
+    share = cfg.warmup if cfg.warmup < 1 else cfg.warmup / steps
+    return dataclasses.replace(cfg, warmup=round(share * steps))
 
 
 def _linear(cfg: OptimConfig, steps: int, t: jax.Array) -> jax.Array:

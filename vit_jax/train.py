@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
+from jax.stages import Wrapped
 
 from vit_jax import (
     config,
@@ -114,10 +115,11 @@ class Program:
     mesh: jax.sharding.Mesh
     state_shape: State
     batch_shape: dict[str, jax.ShapeDtypeStruct]
-    init: Callable[[], State]  # jitted
-    start_from: Callable[[Any], State]  # params -> State, jitted
-    train_step: Callable[[State, Batch], tuple[State, Metrics]]  # jitted; the State it is given is consumed
-    forward: Callable[[Any, jax.Array], dict[str, jax.Array]]  # jitted: params, images -> logits, pre_logits
+    # Jitted functions, which can be called or lowered:
+    init: Wrapped  # () -> State
+    start_from: Wrapped  # (params) -> State
+    train_step: Wrapped  # (State, batch) -> (State, metrics); the State it is given is consumed
+    forward: Wrapped  # (params, images) -> {"logits": (B, K), "pre_logits": (B, D)}
 
     @property
     def state_sharding(self) -> State:

@@ -120,9 +120,7 @@ def is_jpeg(image: Image) -> Any:
 @_once
 def _decode_jpeg(image: Image) -> Image:
     with tf.control_dependencies([_not_huge(tf.image.extract_jpeg_shape(image))]):
-        pixels = tf.io.decode_jpeg(
-            image, channels=3, dct_method="INTEGER_ACCURATE"
-        )
+        pixels = tf.io.decode_jpeg(image, channels=3, dct_method="INTEGER_ACCURATE")
     return tf.cond(
         _has_exif(image),
         lambda: _orient(pixels, _orientation(image)),

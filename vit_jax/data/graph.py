@@ -141,7 +141,8 @@ def decode_all(split: Split, dataset: Dataset) -> tuple[Split, dict[int, str]]:
         images = tf.data.Dataset.from_tensor_slices((index, _tensor("data", data)))
         images = images.map(_plain(make), num_parallel_calls=tf.data.AUTOTUNE)
         images = images.ignore_errors().ragged_batch(_CHUNK)
-        for made in images.with_options(_options()):
+        batches: Any = images.with_options(_options())
+        for made in batches:
             i = made["i"].numpy()
             found.append(i)
             shapes[i] = made["shape"].numpy().reshape(-1, 3)

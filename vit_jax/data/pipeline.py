@@ -109,7 +109,7 @@ def eval_batches(
         steps = range(-(-size // batch))
         found = synthetic.batches(cfg, rows, iter(steps), salt=-1 - (split == "train"))
         return (
-            b | {"mask": np.float32(step * batch + rows < size)}
+            b | {"mask": (step * batch + rows < size).astype(np.float32)}
             for step, b in zip(steps, found, strict=True)
         )
     chosen, bad = _cached(cfg, split)
@@ -234,7 +234,7 @@ class _Stream:
         per_row = (slice(None),) + (None,) * (label.ndim - 1)
         use = rows.use & (label != IGNORED).reshape(len(label), -1).any(axis=1)
         label = np.where(use[per_row], label, np.zeros_like(label))
-        return {"image": made["image"], "label": label, "mask": np.float32(use)}
+        return {"image": made["image"], "label": label, "mask": use.astype(np.float32)}
 
     def repair(self, step: int) -> tuple[Rows, dict[str, np.ndarray]]:
         """Does one step over, without what cannot be read; returns (rows, made)."""

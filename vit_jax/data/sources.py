@@ -44,7 +44,7 @@ class Labels:
         return cls(values, np.arange(len(values) + 1))
 
     @classmethod
-    def several(cls, lists: Iterable[Sequence[int]]) -> "Labels":
+    def several(cls, lists: Iterable[Sequence[int] | np.ndarray]) -> "Labels":
         lists = list(lists)
         starts = np.cumsum([0] + [len(x) for x in lists])
         values = np.fromiter((v for x in lists for v in x), np.int32, starts[-1])

@@ -8,12 +8,15 @@ same breath as the import, before any op can run.
 
 import logging
 import os
+from typing import Any
 
 # Warnings about missing CPU instructions and the log line per undecodable image (which
 # we count and name ourselves) say nothing a user can act on.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import tensorflow as tf
+import tensorflow
+
+tf: Any = tensorflow  # the type stubs lack much of it
 
 for _kind in ("GPU", "TPU"):
     try:

@@ -132,7 +132,8 @@ def from_shards(cfg: DataConfig, builder: Any, split: str) -> Split:
             files.append(str(part.filename))
             counts.append(part.examples_in_shard)
             start = sum(counts) - part.examples_in_shard
-        chosen.append(np.arange(part.skip, part.skip + part.examples) + start)
+        end = part.examples_in_shard if part.take < 0 else part.skip + part.take
+        chosen.append(np.arange(part.skip, end) + start)
     format = records.ARRAY_RECORD if "array_record" in files[0] else records.TFRECORD
     shards = records.Shards(tuple(files), tuple(counts), format)
     features = builder.info.features

@@ -302,7 +302,9 @@ def main(arguments: list[str]) -> None:
             ".jsonl manifest, or tfds:NAME) and DEST (a folder for the shards)"
         )
     source, dest = arguments
-    options = {k: flags.FLAGS[k].value for k in ("split", "format", "shards", "workers")}
+    options: dict[str, Any] = {
+        k: flags.FLAGS[k].value for k in ("split", "format", "shards", "workers")
+    }
     for name, index in write(source, dest, **options, progress=True).items():
         print(
             f"{name}: {index['examples']} examples of {len(index['class_names'])} "
