@@ -17,5 +17,5 @@ from vit_jax.config import DataConfig, config_dict, replace
 def get_config():
     cfg = recipes.finetune("pets", learning_rate=0.01)
     data = DataConfig(source="folder", image_size=224)
-    cfg = replace(cfg, data=data, batch=64, optim__warmup=0.2)
+    cfg = replace(cfg, data=data, batch=64, optim__warmup=0.2, model__dtype="float32")
     return config_dict(replace(cfg, eval__every=100, checkpoint__every=100))

@@ -69,18 +69,16 @@ def read_config() -> config.Config:
     Raises:
       UserError: no ``--config``, an unknown key, or a value that a field does not allow.
     """
-    try:
-        values = flags.FLAGS.config
-    except OSError as e:
-        reason = str(e).splitlines()[-1].strip()
-        raise UserError(f"--config cannot be read: {reason}") from e
+    values = flags.FLAGS.config
     if values is None:
         raise UserError(
             "--config is missing: give --config=configs/digits.py or your own"
         )
-    if isinstance(values, config.Config):
-        return values
-    return config.from_dict(dict(values.items()))
+    try:
+        values = dict(values.items())
+    except OSError as e:  # ml_collections tells of a missing file only here
+        raise UserError(f"--config: {str(e).splitlines()[-1].strip()}") from e
+    return config.from_dict(values)
 
 
 def run(main: Callable[[list[str]], Any]) -> None:
