@@ -117,7 +117,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except flags.Error as e:
         message = str(e)
     except (AttributeError, KeyError, TypeError, ValueError) as e:
-        message = f"{_config_argument(argv)}: {e}".replace("\n", " ")
+        # str() of a KeyError is the repr of its message
+        text = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
+        message = f"{_config_argument(argv)}: {text}".replace("\n", " ")
     print(f"error: {message}", file=sys.stderr)
     sys.exit(USER_ERROR)
 

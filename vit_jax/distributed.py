@@ -178,7 +178,7 @@ class Peers:
                 selector.register(peer, selectors.EVENT_READ, i)
             while selector.get_map():
                 for key, _ in selector.select():
-                    ended, status = _read_end(key.fileobj, key.data)
+                    ended, status = _read_end(self._sockets[key.data], key.data)
                     if status in (0, PREEMPTED) or self._leaving:
                         selector.unregister(key.fileobj)
                     else:
