@@ -76,7 +76,9 @@ class Run:
         if phase == "start":
             return self._sleep(rng.uniform(0.0, 2.0))
         if phase == "compile":
-            return self._until(lambda: "first batch" in self.output()) and self._sleep(rng.uniform(0.0, 0.5))
+            return self._until(lambda: "first batch" in self.output()) and self._sleep(
+                rng.uniform(0.0, 0.5)
+            )
         if not self._until(lambda: "compile " in self.output()):
             return False
         first = len(self.trained())
@@ -84,7 +86,9 @@ class Run:
             wanted = first + rng.randint(1, EVALUATE)
             return self._until(lambda: len(self.trained()) >= wanted)
         if phase == "evaluate":
-            return self._until(lambda: (n := len(self.trained())) > first and n % EVALUATE == 0)
+            return self._until(
+                lambda: (n := len(self.trained())) > first and n % EVALUATE == 0
+            )
         return self._until(self.saving)
 
     def _sleep(self, seconds: float) -> bool:
@@ -105,27 +109,40 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=float, default=3000, help="seconds after which it gives up")
+    parser.add_argument(
+        "--limit", type=float, default=3000, help="seconds after which it gives up"
+    )
     args = parser.parse_args()
     rng, begun = random.Random(args.seed), time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="soak"))
-    straight, killed = Run(folder / "straight", args.steps), Run(folder / "killed", args.steps)
+    straight, killed = (
+        Run(folder / "straight", args.steps),
+        Run(folder / "killed", args.steps),
+    )
     straight.start()
     if straight.process.wait():
         raise SystemExit(straight.output())
-    print(f"undisturbed run: {args.steps} steps in {time.monotonic() - begun:.0f} s", flush=True)
+    print(
+        f"undisturbed run: {args.steps} steps in {time.monotonic() - begun:.0f} s",
+        flush=True,
+    )
 
     ends, problems = collections.Counter(), []
     kills = lost = 0
     while True:
         if time.monotonic() - begun > args.limit:
-            raise SystemExit(f"gave up after {kills} kills and {args.limit:.0f} s, at step {killed.saved()}")
+            raise SystemExit(
+                f"gave up after {kills} kills and {args.limit:.0f} s, at step {killed.saved()}"
+            )
         before = killed.saved()
         killed.start()
         if kills >= args.kills:
             status = killed.process.wait()
             break
-        phase, sent = PHASES[kills % len(PHASES)], rng.choice([signal.SIGKILL, signal.SIGTERM])
+        phase, sent = (
+            PHASES[kills % len(PHASES)],
+            rng.choice([signal.SIGKILL, signal.SIGTERM]),
+        )
         if not killed.wait_for(phase, rng):
             status = killed.process.wait()
             break
@@ -135,11 +152,16 @@ def main() -> int:
         ends[phase, sent.name, status] += 1
         trained, after = len(killed.trained()), killed.saved()
         lost += max(trained - after, 0)
-        print(f"{kills:3} {phase:<9} {sent.name} -> {status:4}  trained to {trained}, saved to {after}", flush=True)
+        print(
+            f"{kills:3} {phase:<9} {sent.name} -> {status:4}  trained to {trained}, saved to {after}",
+            flush=True,
+        )
         if after < before:
             problems.append(f"the newest checkpoint went from {before} back to {after}")
         if status not in (75, -sent):
-            problems.append(f"{sent.name} while it was to {phase} ended with {status}: {killed.output()[-500:]}")
+            problems.append(
+                f"{sent.name} while it was to {phase} ended with {status}: {killed.output()[-500:]}"
+            )
         if status == 75 and trained != after:
             problems.append(f"told to stop after step {trained}, it saved {after}")
     if status:
@@ -152,13 +174,24 @@ def main() -> int:
         problems.append("some step is recorded twice or not at all")
     if [m["train/loss"] for m in found] != [m["train/loss"] for m in expected]:
         problems.append("some step has another loss")
-    equal = jax.tree.map(np.array_equal, load_params(str(straight.workdir)), load_params(str(killed.workdir)))
+    equal = jax.tree.map(
+        np.array_equal,
+        load_params(str(straight.workdir)),
+        load_params(str(killed.workdir)),
+    )
     if not all(jax.tree.leaves(equal)):
         problems.append("parameters differ")
     for (phase, name, status), n in sorted(ends.items()):
         print(f"{n:3} x {name} during {phase:<9} exit status {status}")
-    print(f"{kills} kills in {time.monotonic() - begun:.0f} s, {lost} steps trained again; ", end="")
-    print("\n".join(["FAILED", *problems]) if problems else "same parameters and losses, bit for bit")
+    print(
+        f"{kills} kills in {time.monotonic() - begun:.0f} s, {lost} steps trained again; ",
+        end="",
+    )
+    print(
+        "\n".join(["FAILED", *problems])
+        if problems
+        else "same parameters and losses, bit for bit"
+    )
     if not problems:
         shutil.rmtree(folder)
     return int(bool(problems))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """tfds sets through a small one that the test prepares, ImageNet's archives, VTAB."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from data_files import picture
@@ -8,6 +10,7 @@ from data_files import picture
 from vit_jax import data
 from vit_jax.config import DataConfig
 from vit_jax.data import tfds_source, vtab
+from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 
 import tensorflow_datasets as tfds  # isort: skip
@@ -200,6 +203,28 @@ def test_label_rules():
     assert vtab.TASKS["dsprites_location"].label({"label_x_position": 31}) == 15
     turned = vtab.TASKS["dsprites_orientation"].label
     assert [turned({"label_orientation": i}) for i in (0, 2, 3, 39)] == [0, 0, 1, 15]
+
+
+def test_a_task_from_end_to_end(data_dir, monkeypatch):
+    """The tiny set in the place of DTD: 20 training images are less than 800."""
+    row = vtab.Task(vtab.NATURAL, "tiny_photos", 3, ("validation", 0), ("train", 0.5))
+    monkeypatch.setitem(vtab.TASKS, "tiny", row)
+    cfg = DataConfig(source="tfds", name="vtab/tiny", path=data_dir, image_size=12)
+    assert data.describe(cfg) == data.DataInfo(3, ("x", "y", "z"), 27, 10, False)
+    assert next(data.train_batches(cfg, batch=2, seed=0))["image"].shape == (
+        2,
+        12,
+        12,
+        3,
+    )
+    select = dataclasses.replace(cfg, train_split="train800")
+    info = data.describe(select)
+    assert (info.num_train, info.num_test) == (20, 7)
+
+
+def test_dsprites_is_brightened():
+    made = vtab.brighten(tf.io.encode_png(np.eye(4, dtype=np.uint8)[..., None]).numpy())
+    np.testing.assert_array_equal(tf.io.decode_png(made)[..., 0], 255 * np.eye(4))
 
 
 def test_transforms_of_a_task():

@@ -16,6 +16,12 @@ def seeds(count):
     return tf.constant(order.augmentation_seeds(np.arange(count), 0))
 
 
+def for_each_seed(function, count):
+    """``function(seed)`` for ``count`` seeds, stacked."""
+    made = tf.data.Dataset.from_tensor_slices(seeds(count)).map(function).batch(count)
+    return next(iter(made)).numpy()
+
+
 def compose(*ops, size=16, exact=False):
     return transforms.compose(ops, size=size, exact=exact, knob="data.train_transforms")
 
@@ -51,11 +57,8 @@ def reference_windows(height, width, count):
 
 def test_inception_crop_has_tensorflows_distribution():
     height, width, count = 256, 512, 4000
-    windows = tf.map_fn(
-        lambda s: transforms.inception_window(tf.constant([height, width, 3]), s),
-        seeds(count),
-        fn_output_signature=tf.int32,
-    ).numpy()
+    shape = tf.constant([height, width, 3])
+    windows = for_each_seed(lambda s: transforms.inception_window(shape, s), count)
     top, left, h, w = windows.T
     assert (top >= 0).all()
     assert (left >= 0).all()
@@ -81,9 +84,7 @@ def test_flip_is_fair_and_mirrors(noise):
     run = compose({"op": "resize"}, {"op": "flip"})
     plain = compose({"op": "resize"})(tf.constant(noise), seeds(1)[0]).numpy()
     flipped = 0
-    for made in tf.map_fn(
-        lambda s: run(tf.constant(noise), s), seeds(400), fn_output_signature=tf.uint8
-    ).numpy():
+    for made in for_each_seed(lambda s: run(tf.constant(noise), s), 400):
         mirrored = (made == plain[:, ::-1]).all()
         assert mirrored or (made == plain).all()
         flipped += mirrored
@@ -106,9 +107,7 @@ def test_evaluation_pipelines(noise):
     run = compose({"op": "resize", "size": 20}, {"op": "random_crop"})
     big = resize_to(tf.constant(noise), 20).numpy()
     places = set()
-    for made in tf.map_fn(
-        lambda s: run(tf.constant(noise), s), seeds(200), fn_output_signature=tf.uint8
-    ).numpy():
+    for made in for_each_seed(lambda s: run(tf.constant(noise), s), 200):
         places.update(
             (y, x)
             for y in range(5)
@@ -260,11 +259,10 @@ def test_randaugment_applies_one_of_all_operations():
         for name, f in ra.OPERATIONS.items()
         if name != "Cutout"  # anywhere
     }
-    run = tf.function(lambda s: ra.randaugment(image, s, n=1, m=10.0), autograph=False)
     counts = dict.fromkeys(ra.OPERATIONS, 0)
-    for seed in seeds(640):
-        made = run(seed).numpy().tobytes()
-        counts[next((n for n, r in results.items() if made in r), "Cutout")] += 1
+    for made in for_each_seed(lambda s: ra.randaugment(image, s, n=1, m=10.0), 640):
+        found = (n for n, r in results.items() if made.tobytes() in r)
+        counts[next(found, "Cutout")] += 1
     # Solarize at m = 10 inverts, and so does Invert: they share 80 of 640 draws.
     assert counts.pop("Solarize") == 0
     assert abs(counts.pop("Invert") - 80) < 40
@@ -277,10 +275,9 @@ def test_randaugment_applies_n_layers():
     image = tf.zeros([8, 8, 3], tf.uint8) + 10
     # 12 of the 16 operations do something to a plain dark image, most of them visibly.
     changed = [
-        sum(
-            bool((ra.randaugment(image, s, n=n, m=10.0).numpy() != 10).any())
-            for s in seeds(60)
-        )
+        (for_each_seed(lambda s, n=n: ra.randaugment(image, s, n=n, m=10.0), 60) != 10)
+        .any((1, 2, 3))
+        .sum()
         for n in (0, 1, 4)
     ]
     assert changed[0] == 0

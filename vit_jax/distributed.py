@@ -28,7 +28,9 @@ _GONE = -1  # stands for the exit status of a process that did not live to tell 
 _peers: "Peers | None" = None
 
 
-def initialize(coordinator: str, num_processes: int, process_id: int, timeout: int) -> None:
+def initialize(
+    coordinator: str, num_processes: int, process_id: int, timeout: int
+) -> None:
     """Connects this process to its peers. Does nothing for a single process.
 
     On TPU pods, SLURM and Kubernetes JAX finds the coordinator by itself; elsewhere all three flags are needed.
@@ -82,7 +84,12 @@ def _detect(timeout: int) -> tuple[str, int, int, list[int] | None]:
     coordinator, num_processes, process_id, local_devices = found
     if not coordinator or not num_processes or process_id is None:
         return "", 1, 0, None
-    return coordinator, num_processes, process_id, list(local_devices) if local_devices else None
+    return (
+        coordinator,
+        num_processes,
+        process_id,
+        list(local_devices) if local_devices else None,
+    )
 
 
 class Peers:
@@ -91,7 +98,9 @@ class Peers:
     def __init__(self, coordinator: str, num_processes: int, process_id: int):
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdigit():
-            raise UserError(f"--coordinator={coordinator!r} must be HOST:PORT of process 0")
+            raise UserError(
+                f"--coordinator={coordinator!r} must be HOST:PORT of process 0"
+            )
         self._address = (host.strip("[]"), int(port))
         self._n, self._me = num_processes, process_id
         self._name = f"process {process_id} of {num_processes}"
@@ -105,7 +114,10 @@ class Peers:
           UserError: some did not come within ``timeout`` seconds; it says which.
         """
         where = f"{self._address[0]}:{self._address[1]}"
-        print(f"{self._name}: waiting for the others at {where} (at most {timeout} s)", flush=True)
+        print(
+            f"{self._name}: waiting for the others at {where} (at most {timeout} s)",
+            flush=True,
+        )
         deadline = time.monotonic() + timeout
         if self._me == 0:
             self._gather(deadline)
@@ -125,16 +137,23 @@ class Peers:
         try:
             server = _listen(self._address[1])
         except OSError as e:
-            raise UserError(f"--coordinator: process 0 cannot use port {self._address[1]}: {e.strerror}") from e
+            raise UserError(
+                f"--coordinator: process 0 cannot use port {self._address[1]}: {e.strerror}"
+            ) from e
         with server:
-            while len(self._sockets) < self._n - 1 and (left := deadline - time.monotonic()) > 0:
+            while (
+                len(self._sockets) < self._n - 1
+                and (left := deadline - time.monotonic()) > 0
+            ):
                 server.settimeout(left)
                 try:
                     peer = server.accept()[0]
                 except TimeoutError:
                     break
                 i = self._introduced(peer)
-                former = self._sockets.pop(i, peer)  # a process that was started again replaces its former self
+                former = self._sockets.pop(
+                    i, peer
+                )  # a process that was started again replaces its former self
                 if i:
                     self._sockets[i] = peer
                 if former is not peer or not i:
@@ -147,7 +166,11 @@ class Peers:
         """The id of the process that connected; 0 if it is none of this run."""
         peer.settimeout(5)
         hello = _read(peer).split()
-        if len(hello) == 3 and hello[:2] == ["vit_jax", str(self._n)] and hello[2].isdigit():
+        if (
+            len(hello) == 3
+            and hello[:2] == ["vit_jax", str(self._n)]
+            and hello[2].isdigit()
+        ):
             return int(hello[2]) if int(hello[2]) < self._n else 0
         return 0
 
@@ -156,7 +179,9 @@ class Peers:
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError):
                 peer = socket.create_connection(self._address, timeout=5)
-                peer.settimeout(max(deadline - time.monotonic(), 0) + GRACE)  # process 0 may be a little late
+                peer.settimeout(
+                    max(deadline - time.monotonic(), 0) + GRACE
+                )  # process 0 may be a little late
                 _send(peer, f"vit_jax {self._n} {self._me}\n")
                 if answer := _read(peer).split():
                     self._sockets[0] = peer
@@ -191,8 +216,13 @@ class Peers:
                 f"{self._name} lost contact with process {ended}: start the same command on every host again to "
                 "continue from the last checkpoint", PREEMPTED,
             )  # fmt: skip
-        time.sleep(GRACE)  # whatever went wrong there may go wrong here as well: then say that instead
-        _exit(f"{self._name} stopped because process {ended} did, with exit status {status}: see its output", status)
+        time.sleep(
+            GRACE
+        )  # whatever went wrong there may go wrong here as well: then say that instead
+        _exit(
+            f"{self._name} stopped because process {ended} did, with exit status {status}: see its output",
+            status,
+        )
 
     def leave(self, status: int) -> None:
         self._leaving = True
@@ -201,7 +231,9 @@ class Peers:
             return
         sys.stdout.flush()
         sys.stderr.flush()
-        if self._me == 0:  # JAX's service ends with this process, and would take the others with it
+        if (
+            self._me == 0
+        ):  # JAX's service ends with this process, and would take the others with it
             deadline = time.monotonic() + 2 * GRACE
             for peer in self._sockets.values():
                 peer.settimeout(max(deadline - time.monotonic(), 0.1))
@@ -220,7 +252,9 @@ class Peers:
 
 def _listen(port: int) -> socket.socket:
     if socket.has_dualstack_ipv6():
-        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+        return socket.create_server(
+            ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
+        )
     return socket.create_server(("", port), backlog=1024)
 
 

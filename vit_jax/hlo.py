@@ -45,6 +45,12 @@ class Collective:
     wire_bytes: float = 0.0  # what each device sends, in a ring
     part_bytes: float = 0.0  # of these, within groups smaller than the mesh
 
+    def add(self, count: int, size: int, wire_bytes: float, part_bytes: float) -> None:
+        self.count += count
+        self.bytes += size
+        self.wire_bytes += wire_bytes
+        self.part_bytes += part_bytes
+
 
 @dataclasses.dataclass
 class Cost:
@@ -92,24 +98,21 @@ def cost(text: str, num_devices: int) -> Cost:
                 if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                     kind = "reduce-scatter"
                 n = group_size(i.rest, num_devices)
-                size = sum(sizes(i.type))
-                if i.op.endswith("-start") and kind in (
-                    "all-gather",
-                    "collective-permute",
-                ):
-                    size = max(
-                        sizes(i.type), default=0
-                    )  # the type holds the operand too
-                if i.op == "reduce-scatter":
+                arrays = sizes(i.type)
+                size = sum(arrays)
+                if i.op in ("all-gather-start", "collective-permute-start"):
+                    size = max(arrays)  # the type holds the operand too
+                elif i.op == "reduce-scatter":
                     size *= n
-                share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(
-                    kind, (n - 1) / n
-                )
-                so_far = total.collectives[kind]
-                so_far.count += trips
-                so_far.bytes += size * trips
-                so_far.wire_bytes += share * size * trips
-                so_far.part_bytes += share * size * trips if n < num_devices else 0
+                ring = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}
+                sent = size * trips * ring.get(kind, (n - 1) / n)
+                part = sent if n < num_devices else 0.0
+                total.collectives[kind].add(trips, size * trips, sent, part)
+            elif (
+                i.op == "send" and "is_host_transfer=true" in i.rest
+            ):  # to other slices
+                size = sizes(i.type)[0] * trips
+                total.collectives["send"].add(trips, size, size, 0.0)
             if i.op == "fusion" or i.op.endswith("-start"):
                 for other in called(i, "calls"):
                     communicate(other, trips)

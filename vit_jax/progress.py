@@ -40,8 +40,13 @@ class Bar:
     def __init__(self, steps: int, start: int):
         show = sys.stdout.isatty() and jax.process_index() == 0
         self._bar = tqdm(
-            total=steps, initial=start, disable=not show, file=sys.stdout,
-            unit="step", dynamic_ncols=True, smoothing=0.05,
+            total=steps,
+            initial=start,
+            disable=not show,
+            file=sys.stdout,
+            unit="step",
+            dynamic_ncols=True,
+            smoothing=0.05,
         )
         self._steps = steps
 

@@ -63,11 +63,17 @@ def train_step(
     norm = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = optax.incremental_update(params, state.ema, 1 - cfg.optim.polyak) if cfg.optim.polyak else state.ema
+    ema = (
+        optax.incremental_update(params, state.ema, 1 - cfg.optim.polyak)
+        if cfg.optim.polyak
+        else state.ema
+    )
 
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
-    params, opt_state, ema = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    params, opt_state, ema = jax.tree.map(
+        lambda a, b: jnp.where(finite, a, b), new, old
+    )
     metrics = metrics | {
         "loss": loss,
         "grad_norm": norm,
@@ -89,14 +95,18 @@ def _gradient(cfg, loss_fn, params, batch, key):
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     n = cfg.accumulate
     if n == 1:
-        (loss, metrics), grads = value_and_grad(params, batch, jax.random.fold_in(key, 1))
+        (loss, metrics), grads = value_and_grad(
+            params, batch, jax.random.fold_in(key, 1)
+        )
         return loss, metrics, grads
     # Micro-batch i takes rows i, i + n, ...: every device keeps its own rows.
     micro = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total, i_batch):
         i, part = i_batch
-        (loss, metrics), grads = value_and_grad(params, part, jax.random.fold_in(key, 1 + i))
+        (loss, metrics), grads = value_and_grad(
+            params, part, jax.random.fold_in(key, 1 + i)
+        )
         return jax.tree.map(jnp.add, total, (loss, metrics, grads)), None
 
     first = jax.tree.map(lambda x: x[0], micro)
@@ -118,7 +128,9 @@ class Program:
     # Jitted functions, which can be called or lowered:
     init: Wrapped  # () -> State
     start_from: Wrapped  # (params) -> State
-    train_step: Wrapped  # (State, batch) -> (State, metrics); the State it is given is consumed
+    train_step: (
+        Wrapped  # (State, batch) -> (State, metrics); the State it is given is consumed
+    )
     forward: Wrapped  # (params, images) -> {"logits": (B, K), "pre_logits": (B, D)}
 
     @property
@@ -131,7 +143,9 @@ class Program:
 
 
 def build(
-    cfg: Config, devices: Sequence[jax.Device] | None = None, info: data.DataInfo | None = None
+    cfg: Config,
+    devices: Sequence[jax.Device] | None = None,
+    info: data.DataInfo | None = None,
 ) -> Program:
     """The one definition of the program: the loop runs it, ``plan`` compiles it for devices that are not there.
 
@@ -144,12 +158,16 @@ def build(
       UserError: a config that contradicts itself, the data or the number of devices.
     """
     cfg, info = _complete(cfg, info)
-    for hint in objectives.check(cfg, bool(info and info.multilabel), cfg.model.num_classes):
+    for hint in objectives.check(
+        cfg, bool(info and info.multilabel), cfg.model.num_classes
+    ):
         say(f"hint         {hint}")
     evaluators.check(cfg)
     mesh = sharding.create_mesh(cfg, devices)
     model = models.create(cfg.model)
-    images = jax.ShapeDtypeStruct((1, *cfg.model.image_size, cfg.model.channels), jnp.float32)
+    images = jax.ShapeDtypeStruct(
+        (1, *cfg.model.image_size, cfg.model.channels), jnp.float32
+    )
 
     def init_params():
         key = jax.random.fold_in(jax.random.key(cfg.seed), 0)
@@ -165,7 +183,9 @@ def build(
     state_shape = jax.eval_shape(lambda: start_from(init_params()))
     state_sharding = sharding.state_sharding(cfg, mesh, state_shape)
     batch_sharding = sharding.batch_sharding(mesh)
-    placed = models.create(cfg.model, sharding.gather_block(cfg, mesh))  # the same model, reading parameters in parts
+    placed = models.create(
+        cfg.model, sharding.gather_block(cfg, mesh)
+    )  # the same model, reading parameters in parts
     loss_of_whole = objectives.OBJECTIVES[cfg.loss](placed, cfg)
 
     def loss_fn(params, batch, key):
@@ -173,10 +193,14 @@ def build(
 
     def forward(params, images):
         params = sharding.gather(cfg, mesh, params)
-        logits, out = placed.apply({"params": params}, normalize(images), method="forward")
+        logits, out = placed.apply(
+            {"params": params}, normalize(images), method="forward"
+        )
         return {"logits": logits, "pre_logits": out["pre_logits"]}
 
-    step = functools.partial(train_step, cfg=cfg, loss_fn=loss_fn, tx=tx, schedule=schedule)
+    step = functools.partial(
+        train_step, cfg=cfg, loss_fn=loss_fn, tx=tx, schedule=schedule
+    )
     return Program(
         cfg=cfg,
         model=model,
@@ -198,7 +222,9 @@ def build(
     )
 
 
-def _complete(cfg: Config, info: data.DataInfo | None) -> tuple[Config, data.DataInfo | None]:
+def _complete(
+    cfg: Config, info: data.DataInfo | None
+) -> tuple[Config, data.DataInfo | None]:
     """Fills in what the data and the objective decide."""
     classes = cfg.model.num_classes
     if cfg.loss == "masked_patch":
@@ -218,7 +244,9 @@ def _complete(cfg: Config, info: data.DataInfo | None) -> tuple[Config, data.Dat
     return config.replace(cfg, model__num_classes=classes, model__image_size=size), info
 
 
-def _batch_shape(cfg: Config, info: data.DataInfo | None) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch_shape(
+    cfg: Config, info: data.DataInfo | None
+) -> dict[str, jax.ShapeDtypeStruct]:
     size = cfg.data.image_size
     label = jax.ShapeDtypeStruct((cfg.batch,), jnp.int32)
     if info and info.multilabel:
@@ -229,7 +257,9 @@ def _batch_shape(cfg: Config, info: data.DataInfo | None) -> dict[str, jax.Shape
 
 def _with_sharding(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(
-        lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings
+        lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh),
+        shapes,
+        shardings,
     )
 
 
@@ -250,7 +280,9 @@ def every(n: int, step: int, last: int) -> bool:
     return step == last or (n > 0 and step % n == 0)
 
 
-def train(cfg: Config, workdir: str, devices: Sequence[jax.Device] | None = None) -> Result:
+def train(
+    cfg: Config, workdir: str, devices: Sequence[jax.Device] | None = None
+) -> Result:
     """Trains, or continues what ``workdir`` holds, and evaluates.
 
     Raises:
@@ -258,7 +290,9 @@ def train(cfg: Config, workdir: str, devices: Sequence[jax.Device] | None = None
     """
     with phase("devices"):
         devices = list(devices or jax.devices())
-    say(f"{'':<12} {len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es), jax {jax.__version__}")
+    say(
+        f"{'':<12} {len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es), jax {jax.__version__}"
+    )
     with phase("data"):
         info = data.describe(cfg.data)
     program = build(cfg, devices, info)
@@ -268,7 +302,9 @@ def train(cfg: Config, workdir: str, devices: Sequence[jax.Device] | None = None
         preemption = stack.enter_context(contextlib.closing(Preemption()))
         stack.enter_context(claim(workdir, cfg, info))
         stack.enter_context(jax.set_mesh(program.mesh))
-        checkpoints = stack.enter_context(contextlib.closing(Checkpointer(workdir, cfg.checkpoint)))
+        checkpoints = stack.enter_context(
+            contextlib.closing(Checkpointer(workdir, cfg.checkpoint))
+        )
         with phase("restore" if checkpoints.latest else "initialize"):
             state = checkpoints.restore(program.state_shape) or _initial_state(program)
             start = int(state.step)
@@ -295,8 +331,14 @@ class Loop:
         train_step: Callable[[State, Batch], tuple[State, Metrics]] | None = None,
     ):
         self.program, self.cfg, self.info = program, program.cfg, info
-        self.workdir, self.checkpoints, self.preemption = workdir, checkpoints, preemption
-        self.train_step = train_step  # compiled already; None: compiled when the loop starts
+        self.workdir, self.checkpoints, self.preemption = (
+            workdir,
+            checkpoints,
+            preemption,
+        )
+        self.train_step = (
+            train_step  # compiled already; None: compiled when the loop starts
+        )
         self.results: dict[str, float] = {}  # of the last evaluation
         self.bad_in_row = 0
 
@@ -350,17 +392,26 @@ class Loop:
     def _feed(self) -> Feed:
         cfg = self.cfg
         source = data.train_batches(
-            cfg.data, batch=cfg.batch, seed=cfg.seed, start=self.start,
-            process_index=jax.process_index(), process_count=jax.process_count(),
+            cfg.data,
+            batch=cfg.batch,
+            seed=cfg.seed,
+            start=self.start,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )
         waiting = lambda seconds: say(f"waiting for data since {seconds:.0f} s")
         return Feed(source, self.program.batch_sharding, on_wait=waiting)
 
     def _compile(self, batch: Batch) -> Callable[[State, Batch], tuple[State, Metrics]]:
         """Compiles for a batch as the data has it: masks and float images are possible."""
-        shapes = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for k, x in batch.items()}
+        shapes = {
+            k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            for k, x in batch.items()
+        }
         with phase("compile"):
-            return self.program.train_step.lower(self.program.state_shape, shapes).compile()
+            return self.program.train_step.lower(
+                self.program.state_shape, shapes
+            ).compile()
 
     def _record(self, step: int, metrics: Metrics, bar: Bar) -> None:
         """Looks at the metrics of a finished step. Called one step late, so that the device never waits."""
@@ -398,7 +449,12 @@ class Loop:
             say(f"step {step}/{self.cfg.steps}  {numbers}")
 
 
-def evaluate(program: Program, info: data.DataInfo, state: State, preemption: Preemption | None = None) -> dict[str, float]:
+def evaluate(
+    program: Program,
+    info: data.DataInfo,
+    state: State,
+    preemption: Preemption | None = None,
+) -> dict[str, float]:
     """Runs the evaluators of the config on the averaged parameters if there are any, else on the parameters.
 
     Returns ``{"test/accuracy": ...}``; nothing if the process was asked to stop meanwhile.
@@ -410,15 +466,20 @@ def evaluate(program: Program, info: data.DataInfo, state: State, preemption: Pr
         n = program.mesh.size
         size = -(-(cfg.eval.batch or cfg.batch) // n) * n
         source = data.eval_batches(
-            data_cfg, batch=size, split=split,
-            process_index=jax.process_index(), process_count=jax.process_count(),
+            data_cfg,
+            batch=size,
+            split=split,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )
         for batch in source:
             if preemption and preemption.requested():
                 raise _Stopped
             yield put(batch, program.batch_sharding)
 
-    context = evaluators.Context(cfg=cfg, params=params, forward=program.forward, batches=batches, info=info)
+    context = evaluators.Context(
+        cfg=cfg, params=params, forward=program.forward, batches=batches, info=info
+    )
     try:
         return {k: float(v) for k, v in evaluators.run(context).items()}
     except _Stopped:
@@ -437,7 +498,12 @@ class _Interval:
         self.restart()
 
     def restart(self) -> None:
-        self._start, self._waited, self._sums, self._count = time.perf_counter(), self._feed.waited, {}, 0
+        self._start, self._waited, self._sums, self._count = (
+            time.perf_counter(),
+            self._feed.waited,
+            {},
+            0,
+        )
 
     def add(self, values: dict[str, float]) -> None:
         self._count += 1
@@ -453,7 +519,11 @@ class _Interval:
     def summary(self, step: int) -> dict[str, float]:
         seconds = max(time.perf_counter() - self._start, 1e-9)
         per_step = seconds / self._count
-        line = {f"train/{k}": v / self._count for k, v in self._sums.items() if k != "skipped"}
+        line = {
+            f"train/{k}": v / self._count
+            for k, v in self._sums.items()
+            if k != "skipped"
+        }
         line |= {
             "train/skipped_steps": self._sums["skipped"],
             "train/bad_examples": float(len(data.bad_examples())),
@@ -474,7 +544,9 @@ class _Profiler:
         try:
             self._first, self._last = map(int, steps.split(":")) if steps else (0, 0)
         except ValueError:
-            raise UserError(f"config.profile={steps!r}: write FIRST:LAST, for example 100:110") from None
+            raise UserError(
+                f"config.profile={steps!r}: write FIRST:LAST, for example 100:110"
+            ) from None
 
     def step(self, step: int, metrics: Metrics) -> None:
         if self._steps and step == self._first:
@@ -515,12 +587,17 @@ def claim(workdir: str, cfg: Config, info: data.DataInfo) -> Iterator[None]:
         if jax.process_index() == 0:
             with _explain_no_access(workdir):
                 if stored.exists():
-                    _check_same_run(workdir, config.from_dict(json.loads(stored.read_text())), cfg)
+                    _check_same_run(
+                        workdir, config.from_dict(json.loads(stored.read_text())), cfg
+                    )
                 folder.mkdir(parents=True, exist_ok=True)
                 if "://" not in workdir:
                     stack.enter_context(_lock(workdir))
                 write_whole(stored, config.to_json(cfg))
-                write_whole(folder / "dataset.json", json.dumps(_dataset(cfg, info), indent=2) + "\n")
+                write_whole(
+                    folder / "dataset.json",
+                    json.dumps(_dataset(cfg, info), indent=2) + "\n",
+                )
         yield
 
 
@@ -534,9 +611,15 @@ def _explain_no_access(workdir: str) -> Iterator[None]:
     except Exception as e:  # on gs:// an error class of tensorflow's or gcsfs's own
         if not remote and not isinstance(e, OSError):
             raise
-        hint = ": check the name of the bucket and your permission to write there" if remote else ""
+        hint = (
+            ": check the name of the bucket and your permission to write there"
+            if remote
+            else ""
+        )
         reason = " ".join(str(e).split())[:300]
-        raise UserError(f"--workdir={workdir} cannot be written ({type(e).__name__}: {reason}){hint}") from e
+        raise UserError(
+            f"--workdir={workdir} cannot be written ({type(e).__name__}: {reason}){hint}"
+        ) from e
 
 
 def _check_same_run(workdir: str, old: Config, new: Config) -> None:
@@ -581,8 +664,13 @@ def _dataset(cfg: Config, info: data.DataInfo) -> dict[str, Any]:
 
 def _say_sizes(program: Program, info: data.DataInfo) -> None:
     cfg = program.cfg
-    params = sum(np.prod(p.shape, dtype=np.int64) for p in jax.tree.leaves(program.state_shape.params))
-    say(f"{'':<12} {info.num_train:,} training and {info.num_test:,} test images, {info.num_classes} classes")
+    params = sum(
+        np.prod(p.shape, dtype=np.int64)
+        for p in jax.tree.leaves(program.state_shape.params)
+    )
+    say(
+        f"{'':<12} {info.num_train:,} training and {info.num_test:,} test images, {info.num_classes} classes"
+    )
     say(
         f"{'':<12} batch {cfg.batch} = {cfg.batch // jax.process_count()} per host = "
         f"{cfg.batch // program.mesh.size} per device, in {cfg.accumulate} micro-batch(es); "
@@ -590,15 +678,21 @@ def _say_sizes(program: Program, info: data.DataInfo) -> None:
     )
 
 
-def _say_end(result: Result, cfg: Config, workdir: str, checkpoints: Checkpointer) -> None:
+def _say_end(
+    result: Result, cfg: Config, workdir: str, checkpoints: Checkpointer
+) -> None:
     path = checkpoints.path(checkpoints.latest) if checkpoints.latest else "none"
     if result.preempted:
-        say(f"stopped after step {result.step} of {cfg.steps}; checkpoint: {path}; start the same command to continue")
+        say(
+            f"stopped after step {result.step} of {cfg.steps}; checkpoint: {path}; start the same command to continue"
+        )
         return
     for name, value in result.metrics.items():
         say(f"{name:<16} {value:.4f}")
     say(f"checkpoint       {path}")
-    say(f"curves           tensorboard --logdir {workdir}   (numbers: {epath.Path(workdir) / 'metrics.jsonl'})")
+    say(
+        f"curves           tensorboard --logdir {workdir}   (numbers: {epath.Path(workdir) / 'metrics.jsonl'})"
+    )
     say(f"predict          python -m vit_jax.predict {workdir} IMAGE...")
     say(f"export           python -m vit_jax.convert {workdir} model.npz")
 

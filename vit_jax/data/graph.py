@@ -44,18 +44,19 @@ def example_function(
             made["label"] = _target(labels, dataset)
         return made
 
+    made = _traced(make)
     if training:
-        return make
-    specs = tf.data.Dataset.from_tensors(_dummy()).map(_plain(make)).element_spec
+        return made
+    specs = made.get_concrete_function().structured_outputs
 
     def make_or_leave_empty(fed: dict[str, Any]) -> dict[str, Any]:
         return tf.cond(
             fed["use"],
-            lambda: make(fed),
+            lambda: made(fed),
             lambda: tf.nest.map_structure(lambda t: tf.zeros(t.shape, t.dtype), specs),
         )
 
-    return make_or_leave_empty
+    return _traced(make_or_leave_empty)
 
 
 def batches(
@@ -237,24 +238,25 @@ def _tensor(key: str, values: np.ndarray) -> Any:
     return tf.constant(values, _SPECS[key].dtype)
 
 
-def _dummy() -> dict[str, Any]:
-    return {k: tf.zeros(s.shape, s.dtype) for k, s in _SPECS.items()}
-
-
 def _first_line(error: Exception) -> str:
     """What an error says, without what tensorflow wraps around it."""
     text = str(getattr(error, "message", error)).strip()
-    if "Summarized data: " in text:  # an Assert: our own words, then values
-        text = " ".join(text.split("Summarized data: ", 1)[1].split())
-        text = text.removeprefix("b'").replace("' ", " ", 1)
     text = (text.splitlines() or [type(error).__name__])[0]
     text = text.split("}} ", 1)[-1]  # "{{function_node ...}} what happened"
-    return text.split(" [Op:")[0][:200]
+    text = text.split(" [Op:")[0]
+    if text.startswith("assertion failed: ["):  # our own words, then values
+        text = text.removeprefix("assertion failed: [").replace("] [", " ")[:-1]
+    return text[:200]
 
 
 # Our functions say tf.cond themselves: rewriting their Python would only cost time and
 # bury a UserError raised in them under a trace of generated code.
 _plain = tf.autograph.experimental.do_not_convert
+
+
+def _traced(function: Example) -> Any:
+    """Traced once, however often a pipeline is built with it."""
+    return tf.function(function, input_signature=[_SPECS], autograph=False)
 
 
 def _options() -> Any:

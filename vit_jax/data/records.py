@@ -291,6 +291,16 @@ class _TrainReader:
                 f"processes that divides {self.streams}, or "
                 "--config.data.access=random"
             )
+        share = len(rows) / batch
+        files = source.shards.files
+        mean = sum(tf.io.gfile.stat(f).length for f in files[:4]) / max(
+            sum(source.shards.counts[:4]), 1
+        )
+        log.info(
+            "reading in sequence: %d streams here, about %.2f GiB of records shuffled",
+            round(self.streams * share),
+            min(source.buffer, len(source.shards)) * share * mean / 2**30,
+        )
         self.recent: collections.OrderedDict[int, tuple] = collections.OrderedDict()
         self.iterators: list[Iterator] = []
 

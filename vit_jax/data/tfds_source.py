@@ -3,6 +3,7 @@
 
 import difflib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,16 @@ def prepared(name: str, data_dir: str = "") -> Any:
     return builder
 
 
-def read(builder: Any, split: str, label: Any) -> Split:
-    """One split as a list of encoded images; ``label(example)`` gives the class.
+def read(
+    builder: Any,
+    split: str,
+    label: Callable[[Any], Any],
+    image: Callable[[bytes], bytes] = lambda encoded: encoded,
+) -> Split:
+    """One split in memory, as encoded images.
 
-    A tfds split expression such as ``train[:98%]`` is taken literally.
+    ``split``: any tfds expression, such as ``train[:98%]``; ``label(example)`` gives the
+    class; ``image`` changes the encoded image.
     """
     dataset = builder.as_dataset(
         split=split,
@@ -93,7 +100,7 @@ def read(builder: Any, split: str, label: Any) -> Split:
     )
     images, labels = [], []
     for example in dataset.as_numpy_iterator():
-        images.append(example["image"])
+        images.append(image(example["image"]))
         labels.append(int(label(example)))
     return from_encoded(images, labels, f"{builder.name} {split}")
 

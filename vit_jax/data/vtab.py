@@ -16,6 +16,7 @@ import numpy as np
 from vit_jax.config import DataConfig, choose
 from vit_jax.data import tfds_source
 from vit_jax.data.sources import Dataset, Labels, Split
+from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 
 # The three groups over which the paper averages.
@@ -40,6 +41,11 @@ def nearest_kitti(example: Any) -> int:
     return _bin(np.min(depth[kind < 3], initial=1000.0), (-100, 8, 20, 999))
 
 
+def brighten(encoded: bytes) -> bytes:
+    """dSprites stores its pixels as 0 and 1."""
+    return tf.io.encode_png(tf.io.decode_png(encoded) * 255).numpy()
+
+
 def _bin(value: float, thresholds: tuple[float, ...]) -> int:
     """The largest i with thresholds[i] < value."""
     return int(np.flatnonzero(np.asarray(thresholds) < value)[-1])
@@ -61,6 +67,7 @@ class Task:
     label: Callable[[Any], int] = as_is
     flip: bool = True
     crop: bool = True
+    image: Callable[[bytes], bytes] = lambda encoded: encoded
 
 
 _VALIDATION = ("validation", 0)
@@ -115,6 +122,7 @@ TASKS: dict[str, Task] = {
         lambda e: int(e["label_x_position"]) // 2,
         flip=False,
         crop=False,
+        image=brighten,
     ),
     "dsprites_orientation": Task(
         STRUCTURED,
@@ -124,6 +132,7 @@ TASKS: dict[str, Task] = {
         ("train", 0.9),
         lambda e: int(int(e["label_orientation"]) // 2.5),
         flip=False,
+        image=brighten,
     ),
     "smallnorb_azimuth": Task(
         STRUCTURED,
@@ -154,9 +163,8 @@ def load(cfg: DataConfig) -> Dataset:
     choose("data.train_split", cfg.train_split, {"train": 0, "train800": 0})
 
     def read(expressions: str) -> Split:
-        return _checked(
-            tfds_source.read(builder, expressions, task.label), task, cfg.name
-        )
+        found = tfds_source.read(builder, expressions, task.label, task.image)
+        return _checked(found, task, cfg.name)
 
     names = [str(i) for i in range(task.classes)]
     known = getattr(builder.info.features.get("label"), "names", None)
