@@ -197,7 +197,7 @@ def plan(cfg: Config, target: Topology) -> dict[str, Any]:
     }
     memory = {k: v / GIB for k, v in memory.items()}
     peak = sum(memory.values())
-    cost = hlo.cost(compiled.as_text(), chips)
+    cost = hlo.cost(compiled.as_text() or "", chips)
     result |= {
         "fits": peak <= target.chip.hbm_gib,
         "peak_hbm_gib": peak,

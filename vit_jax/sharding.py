@@ -157,7 +157,9 @@ def stored(
     Vectors and biases are whole: they are small and would cost one message each.
     """
     spec = used(strategy, mesh, path, shape)
-    parts = [(a,) if a else () for a in (*spec, *[None] * (len(shape) - len(spec)))]
+    parts: list[tuple[Any, ...]] = [
+        (a,) if a else () for a in (*spec, *[None] * (len(shape) - len(spec)))
+    ]
     first = 1 if re.fullmatch(STACKED, path) else 0
     if sum(n > 1 for n in shape[first:]) < 2 or path.endswith("/bias"):
         return P(*(p or None for p in parts))

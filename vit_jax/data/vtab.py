@@ -167,9 +167,9 @@ def load(cfg: DataConfig) -> Dataset:
         return _checked(found, task, cfg.name)
 
     names = [str(i) for i in range(task.classes)]
-    known = getattr(builder.info.features.get("label"), "names", None)
-    if task.label is as_is and known and len(known) == task.classes:
-        names = list(known)
+    if task.label is as_is:
+        known = builder.info.features["label"].names or []
+        names = list(known) if len(known) == task.classes else names
     full = cfg.train_split == "train"
     return Dataset(
         read(splits["train800val200" if full else "train800"]),
