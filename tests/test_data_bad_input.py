@@ -109,6 +109,9 @@ BAD = {
     "html": b"<html>403</html>",
     "claims too much": png_header(60_000, 60_000),
     "truncated png": encoded(RGB, "PNG")[:-300],
+    "jpeg of a few bytes": b"\xff\xd8\xff\xe0abc",
+    "jpeg of zeros": b"\xff\xd8\xff\xe0" + bytes(200),
+    "jpeg of noise": b"\xff\xd8\xff" + np.random.default_rng(0).bytes(300),
 }
 
 
@@ -133,7 +136,10 @@ def test_bad_files_are_skipped_counted_and_named(tmp_path, cache, caplog):
         assert (b["image"].reshape(13, -1).std(axis=1) > 0).all()
     found = data.bad_examples()
     assert {str(p) for p in bad if "train" in p.parts} <= set(found)
-    assert all(found.values())
+    reasons = {p.name: found[str(p)] for p in bad if "train" in p.parts}
+    assert "0" in reasons["bad1.jpg"]
+    assert "more than 268435456 pixels" in reasons["bad4.jpg"]
+    assert all("error" not in r and "node" not in r for r in reasons.values()), reasons
     assert (
         sum("skipped the unreadable example" in r.message for r in caplog.records) >= 6
     )

@@ -20,6 +20,7 @@ class TinyPhotos(tfds.core.GeneratorBasedBuilder):
     """Twenty training and seven validation images of three classes."""
 
     VERSION = tfds.core.Version("1.0.0")
+    SIZES = (20, 7)
 
     def _info(self):
         return tfds.core.DatasetInfo(
@@ -33,14 +34,25 @@ class TinyPhotos(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        return {"train": self._examples(20, 0), "validation": self._examples(7, 100)}
+        train, validation = self.SIZES
+        return {
+            "train": self._examples(train, 0),
+            "validation": self._examples(validation, 100),
+        }
 
     def _generate_examples(self):
         raise NotImplementedError
 
     def _examples(self, count, seed):
         for i in range(count):
-            yield i, {"image": np.asarray(picture(seed + i)), "label": i % 3}
+            yield i, {"image": np.asarray(picture(seed + i, 6, 8)), "label": i % 3}
+
+
+class TinyTask(TinyPhotos):
+    """Enough for the 800 + 200 images of VTAB-1k."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    SIZES = (820, 210)
 
 
 @pytest.fixture(scope="module")
@@ -206,11 +218,10 @@ def test_label_rules():
 
 
 def test_a_task_from_end_to_end(data_dir, monkeypatch):
-    """The tiny set in the place of DTD: 20 training images are less than 800."""
-    row = vtab.Task(vtab.NATURAL, "tiny_photos", 3, ("validation", 0), ("train", 0.5))
+    row = vtab.Task(vtab.NATURAL, "tiny_task", 3, ("validation", 5), ("train", 0.5))
     monkeypatch.setitem(vtab.TASKS, "tiny", row)
     cfg = DataConfig(source="tfds", name="vtab/tiny", path=data_dir, image_size=12)
-    assert data.describe(cfg) == data.DataInfo(3, ("x", "y", "z"), 27, 10, False)
+    assert data.describe(cfg) == data.DataInfo(3, ("x", "y", "z"), 1000, 410, False)
     assert next(data.train_batches(cfg, batch=2, seed=0))["image"].shape == (
         2,
         12,
@@ -219,7 +230,7 @@ def test_a_task_from_end_to_end(data_dir, monkeypatch):
     )
     select = dataclasses.replace(cfg, train_split="train800")
     info = data.describe(select)
-    assert (info.num_train, info.num_test) == (20, 7)
+    assert (info.num_train, info.num_test) == (800, 200)
 
 
 def test_dsprites_is_brightened():

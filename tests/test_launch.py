@@ -299,8 +299,10 @@ def test_slurm_runs_one_process_per_node_and_requeues_itself(status, requeued, m
         machine.home / "spooled.sh"
     )  # SLURM runs a copy, from where the job was submitted
     shutil.copy(LAUNCH / "slurm.sh", script)
+    for name in ("launch", "configs"):  # a checkout without a .venv, whose python is not the fake one
+        (machine.home / name).symlink_to(ROOT / name)
     result = subprocess.run(
-        [script, *RUN, "--workdir=w"], cwd=ROOT, capture_output=True, text=True,
+        [script, *RUN, "--workdir=w"], cwd=machine.home, capture_output=True, text=True,
         env=job | {"PATH": f"{machine.home}/bin:/usr/bin:/bin"},
     )  # fmt: skip
     assert result.returncode == status, result

@@ -12,7 +12,8 @@ from vit_jax.data.decode import decode, shape_of
 from vit_jax.data.sources import IGNORED, Dataset, Labels, Split
 from vit_jax.data.tensorflow_cpu import tf
 
-ERRORS = (tf.errors.OpError,)
+# tensorflow fails to report an error whose text quotes bytes of an image.
+ERRORS = (tf.errors.OpError, UnicodeDecodeError)
 
 Fed = dict[str, np.ndarray]
 Example = Callable[[dict[str, Any]], dict[str, Any]]  # tensors of one example
@@ -201,15 +202,23 @@ def _open(fed: dict[str, Any], split: Split, dataset: Dataset) -> tuple[Any, Any
     labels here, int64 (n,), and they are refused where they are out of range."""
     data = fed["data"]
     if split.kind == "path":
-        return tf.io.read_file(data), None
+        return _long_enough(tf.io.read_file(data)), None
     if split.kind == "encoded":
-        return data, None
+        return _long_enough(data), None
     if split.kind == "record":
         assert split.parse is not None
         image, labels = split.parse(data)
-        return image, _checked(labels, dataset)
+        return _long_enough(image), _checked(labels, dataset)
     pixels = tf.reshape(tf.io.decode_raw(data, tf.uint8), fed["shape"])
     return tf.ensure_shape(pixels, (None, None, 3)), None
+
+
+def _long_enough(image: Any) -> Any:
+    """Refuses what is too short for the headers that decode.py looks at."""
+    size = tf.strings.length(image)
+    check = tf.debugging.Assert(size >= 32, ["no image, size in bytes:", size])
+    with tf.control_dependencies([check]):
+        return tf.identity(image)
 
 
 def _checked(labels: Any, dataset: Dataset) -> Any:
@@ -240,13 +249,15 @@ def _tensor(key: str, values: np.ndarray) -> Any:
 
 def _first_line(error: Exception) -> str:
     """What an error says, without what tensorflow wraps around it."""
-    text = str(getattr(error, "message", error)).strip()
-    text = (text.splitlines() or [type(error).__name__])[0]
+    text = str(getattr(error, "message", error))
+    if isinstance(error, UnicodeDecodeError):
+        text = error.object.decode(errors="replace")
+    if "assertion failed: [" in text:  # our own words, then values
+        text = text.split("assertion failed: [", 1)[1].split("]\n")[0]
+        text = text.replace("] [", " ")
+    text = (text.strip().splitlines() or [type(error).__name__])[0]
     text = text.split("}} ", 1)[-1]  # "{{function_node ...}} what happened"
-    text = text.split(" [Op:")[0]
-    if text.startswith("assertion failed: ["):  # our own words, then values
-        text = text.removeprefix("assertion failed: [").replace("] [", " ")[:-1]
-    return text[:200]
+    return text.split(" [Op:")[0][:200]
 
 
 # Our functions say tf.cond themselves: rewriting their Python would only cost time and
