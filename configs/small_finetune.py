@@ -6,7 +6,8 @@
         --config.data.path=mnist/ --config.pretrained=DIR
 
 Without --config.pretrained: from scratch, at equal steps.
-Cost: mnist 1 minute, cifar10 4 minutes on two cores. Expected: not run yet.
+Measured: mnist 0.447 from scratch, 0.633 from configs/cifar10.py, each about 2 minutes
+on two shared cores. cifar10: not run to the end yet.
 """
 
 from vit_jax import recipes
