@@ -167,7 +167,9 @@ def decode_all(split: Split, dataset: Dataset) -> tuple[Split, dict[int, str]]:
     bad = {}
     for i in np.setdiff1d(np.arange(size), done).tolist():
         try:
-            make(i, tf.constant(split.fetch(split.index(np.array([i])))[0]))
+            tf.function(make, autograph=False)(
+                i, tf.constant(split.fetch(split.index(np.array([i])))[0])
+            )
         except ERRORS as e:
             bad[i] = _first_line(e)
     labels = split.labels
@@ -247,6 +249,9 @@ def _tensor(key: str, values: np.ndarray) -> Any:
     return tf.constant(values, _SPECS[key].dtype)
 
 
+_TRACE = ("Graph execution error", "Detected at node", "File ", "<stack", "node ", "[[")
+
+
 def _first_line(error: Exception) -> str:
     """What an error says, without what tensorflow wraps around it."""
     text = str(getattr(error, "message", error))
@@ -255,7 +260,9 @@ def _first_line(error: Exception) -> str:
     if "assertion failed: [" in text:  # our own words, then values
         text = text.split("assertion failed: [", 1)[1].split("]\n")[0]
         text = text.replace("] [", " ")
-    text = (text.strip().splitlines() or [type(error).__name__])[0]
+    lines = [line.strip() for line in text.splitlines()]
+    lines = [line for line in lines if line and not line.startswith(_TRACE)]
+    text = (lines or [type(error).__name__])[0]
     text = text.split("}} ", 1)[-1]  # "{{function_node ...}} what happened"
     return text.split(" [Op:")[0][:200]
 
