@@ -177,7 +177,8 @@ def test_the_compilation_cache_is_in_the_home_folder_and_can_be_switched_off(tmp
         "jax.jit(lambda x: x + 1)(1.0)\n"
     )
     env = {k: v for k, v in (os.environ | ENV).items() if k != CACHE} | {
-        "HOME": str(tmp_path)
+        "HOME": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     call = lambda **more: subprocess.run(
         [sys.executable, "-c", code],
