@@ -138,10 +138,11 @@ def test_vtab_means_are_those_of_table_9():
 
 def test_vtab_tasks_are_those_of_the_recipes():
     from vit_jax import recipes
+    from vit_jax.data import vtab as tasks
 
-    assert {t: r.group for t, r in vtab.TASKS.items()} == {
-        t: r.group for t, r in recipes.VTAB.items()
-    }
+    assert set(vtab.TASKS) == set(recipes.VTAB) == set(tasks.TASKS)
+    groups = {t: r.group for t, r in vtab.TASKS.items()}
+    assert groups == {t: r.group for t, r in tasks.TASKS.items()}
 
 
 def test_vtab_table_of_workdirs(tmp_path):

@@ -299,7 +299,10 @@ def test_slurm_runs_one_process_per_node_and_requeues_itself(status, requeued, m
         machine.home / "spooled.sh"
     )  # SLURM runs a copy, from where the job was submitted
     shutil.copy(LAUNCH / "slurm.sh", script)
-    for name in ("launch", "configs"):  # a checkout without a .venv, whose python is not the fake one
+    for name in (
+        "launch",
+        "configs",
+    ):  # a checkout without a .venv, whose python is not the fake one
         (machine.home / name).symlink_to(ROOT / name)
     result = subprocess.run(
         [script, *RUN, "--workdir=w"], cwd=machine.home, capture_output=True, text=True,

@@ -36,7 +36,7 @@ TASKS = {
     "pets": Task("natural", "Pets", 97.2, 96.7, 92.7),
     "sun397": Task("natural", "Sun397", 65.0, 63.5, 61.0),
     "svhn": Task("natural", "SVHN", 88.9, 87.4, 80.9),
-    "camelyon": Task("specialized", "Camelyon", 83.3, 83.6, 82.5),
+    "patch_camelyon": Task("specialized", "Camelyon", 83.3, 83.6, 82.5),
     "eurosat": Task("specialized", "EuroSAT", 96.7, 96.5, 95.6),
     "resisc45": Task("specialized", "Resisc45", 91.4, 89.7, 85.2),
     "retinopathy": Task("specialized", "Retinopathy", 76.6, 77.1, 75.3),
