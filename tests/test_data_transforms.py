@@ -159,10 +159,10 @@ def test_fused_decoding_equals_decoding_and_cutting():
     data = tf.constant(encoded(picture(0, 120, 160)))
     window = tf.constant([16, 32, 64, 48])
     whole = decode(data).numpy()[16:80, 32:80]
-    exact = decode_crop(data, window, target=0).numpy()
+    exact = decode_crop(data, lambda shape: window, target=0).numpy()
     # Chroma upsampling looks across the edge of the crop: only the outermost pixels differ.
     np.testing.assert_array_equal(exact[1:-1, 1:-1], whole[1:-1, 1:-1])
-    fast = decode_crop(data, window, target=64).numpy()
+    fast = decode_crop(data, lambda shape: window, target=64).numpy()
     assert np.abs(fast.astype(int) - exact).mean() < 2
 
 
@@ -171,8 +171,19 @@ def test_fused_decoding_equals_decoding_and_cutting():
 )
 def test_large_crops_are_decoded_at_a_fraction(target, ratio):
     data = tf.constant(encoded(picture(0, 120, 160)))
-    crop = decode_crop(data, tf.constant([11, 13, 64, 96]), target=target)
+    window = tf.constant([11, 13, 64, 96])
+    crop = decode_crop(data, lambda shape: window, target=target)
     assert crop.shape == (64 // ratio, 96 // ratio, 3)
+
+
+def test_a_truncated_jpeg_fails_whatever_the_crop():
+    """Above the cut it would decode, and whether a file is bad would depend on luck."""
+    data = encoded(picture(0, 240, 320))
+    top = lambda shape: tf.constant([0, 0, 16, 16])
+    decode_crop(tf.constant(data), top, target=0)
+    for target in (0, 16):
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            decode_crop(tf.constant(data[:-40]), top, target=target)
 
 
 # -------------------------------------------------------------------- RandAugment

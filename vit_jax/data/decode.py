@@ -7,6 +7,7 @@ tensorflow error; whether it does depends on the file alone, never on the crop, 
 resumed run replaces the same examples.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -47,41 +48,43 @@ def decode(image: Image) -> Image:
     )
 
 
-def decode_crop(image: Image, window: Any, *, target: int) -> Image:
-    """The part ``window`` (top, left, height, width) of the image, int32.
+def decode_crop(image: Image, place: Callable[[Any], Any], *, target: int) -> Image:
+    """The part ``place(shape)`` (top, left, height, width; int32) of the image.
 
     A JPEG is decoded only there. ``target`` > 0 allows a quicker way that is not exact:
-    where both sides of the window are at least 2, 4 or 8 times ``target`` the image is
-    decoded at that fraction of its size, in the DCT domain, and colour is upsampled by
-    repetition.
+    a less precise transform, and where both sides of the window are at least 2, 4 or 8
+    times ``target``, decoding at that fraction of the size, in the DCT domain.
     """
-    if image.dtype != tf.string:
-        return _slice(image, window)
 
     def full() -> Image:
-        return _slice(decode(image), window)
+        pixels = decode(image)
+        window = place(tf.shape(pixels))
+        begin = tf.concat([window[:2], [0]], 0)
+        return tf.slice(pixels, begin, tf.concat([window[2:], [3]], 0))
 
     def fused() -> Image:
-        if not target:
-            return tf.image.decode_and_crop_jpeg(
-                image, window, channels=3, dct_method="INTEGER_ACCURATE"
-            )
+        window = place(tf.image.extract_jpeg_shape(image))
 
-        def at(ratio: int) -> Callable[[], Image]:
-            return lambda: tf.raw_ops.DecodeAndCropJpeg(
+        def at(ratio: int, precision: str = "INTEGER_FAST") -> Image:
+            return tf.raw_ops.DecodeAndCropJpeg(
                 contents=image,
                 crop_window=tf.maximum(window // ratio, [0, 0, 1, 1]),
                 channels=3,
                 ratio=ratio,
-                fancy_upscaling=False,
-                dct_method="INTEGER_FAST",
+                dct_method=precision,
             )
 
+        if not target:
+            return at(1, "INTEGER_ACCURATE")
         times = tf.reduce_min(window[2:]) // target
-        power = tf.cast(times >= 2, tf.int32) + tf.cast(times >= 4, tf.int32)
-        power += tf.cast(times >= 8, tf.int32)
-        return tf.switch_case(power, [at(1), at(2), at(4), at(8)])
+        power = tf.cast(times >= 4, tf.int32) + tf.cast(times >= 8, tf.int32)
+        smaller = [functools.partial(at, ratio) for ratio in (2, 4, 8)]
+        return tf.cond(
+            times >= 2, lambda: tf.switch_case(power, smaller), lambda: at(1)
+        )
 
+    if image.dtype != tf.string:
+        return _rgb(full())
     plain = is_jpeg(image) & _is_complete(image) & ~_has_exif(image)
     return _rgb(tf.cond(plain, fused, full))
 
@@ -203,11 +206,6 @@ def _orient(pixels: Image, orientation: Any) -> Image:
     turn = (orientation - 1) % 4
     dims = tf.stack([turn >= 2, (turn == 1) | (turn == 2), tf.constant(False)])
     return tf.raw_ops.Reverse(tensor=tf.transpose(pixels, axes), dims=dims)
-
-
-def _slice(image: Image, window: Any) -> Image:
-    begin = tf.concat([window[:2], [0]], 0)
-    return tf.slice(image, begin, tf.concat([window[2:], [3]], 0))
 
 
 def _rgb(image: Image) -> Image:

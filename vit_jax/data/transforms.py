@@ -16,7 +16,7 @@ from typing import Any
 
 from vit_jax.config import choose, nearest
 from vit_jax.data import randaugment as ra
-from vit_jax.data.decode import Image, decode, decode_crop, resize_to, shape_of
+from vit_jax.data.decode import Image, decode, decode_crop, resize_to
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 
@@ -40,8 +40,11 @@ def inception_crop(
     TensorFlow's own sampler, whose distribution is not torchvision's: the ratio is
     uniform, then the height is uniform among those that fit, so small crops are common.
     """
-    window = inception_window(shape_of(image), seed, area=area, ratio=ratio)
-    crop = decode_crop(image, window, target=0 if exact else size)
+
+    def place(shape: Any) -> Any:
+        return inception_window(shape, seed, area=area, ratio=ratio)
+
+    crop = decode_crop(image, place, target=0 if exact else size)
     return resize_to(crop, size)
 
 
@@ -105,18 +108,19 @@ def resize_small(
 
 def random_crop(image: Image, seed: Seed, *, size: int) -> Image:
     """A square of ``size`` pixels from anywhere in the image."""
-    shape = shape_of(image)
-    free = shape[:2] - size
-    draw = tf.raw_ops.StatelessRandomUniform(shape=[2], seed=seed)
-    offset = tf.cast(draw * tf.cast(free + 1, tf.float32), tf.int32)
-    offset = tf.minimum(offset, free)  # draw * n may round up to n
-    return _fixed_crop(image, offset, size, "random_crop")
+
+    def offset(free: Any) -> Any:
+        draw = tf.raw_ops.StatelessRandomUniform(shape=[2], seed=seed)
+        drawn = tf.cast(draw * tf.cast(free + 1, tf.float32), tf.int32)
+        return tf.minimum(drawn, free)  # draw * n may round up to n
+
+    return _square(image, offset, size, "random_crop")
 
 
 def central_crop(image: Image, seed: Seed, *, size: int) -> Image:
     """The square of ``size`` pixels in the middle."""
     del seed
-    return _fixed_crop(image, (shape_of(image)[:2] - size) // 2, size, "central_crop")
+    return _square(image, lambda free: free // 2, size, "central_crop")
 
 
 def flip(image: Image, seed: Seed, *, p: float = 0.5) -> Image:
@@ -205,18 +209,17 @@ def compose(
 _STREAM = 0x632BE59BD9B4E019  # an odd constant: distinct seeds for every position
 
 
-def _fixed_crop(image: Image, offset: Any, size: int, name: str) -> Image:
-    with tf.control_dependencies(
-        [
-            tf.debugging.assert_non_negative(
-                offset, f"{name}: the image is smaller than {size} pixels"
-            )
-        ]
-    ):
-        window = tf.concat([offset, [size, size]], 0)
-    crop = decode_crop(image, window, target=0)
-    crop.set_shape([size, size, 3])
-    return crop
+def _square(image: Image, offset: Callable[[Any], Any], size: int, name: str) -> Image:
+    """A square at ``offset(free)``, where ``free`` says how far it could move."""
+
+    def place(shape: Any) -> Any:
+        free = shape[:2] - size
+        problem = f"{name}: the image is smaller than {size} pixels:"
+        check = tf.debugging.Assert(tf.reduce_all(free >= 0), [problem, shape[:2]])
+        with tf.control_dependencies([check]):
+            return tf.concat([offset(free), [size, size]], 0)
+
+    return tf.ensure_shape(decode_crop(image, place, target=0), (size, size, 3))
 
 
 def _sides(image: Image) -> str:
