@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tensorflow side of the pipeline: decode, transform and batch, in parallel."""
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,8 @@ ERRORS = (tf.errors.OpError, UnicodeDecodeError)
 Fed = dict[str, np.ndarray]
 Example = Callable[[dict[str, Any]], dict[str, Any]]  # tensors of one example
 
+# Decoding keeps a core busy. tf.data's own tuning takes minutes to find that out.
+THREADS = os.cpu_count() or 1
 _PREFETCH = 2  # finished batches that wait for the device
 
 
@@ -79,7 +82,7 @@ def batches(
 
     dataset = tf.data.Dataset.range(steps.start, steps.stop).map(_plain(fetch))
     dataset = dataset.prefetch(1).unbatch()
-    dataset = dataset.map(_plain(example), num_parallel_calls=tf.data.AUTOTUNE)
+    dataset = dataset.map(_plain(example), num_parallel_calls=THREADS)
     dataset = dataset.batch(batch, drop_remainder=True).prefetch(_PREFETCH)
     yield from dataset.with_options(_options()).as_numpy_iterator()
 
@@ -90,7 +93,7 @@ def readable(fed: Fed, example: Example) -> dict[int, dict[str, np.ndarray]]:
         {k: _tensor(k, v) for k, v in fed.items()}
     ).enumerate()
     numbered = _plain(lambda i, one: (i, example(one)))
-    dataset = dataset.map(numbered, num_parallel_calls=tf.data.AUTOTUNE)
+    dataset = dataset.map(numbered, num_parallel_calls=THREADS)
     dataset = dataset.ignore_errors().with_options(_options())
     return {int(i): made for i, made in dataset.as_numpy_iterator()}
 
@@ -141,7 +144,7 @@ def decode_all(split: Split, dataset: Dataset) -> tuple[Split, dict[int, str]]:
         index = np.arange(start, min(start + _CHUNK, size))
         data = split.fetch(split.index(index))
         images = tf.data.Dataset.from_tensor_slices((index, _tensor("data", data)))
-        images = images.map(_plain(make), num_parallel_calls=tf.data.AUTOTUNE)
+        images = images.map(_plain(make), num_parallel_calls=THREADS)
         images = images.ignore_errors().ragged_batch(_CHUNK)
         batches: Any = images.with_options(_options())
         for made in batches:

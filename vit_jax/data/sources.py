@@ -180,10 +180,11 @@ def digits(cfg: DataConfig) -> Dataset:
     """1,797 scans of handwritten digits, 8 x 8 pixels, that ship with scikit-learn."""
     from sklearn.datasets import load_digits
 
-    data = load_digits()
-    grey = np.round(data.images * (255 / 16)).astype(np.uint8)  # 0..16 -> 0..255
+    pixels, labels = load_digits(return_X_y=True)
+    pixels = pixels.reshape(-1, 8, 8) * (255 / 16)  # 0..16 -> 0..255
+    grey = np.round(pixels).astype(np.uint8)
     images = np.repeat(grey[..., None], 3, axis=-1)
-    split = from_arrays(images, data.target, "digit")
+    split = from_arrays(images, labels, "digit")
     train, test = held_out(split, cfg.test_share)
     names = tuple(str(i) for i in range(10))
     return Dataset(split.select(train), split.select(test), names)
