@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -11,12 +12,14 @@ import sys
 import numpy as np
 import pytest
 from data_files import encoded, picture, take, write_folder
+from tiny import TINY
 
-from vit_jax import data
-from vit_jax.config import DataConfig
+from vit_jax import data, train
+from vit_jax.config import DataConfig, replace
 from vit_jax.data import write_records
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
+from vit_jax.progress import read_metrics
 
 FORMATS = ("tfrecord", "array_record")
 
@@ -87,6 +90,32 @@ def test_any_number_of_labels(multilabel, tmp_path, format, cache):
     assert labels.dtype == np.float32
     everything = {tuple(float(i >> bit & 1) for bit in range(3)) for i in range(8)}
     assert {tuple(row) for row in labels} == everything
+
+
+def test_training_on_any_number_of_labels(multilabel, tmp_path):
+    """The sigmoid loss of eight images learned by heart, one without a label, one with all."""
+    records, run = str(tmp_path / "records"), str(tmp_path / "run")
+    write_records.write(multilabel, records)
+    cfg = replace(
+        TINY,
+        data=dataclasses.replace(
+            config(records), image_size=16, train_transforms=({"op": "resize"},)
+        ),
+        loss="sigmoid",
+        batch=8,
+        steps=100,
+        optim__learning_rate=1e-2,
+        optim__weight_decay=0.0,
+    )
+    train.train(cfg, run)
+    lines = read_metrics(run)
+    losses = [m["train/loss"] for m in lines if "train/loss" in m]
+    # Three fair labels cost 3 ln 2 = 2.08 until the images are told apart.
+    assert losses[0] == pytest.approx(3 * math.log(2), abs=0.3)
+    assert losses[-1] < math.log(2)
+    final = [m for m in lines if "test/loss" in m][-1]
+    assert final["test/count"] == 3  # of 4, one has no label: no answer would be right
+    assert math.isfinite(final["test/loss"])
 
 
 def test_an_interrupted_writer_goes_on_where_it_was(written, tmp_path):

@@ -128,6 +128,8 @@ class Checkpointer:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
+        # Orbax waits for its cleaning only before a save; a run that ends sooner would cut it short with a traceback.
+        self._manager._maybe_await_cleanup_tmp_directory()
         self._manager.close()
 
 

@@ -381,7 +381,7 @@ def search(cfg: Config, target: Topology, limit: int) -> list[dict[str, Any]]:
         plans.append(plan(candidate, target))
         if plans[-1]["fits"]:
             fitting.add(key)
-        print(_row(plans[-1]), flush=True)
+        print(_row(plans[-1]), file=sys.stderr, flush=True)
     return sorted(
         plans, key=lambda p: (not p["fits"], p["step_ms"] or 0, p["peak_hbm_gib"])
     )

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a weight file to a user's photos and back, by the commands that a user types."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import TINY
+
+from vit_jax import config, models, weights
+from vit_jax.progress import read_metrics
+
+ROOT = Path(__file__).parent.parent
+CLASSES = {"sand": (1.0, 0.8, 0.5), "sea": (0.4, 0.7, 1.0), "wood": (0.7, 1.0, 0.5)}
+SIZE = 16  # pixels of the photos and of the fine-tuned model
+
+
+def command(module, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", f"vit_jax.{module}", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def finetune(photos, pretrained, workdir, *more):
+    return command(
+        "main",
+        f"--config={ROOT / 'configs' / 'finetune_folder.py'}",
+        f"--workdir={workdir}",
+        f"--config.data.path={photos}",
+        f"--config.pretrained={pretrained}",
+        f"--config.data.image_size={SIZE}",
+        *("--config.model.name=", "--config.model.width=16", "--config.model.depth=1"),
+        *("--config.model.mlp_dim=32", "--config.model.heads=2"),
+        *("--config.model.patch=4", "--config.steps=40", "--config.batch=32"),
+        *("--config.log_every=10", "--config.optim.learning_rate=0.1"),
+        *more,
+    )
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Three classes of noisy tints, so that a good model errs now and then."""
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for split, count in (("train", 60), ("test", 40)):
+        for name, tint in CLASSES.items():
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                colour = np.asarray(tint) + rng.normal(0, 0.25, 3)
+                noise = rng.uniform(0, 200, (SIZE, SIZE, 1))
+                pixels = np.clip(noise * colour, 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{i:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A file of 7 classes at half the resolution, whose head must go."""
+    cfg = models.resolve(
+        config.replace(TINY, model__num_classes=7, model__image_size=(8, 8)).model
+    )
+    images = np.zeros((1, 8, 8, 3), np.float32)
+    params = models.create(cfg).init(jax.random.key(1), images)["params"]
+    path = tmp_path_factory.mktemp("released") / "model.npz"
+    weights.save(path, cfg, jax.tree.map(np.asarray, params))
+    return path
+
+
+def test_from_npz_to_npz(photos, released, tmp_path):
+    """What predict says of the exported file is as right as the model was in memory."""
+    run = tmp_path / "run"
+    done = finetune(photos, released, run)
+    assert done.returncode == 0, done.stderr
+    accuracy = [m for m in read_metrics(str(run)) if "test/accuracy" in m][-1]
+    assert accuracy["step"] == 40
+    assert 0.6 < accuracy["test/accuracy"] < 1  # a third is chance
+
+    done = command("convert", run, tmp_path / "mine.npz")
+    assert done.returncode == 0, done.stderr
+    files = sorted((photos / "test").glob("*/*.png"))
+    done = command("predict", tmp_path / "mine.npz", *files, "--top=1", "--json")
+    assert done.returncode == 0, done.stderr
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    right = [s["top"][0]["class"] == Path(s["image"]).parent.name for s in said]
+    assert len(said) == accuracy["test/count"] == 120
+    assert np.mean(right) == pytest.approx(accuracy["test/accuracy"])
+
+
+def test_fine_tuning_starts_from_the_file(photos, released, tmp_path):
+    """With every array frozen but the head, the rest stays what the file holds."""
+    done = finetune(
+        photos,
+        released,
+        tmp_path / "run",
+        "--config.steps=2",
+        "--config.optim.freeze=('Transformer/.*','embedding.*','cls')",
+    )
+    assert done.returncode == 0, done.stderr
+    before, after = weights.read(released), weights.read(tmp_path / "run")
+    kernel = ["Transformer", "encoderblock_0", "MlpBlock_3", "Dense_0", "kernel"]
+    old, new = before.params, after.params
+    for key in kernel:
+        old, new = old[key], new[key]
+    np.testing.assert_array_equal(old, new)
+    assert np.shape(after.params["head"]["kernel"]) == (16, 3)
+    assert np.any(after.params["head"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ("--config.model.width=32", "model.width: file 16, config 32"),
+        ("--config.model.depth=2", "model.depth: file 1, config 2"),
+        ("--config.model.patch=8", "model.patch: file"),
+    ],
+)
+def test_another_architecture_names_the_field(
+    photos, released, tmp_path, change, field
+):
+    done = finetune(photos, released, tmp_path / "run", change)
+    assert done.returncode != 0
+    assert field in done.stderr
+    assert "Traceback" not in done.stderr
