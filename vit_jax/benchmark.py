@@ -123,7 +123,7 @@ def infer(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
 def _data(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
     from vit_jax.data import benchmark  # imports tensorflow
 
-    return benchmark.run(cfg.data, batch=cfg.batch, rounds=rounds, steps=steps)
+    return benchmark.run(cfg.data, rounds=rounds, steps=steps)
 
 
 def _fewshot(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
@@ -169,6 +169,7 @@ def main(argv: list[str]) -> None:
         )
     f = flags.FLAGS
     cfg = cli.read_config()
+    cli.keep_memory()
     results: dict[str, Any] = {
         "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
         "model": cfg.model.name or "ViT",
