@@ -51,9 +51,10 @@ def run(
             paths = [str(p) for p in split.fetch(split.index(np.arange(len(split))))]
         else:
             paths = write_photos(Path(scratch), photos)
+        crop = _crop(cfg)
         makers = {
-            "obvious": lambda: _obvious(paths, cfg.image_size, batch),
-            "decode_only": lambda: _decode_only(paths, batch),
+            "obvious": lambda: _obvious(paths, cfg.image_size, batch, crop),
+            "decode_only": lambda: _decode_only(paths, batch, crop),
             "ours": lambda: _ours(cfg, paths, batch),
         }
         size = float(np.mean([Path(p).stat().st_size for p in paths]))
@@ -133,14 +134,26 @@ def _timed(
     return {"rate": rate, "cpu": cpu}
 
 
-def _obvious(paths: list[str], size: int, batch: int) -> Iterator[Any]:
+def _crop(cfg: DataConfig) -> dict[str, Any]:
+    """How large the config's crops are: what is decoded depends on it."""
+    chosen = cfg.train_transforms or transforms.DEFAULT_TRAIN
+    crop = next((t for t in chosen if t["op"] == "inception_crop"), {})
+    return {
+        "area": tuple(crop.get("area", (0.05, 1.0))),
+        "ratio": tuple(crop.get("ratio", (0.75, 1.33))),
+    }
+
+
+def _obvious(
+    paths: list[str], size: int, batch: int, crop: dict[str, Any]
+) -> Iterator[Any]:
     def make(path: Any) -> Any:
         image = tf.io.decode_jpeg(tf.io.read_file(path), channels=3)
         begin, extent, _ = tf.image.sample_distorted_bounding_box(
             tf.shape(image),
             tf.zeros([0, 0, 4]),
-            area_range=(0.05, 1.0),
-            aspect_ratio_range=(0.75, 1.33),
+            area_range=crop["area"],
+            aspect_ratio_range=crop["ratio"],
             min_object_covered=0.0,
             use_image_if_no_bounding_boxes=True,
         )
@@ -153,10 +166,11 @@ def _obvious(paths: list[str], size: int, batch: int) -> Iterator[Any]:
     return dataset.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
 
 
-def _decode_only(paths: list[str], batch: int) -> Iterator[Any]:
+def _decode_only(paths: list[str], batch: int, crop: dict[str, Any]) -> Iterator[Any]:
     def make(path: Any, seed: Any) -> Any:
         data = tf.io.read_file(path)
-        window = transforms.inception_window(tf.image.extract_jpeg_shape(data), seed)
+        shape = tf.image.extract_jpeg_shape(data)
+        window = transforms.inception_window(shape, seed, **crop)
         pixels = tf.image.decode_and_crop_jpeg(data, window, channels=3)
         return tf.reshape(pixels, [-1])[:1]  # so that collecting them costs nothing
 
