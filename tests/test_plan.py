@@ -20,7 +20,8 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 # What the compiler writes, cut to what is read: a product outside of a loop, a loop of 5 around a loop of 3, an
-# asynchronous gather whose fusion is repeated, and a reduce-scatter spelled as a fusion around an all-reduce.
+# asynchronous gather whose fusion is repeated, and reduce-scatters spelled as fusions around an all-reduce, of which
+# those that the compiler combined have the same channel.
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true
 
@@ -34,6 +35,12 @@ HloModule jit_step, is_scheduled=true
   %g = bf16[256,128]{1,0} parameter(0)
   %all-reduce.9 = bf16[256,128]{1,0} all-reduce(%g), channel_id=3, replica_groups=[16,16]<=[256], to_apply=%add
   ROOT %dynamic-slice.1 = bf16[16,128]{1,0} dynamic-slice(%all-reduce.9, %i, %j), dynamic_slice_sizes={16,128}
+}
+
+%all-reduce-scatter.2 (g.1: bf16[256,128]) -> bf16[16,128] {
+  %g.1 = bf16[256,128]{1,0} parameter(0)
+  %all-reduce.10 = bf16[256,128]{1,0} all-reduce(%g.1), channel_id=3, replica_groups=[16,16]<=[256], to_apply=%add
+  ROOT %dynamic-slice.2 = bf16[16,128]{1,0} dynamic-slice(%all-reduce.10, %i, %j), dynamic_slice_sizes={16,128}
 }
 
 %inner_body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
@@ -70,6 +77,7 @@ ENTRY %main (x.1: f32[8]) -> f32[] {
   %x.1 = f32[8]{0} parameter(0)
   %while.2 = (s32[], f32[8]{0}) while(%x.1), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}
   %custom-call.1 = f32[8]{0} custom-call(%x.1), custom_call_target="tpu_custom_call"
+  %fusion.9 = bf16[16,128]{1,0} fusion(%x.1), kind=kCustom, calls=%all-reduce-scatter.2
   %send.1 = (f32[8]{0}, u32[], token[]) send(%x.1, %after-all.1), channel_id=9, is_host_transfer=true
   ROOT %all-reduce.1 = f32[]{:T(128)} all-reduce(%loss), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
 }
@@ -96,8 +104,8 @@ def test_cost_counts_traffic_by_kind():
     assert (gather.count, gather.bytes) == (5, 5 * whole), (
         "the repeated fusion is one gather"
     )
-    assert (scatter.count, scatter.bytes) == (5, 5 * whole)
-    assert scatter.wire_bytes == pytest.approx(5 * whole * 15 / 16)
+    assert (scatter.count, scatter.bytes) == (6, 6 * whole)
+    assert scatter.wire_bytes == pytest.approx(6 * whole * 15 / 16)
     assert (reduce.count, reduce.bytes, reduce.wire_bytes) == (1, 4, 2 * 4 * 3 / 4)
 
 

@@ -72,9 +72,8 @@ def cost(text: str, num_devices: int) -> Cost:
     """Walks the program from its entry, loop bodies times their trip counts."""
     computations, entry = parse(text)
     total = Cost()
-    seen: set[str] = (
-        set()
-    )  # channels: asynchronous fusions repeat their collective in several places
+    # Asynchronous fusions repeat their collective, with its channel, in several places.
+    seen: set[tuple[str, str]] = set()
 
     @functools.cache
     def flops(name: str) -> int:
@@ -91,12 +90,15 @@ def cost(text: str, num_devices: int) -> Cost:
             kind = i.op.removesuffix("-start")
             if kind in COLLECTIVES:
                 channel = re.search(r"channel_id=(\d+)", i.rest)
-                if channel and channel[1] in seen:
-                    continue
-                seen.update(channel.groups() if channel else ())
+                where = ""
                 # A reduce-scatter is a fusion around an all-reduce of the whole array.
+                # Those that were combined, one per layer, all have channel 1.
                 if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-                    kind = "reduce-scatter"
+                    kind, where = "reduce-scatter", name.split(".clone")[0]
+                if channel:
+                    if (channel[1], where) in seen:
+                        continue
+                    seen.add((channel[1], where))
                 n = group_size(i.rest, num_devices)
                 arrays = sizes(i.type)
                 size = sum(arrays)
