@@ -314,3 +314,42 @@ def test_command_reports_a_mesh_or_batch_that_does_not_divide(command, args, mes
     done = command("--topology=v5e:2x2", *args)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_search_tries_micro_batches_only_where_needed(monkeypatch):
+    """Replicated state never fits; zero fits with two micro-batches, the rest at once."""
+
+    def fake(cfg, target):
+        needed = {"replicate": 99, "zero": 2, "fsdp": 1}[cfg.sharding]
+        return {
+            "fits": cfg.accumulate >= needed,
+            "step_ms": 10.0 * cfg.accumulate + (cfg.model.remat == "full"),
+            "peak_hbm_gib": 1.0,
+            "mesh": {"data": 4},
+            "sharding": cfg.sharding,
+            "remat": cfg.model.remat,
+            "accumulate": cfg.accumulate,
+        }
+
+    monkeypatch.setattr(plan, "plan", fake)
+    target = plan.Topology("v5e:2x2", plan.CHIPS["v5e"], (None,) * 4)
+    found = plan.search(tiny(), target, limit=100)
+    tried = [(p["sharding"], p["remat"], p["accumulate"]) for p in found]
+    assert len(tried) == len(set(tried))
+    assert {n for s, _, n in tried if s == "fsdp"} == {1}
+    assert {n for s, _, n in tried if s == "zero"} == {1, 2}
+    assert {n for s, _, n in tried if s == "replicate"} == {1, 2, 4}  # 4 images a chip
+    fitting = [p for p in found if p["fits"]]
+    assert found[: len(fitting)] == sorted(fitting, key=lambda p: p["step_ms"])
+    assert len(plan.search(tiny(), target, limit=5)) == 5
+
+
+@needs_libtpu
+def test_search_prints_one_object(command):
+    done = command("--topology=v5e:2x2", "--search", "--search_limit=2", "--json")
+    assert done.returncode == 0, done.stderr
+    best = json.loads(done.stdout)
+    assert best["fits"]
+    assert len(best["tried"]) == 1
+    assert best["step_ms"] <= best["tried"][0]["step_ms"]
+    assert done.stderr.count(" GiB ") == 2  # a line for each, as they come
