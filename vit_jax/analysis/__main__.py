@@ -68,19 +68,31 @@ class Analysis:
         return _ARRAYS[name](self)
 
     def batches(self) -> Iterator[np.ndarray]:
-        """``count`` uint8 images, in arrays."""
+        """``count`` uint8 images, in arrays: ``--images`` in order, or random ones of the data set."""
         if self.places:
             paths = images.find(self.places, self.count)
             for start in range(0, len(paths), BATCH):
                 yield np.stack([self._read(p) for p in paths[start : start + BATCH]])
             return
-        left = self.count
-        for batch in self.labelled():
-            real = to_uint8(batch["image"][batch["mask"] > 0][:left])
-            yield real
-            left -= len(real)
-            if left <= 0:
+        batches = self.labelled()
+        passed, chosen = 0, self._random_positions()
+        for batch in batches:
+            real = to_uint8(batch["image"][batch["mask"] > 0])
+            here = chosen[(passed <= chosen) & (chosen < passed + len(real))] - passed
+            if len(here):
+                yield real[here]
+            passed += len(real)
+            if passed > chosen[-1]:
                 return
+
+    def _random_positions(self) -> np.ndarray:
+        """Which test images are looked at, in order: the first ones of a folder are all of one class."""
+        from vit_jax import data
+
+        assert self.data is not None
+        total = data.describe(self.data).num_test
+        count = min(self.count, total)
+        return np.sort(np.random.default_rng(self.seed).permutation(total)[:count])
 
     def _read(self, path: Path) -> np.ndarray:
         """uint8 pixels as the checkpoint's preprocessing cuts them. Raises: UserError: no image."""
@@ -140,7 +152,8 @@ class Analysis:
     def errors(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Confusion matrix and errors over the test split; computed once."""
         if not hasattr(self, "_errors"):
-            if not self.model.cfg.num_classes:
+            cfg = self.model.cfg
+            if not cfg.num_classes or cfg.head == "masked_patch":
                 raise UserError("the checkpoint has no classes")
             batches = self.labelled()
             names = self.about.class_names or self._class_names()
@@ -198,7 +211,7 @@ def _rollout_grid(a: Analysis) -> dict[str, Any]:
 
 
 def _heads(a: Analysis) -> dict[str, Any]:
-    image = next(iter(a.batches()))[:1]
+    image = a.summary()[1][:1]
     model, params = attention.unrolled(a.model, a.params)
     w = attention.capture(model, params, images.to_input(image, a.about.transforms))
     grid, _ = attention.geometry(model, a.size)
@@ -257,7 +270,7 @@ def analyse(
       places: image files and folders.
       data: the data set, where ``source`` is not a workdir that knows it.
       count: images for the attention figures.
-      seed: of the random choice in the rollout grid.
+      seed: of the random choice of images.
       only: names of figures; (): all.
       html: write ``report.html`` as well.
     """
@@ -326,9 +339,7 @@ def define_flags() -> None:
     flags.DEFINE_string("out", "", "Folder for the figures.")
     flags.DEFINE_list("images", [], "Image files and folders, separated by commas.")
     flags.DEFINE_integer("count", 128, "How many images the attention figures use.")
-    flags.DEFINE_integer(
-        "seed", 0, "Of the random choice of images in the rollout grid."
-    )
+    flags.DEFINE_integer("seed", 0, "Of the random choice of images.")
     flags.DEFINE_list("only", [], "Names of figures to draw; all of them if not given.")
     flags.DEFINE_bool(
         "html", False, "Write report.html, one page with everything in it."
