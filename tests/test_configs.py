@@ -6,9 +6,11 @@ import importlib.util
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from vit_jax import config, data, models, recipes, train
+from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -97,6 +99,28 @@ def test_two_steps_trace(name):
         assert {"loss", "learning_rate", "grad_norm"} <= set(metrics)
         state = after
     assert batch["image"].shape[:1] == (cfg.batch,)
+
+
+def test_every_pipeline_makes_an_image():
+    """What the configs do to a photo, training and evaluation, is done to one."""
+    from data_files import encoded, picture
+
+    from vit_jax.data import order, transforms
+
+    pipelines = {}  # text of a pipeline and its size -> pipeline
+    for name in FILES:
+        for arguments in [(), *((a,) for a in ARGUMENTS.get(name, []))]:
+            data = load(name, *arguments).data
+            for ops in (data.train_transforms, data.eval_transforms):
+                if ops:
+                    pipelines[repr(ops), data.image_size] = ops
+    assert len(pipelines) > 5
+    photo = encoded(picture(0, 60, 80))
+    seed = order.augmentation_seeds(np.arange(1), 0)[0]
+    for (_, size), ops in pipelines.items():
+        made = transforms.compose(ops, size=size, exact=False, knob="data")
+        image = made(tf.constant(photo), tf.constant(seed))
+        assert image.shape == (size, size, 3), ops
 
 
 def _shorter(cfg):

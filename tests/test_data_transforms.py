@@ -133,6 +133,16 @@ def test_the_order_of_later_operations_does_not_change_earlier_draws(noise):
     assert (flip == crop).all() or (flip == crop[:, ::-1]).all()
 
 
+def test_operations_draw_apart_however_many_there_are(noise):
+    """Five flips of fair and independent coins: how often an odd number of them mirrors."""
+    flips = compose(*[{"op": "resize"}] + [{"op": "flip"}] * 5)
+    plain = compose({"op": "resize"})(tf.constant(noise), seeds(1)[0]).numpy()
+    images = for_each_seed(lambda seed: flips(tf.constant(noise), seed), 400)
+    mirrored = (images == plain[None, :, ::-1]).all((1, 2, 3))
+    assert (mirrored | (images == plain[None]).all((1, 2, 3))).all()
+    assert abs(mirrored.mean() - 0.5) < 4 * 0.5 / 20  # four standard deviations
+
+
 @pytest.mark.parametrize(
     ("ops", "message"),
     [

@@ -194,7 +194,8 @@ def compose(
         for position, (function, options) in enumerate(steps):
             # Each operation draws from a stream of its own: adding or removing one
             # leaves the choices of those before it as they are.
-            image = function(image, seed + _STREAM * position, **options)
+            stream = (_STREAM * position + 2**63) % 2**64 - 2**63  # wraps as int64 does
+            image = function(image, seed + stream, **options)
         image = decode(image)
         if image.shape[:2] != (size, size):
             raise UserError(
