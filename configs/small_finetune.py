@@ -6,8 +6,8 @@
         --config.data.path=mnist/ --config.pretrained=DIR
 
 Without --config.pretrained: from scratch, at equal steps.
-Measured: mnist 0.447 from scratch, 0.633 from configs/cifar10.py, each about 2 minutes
-on two shared cores. cifar10: not run to the end yet.
+Measured: mnist 0.447 from scratch, 0.633 from configs/cifar10.py and 0.690 from masked
+pre-training, 2 CPU minutes each; cifar10 0.572 after 0.549 at 32 pixels, 8 CPU minutes.
 """
 
 from vit_jax import recipes

@@ -134,3 +134,21 @@ def test_an_unknown_benchmark_is_one_line():
     result = run(TINY, "--what=speed", module="vit_jax.benchmark")
     assert result.returncode == 2
     assert "unknown --what 'speed'" in result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="about glibc")
+def test_freed_memory_is_kept():
+    """The second 50 MB are those that the first ones left: no page comes from the system."""
+    code = (
+        "import resource, numpy as np; from vit_jax import cli\n"
+        "cli.glob.glob = lambda pattern: []  # as on a machine without accelerators\n"
+        "cli.keep_memory()\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "np.ones(50_000_000, np.uint8)\n"
+        "before = faults(); np.ones(50_000_000, np.uint8); print(faults() - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 50_000_000 / 4096 / 10

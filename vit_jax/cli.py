@@ -46,7 +46,7 @@ def define_process_flags() -> None:
 
 
 def connect() -> None:
-    """Connects the processes that the flags of :func:`define_process_flags` describe, and keeps what they compile."""
+    """Connects the processes that the flags of :func:`define_process_flags` describe; compiled programs and freed memory are kept."""
     keep_compiled()
     keep_memory()
     f = flags.FLAGS
