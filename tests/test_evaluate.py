@@ -200,3 +200,8 @@ def test_mistakes_in_the_command_are_one_line(npz, tmp_path):
         assert len(lines) == 1, result.stderr
         for word in words:
             assert word in lines[0]
+
+
+def test_nothing_to_measure(workdir):
+    with pytest.raises(UserError, match=r"evaluators is empty.*fewshot"):
+        evaluate(workdir, config.replace(TINY, eval__evaluators=()))

@@ -40,10 +40,16 @@ def evaluate(source: str, cfg: Config | None = None, out: str = "") -> dict[str,
       out: folder for ``evaluation.json``, ``evaluation.txt`` and the arrays behind the numbers.
 
     Raises:
-      UserError: no config, another number of classes, or whatever an evaluator refuses.
+      UserError: no config or evaluator, another number of classes, or whatever an evaluator refuses.
     """
     cfg = cfg or _stored_config(source)
     evaluators.check(cfg)
+    if not cfg.eval.evaluators:
+        raise UserError(
+            "config.eval.evaluators is empty, so there is nothing to measure: choose of "
+            f"{', '.join(evaluators.EVALUATORS)}, for example "
+            "--config.eval.evaluators=\"({'type':'fewshot'},)\""
+        )
     if out:
         _write(out, "evaluation.txt", "")  # fails before the work, not after it
     context = _context(source, cfg, out)
