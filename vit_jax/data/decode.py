@@ -7,7 +7,6 @@ tensorflow error; whether it does depends on the file alone, never on the crop, 
 resumed run replaces the same examples.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,20 @@ from vit_jax.data.tensorflow_cpu import tf
 MAX_PIXELS = 2**28
 
 Image = Any  # tf.Tensor: string () or uint8 (H, W, 3)
+
+_FILE = tf.TensorSpec((), tf.string)
+_WINDOW = tf.TensorSpec((4,), tf.int32)
+
+
+def _rarely(*signature: Any) -> Callable[[Callable[..., Any]], Any]:
+    """For what few images need. Traced once per process, so that building a pipeline
+    does not take seconds; not inlined, because the executor visits every operation of a
+    branch that is not taken, and there are hundreds (a tenth of the time per image)."""
+    return tf.function(
+        autograph=False,
+        input_signature=signature,
+        experimental_attributes={"_noinline": True},
+    )
 
 
 def shape_of(image: Image) -> Any:
@@ -39,13 +52,7 @@ def decode(image: Image) -> Image:
     """The pixels; an image that is decoded already passes through."""
     if image.dtype != tf.string:
         return image
-    return _rgb(
-        tf.cond(
-            is_jpeg(image),
-            lambda: _decode_jpeg(image),
-            lambda: _decode_other(image),
-        )
-    )
+    return _rgb(_decode_file(image))
 
 
 def decode_crop(image: Image, place: Callable[[Any], Any], *, target: int) -> Image:
@@ -64,29 +71,17 @@ def decode_crop(image: Image, place: Callable[[Any], Any], *, target: int) -> Im
 
     def fused() -> Image:
         window = place(tf.image.extract_jpeg_shape(image))
-
-        def at(ratio: int, precision: str = "INTEGER_FAST") -> Image:
-            return tf.raw_ops.DecodeAndCropJpeg(
-                contents=image,
-                crop_window=tf.maximum(window // ratio, [0, 0, 1, 1]),
-                channels=3,
-                ratio=ratio,
-                dct_method=precision,
-            )
-
         if not target:
-            return at(1, "INTEGER_ACCURATE")
-        times = tf.reduce_min(window[2:]) // target
-        power = tf.cast(times >= 4, tf.int32) + tf.cast(times >= 8, tf.int32)
-        smaller = [functools.partial(at, ratio) for ratio in (2, 4, 8)]
+            return _decode_window(image, window, precision="INTEGER_ACCURATE")
         return tf.cond(
-            times >= 2, lambda: tf.switch_case(power, smaller), lambda: at(1)
+            tf.reduce_all(window[2:] >= 2 * target),
+            lambda: _decode_smaller(image, window, target),
+            lambda: _decode_window(image, window),
         )
 
     if image.dtype != tf.string:
         return _rgb(full())
-    plain = is_jpeg(image) & _is_complete(image) & ~_has_exif(image)
-    return _rgb(tf.cond(plain, fused, full))
+    return _rgb(tf.cond(_is_plain_jpeg(image), fused, full))
 
 
 def resize_to(
@@ -113,16 +108,18 @@ def resize_to(
     return _rgb(result)
 
 
-# Traced once per process: building a pipeline must not take seconds.
-_once = tf.function(autograph=False, input_signature=[tf.TensorSpec((), tf.string)])
-
-
 def is_jpeg(image: Image) -> Any:
     """Whether the file starts as a JPEG does."""
     return tf.strings.substr(image, 0, 2) == b"\xff\xd8"
 
 
-@_once
+@_rarely(_FILE)
+def _decode_file(image: Image) -> Image:
+    return tf.cond(
+        is_jpeg(image), lambda: _decode_jpeg(image), lambda: _decode_other(image)
+    )
+
+
 def _decode_jpeg(image: Image) -> Image:
     with tf.control_dependencies([_not_huge(tf.image.extract_jpeg_shape(image))]):
         pixels = tf.io.decode_jpeg(image, channels=3, dct_method="INTEGER_ACCURATE")
@@ -133,7 +130,33 @@ def _decode_jpeg(image: Image) -> Image:
     )
 
 
-@_once
+def _decode_window(
+    image: Image, window: Any, ratio: int = 1, precision: str = "INTEGER_FAST"
+) -> Image:
+    return tf.raw_ops.DecodeAndCropJpeg(
+        contents=image,
+        crop_window=window,
+        channels=3,
+        ratio=ratio,
+        dct_method=precision,
+    )
+
+
+@_rarely(_FILE, _WINDOW, tf.TensorSpec((), tf.int32))
+def _decode_smaller(image: Image, window: Any, target: Any) -> Image:
+    """At a half, a quarter or an eighth: the smallest that is not below ``target``."""
+    times = tf.reduce_min(window[2:]) // target
+    power = tf.cast(times >= 4, tf.int32) + tf.cast(times >= 8, tf.int32)
+
+    def at(ratio: int) -> Callable[[], Image]:
+        return lambda: _decode_window(
+            image, tf.maximum(window // ratio, [0, 0, 1, 1]), ratio
+        )
+
+    return tf.switch_case(power, [at(2), at(4), at(8)])
+
+
+@_rarely(_FILE)
 def _decode_other(image: Image) -> Image:
     is_png = tf.strings.substr(image, 1, 3) == b"PNG"
 
@@ -156,24 +179,29 @@ def _not_huge(shape: Any) -> Any:
     )
 
 
-def _is_complete(image: Image) -> Any:
-    """Whether a JPEG ends as it should. One cut short still decodes above the cut: it
-    must fail as a whole, not only in those crops that reach down to it."""
-    return tf.strings.substr(image, -2, 2) == b"\xff\xd9"
+def _is_plain_jpeg(image: Image) -> Any:
+    """Whether a JPEG needs nothing but decoding: complete, and never rotated.
+
+    One cut short still decodes above the cut: it must fail as a whole, not only in those
+    crops that reach down to it.
+    """
+    at, size = [0, -2, *_EXIF_AT], [2, 2, *(len(_EXIF) for _ in _EXIF_AT)]
+    parts = tf.strings.substr(tf.reshape(image, [1]), at, size)
+    found = tf.equal(parts, [b"\xff\xd8", b"\xff\xd9", *(_EXIF for _ in _EXIF_AT)])
+    return tf.reduce_all(tf.equal(found, [True, True, *(False for _ in _EXIF_AT)]))
 
 
 _EXIF = b"Exif\x00\x00"
+_EXIF_AT = (6, 24)  # it comes first (APP1) or right behind the JFIF header (APP0)
 _HEADER = 4096  # bytes searched for the orientation; cameras write it near the start
 
 
 def _has_exif(image: Image) -> Any:
-    """Whether EXIF data comes first (APP1) or right behind the JFIF header (APP0)."""
-    size = len(_EXIF)
-    first = tf.strings.substr(image, 6, size) == _EXIF
-    return first | (tf.strings.substr(image, 24, size) == _EXIF)
+    found = [tf.strings.substr(image, at, len(_EXIF)) == _EXIF for at in _EXIF_AT]
+    return tf.reduce_any(tf.stack(found))
 
 
-@_once
+@_rarely(_FILE)
 def _orientation(image: Image) -> Any:
     """EXIF orientation, int32 in [1, 8]; 1 where there is none.
 

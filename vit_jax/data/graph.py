@@ -221,8 +221,10 @@ def _open(fed: dict[str, Any], split: Split, dataset: Dataset) -> tuple[Any, Any
 def _long_enough(image: Any) -> Any:
     """Refuses what is too short for the headers that decode.py looks at."""
     size = tf.strings.length(image)
-    check = tf.debugging.Assert(size >= 32, ["no image, size in bytes:", size])
-    with tf.control_dependencies([check]):
+    # The raw operation: tf.debugging.Assert puts a branch around it.
+    problem = ["no image, size in bytes:", size]
+    check = tf.raw_ops.Assert(condition=size >= 32, data=problem)
+    with tf.control_dependencies([check] if check else []):
         return tf.identity(image)
 
 
