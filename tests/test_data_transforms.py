@@ -99,6 +99,44 @@ def test_resize_is_bilinear_without_antialiasing(noise):
     np.testing.assert_allclose(made, area, atol=0.5001)
 
 
+@pytest.mark.parametrize("size", [16, 300])
+def test_many_images_are_resized_as_one_is(size):
+    shapes = [(40, 56), (1, 1), (7, 300), (size, size), (333, 2)]
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (*s, 3), np.uint8) for s in shapes]
+    plain = transforms.resize_many(images, [False] * 5, size).numpy()
+    for made, image in zip(plain, images, strict=True):
+        expected = resize_to(tf.constant(image), size).numpy().astype(int)
+        assert np.abs(made - expected).max() <= 1  # both round, once and twice
+    mirror = np.array([True, False, True, True, False])
+    mirrored = transforms.resize_many(images, mirror, size).numpy()
+    np.testing.assert_array_equal(mirrored[mirror], plain[mirror][:, :, ::-1])
+    np.testing.assert_array_equal(mirrored[~mirror], plain[~mirror])
+
+
+@pytest.mark.parametrize(
+    "rest", [(), ("flip",), ("randaugment",), ("flip", "randaugment", "value_range")]
+)
+@pytest.mark.parametrize("exact", [False, True])
+def test_together_is_the_same_as_alone(rest, exact):
+    """Which examples share a group depends on the number of hosts; no bit may."""
+    ops = [{"op": name} for name in ("inception_crop", *rest)]
+    run = compose(*ops, exact=exact)
+    photos = [encoded(picture(i, 60 + i, 80 - i)) for i in range(5)]
+    drawn = seeds(5)
+    alone = [run(tf.constant(p), s).numpy() for p, s in zip(photos, drawn, strict=True)]
+    rows = [run.alone(tf.constant(p), s) for p, s in zip(photos, drawn, strict=True)]
+    made = run.together({k: [r[k] for r in rows] for k in rows[0]}, drawn)
+    np.testing.assert_array_equal(made, np.stack(alone))
+    if rest in [(), ("flip",)]:  # nothing that enlarges a difference
+        plain = compose(*ops, exact=True)
+        for photo, seed, image in zip(photos, drawn, alone, strict=True):
+            expected = plain(tf.constant(photo), seed).numpy().astype(int)
+            same = np.abs(image - expected).mean()
+            mirrored = np.abs(image - expected[:, ::-1]).mean()
+            assert same < mirrored / 4, "the same crop, the same side, but for rounding"
+
+
 def test_evaluation_pipelines(noise):
     small = transforms.resize_small(tf.constant(noise), None, size=20)
     assert small.shape == (20, 28, 3)  # 40 x 56, the shorter side 20

@@ -7,10 +7,15 @@ tensorflow error; whether it does depends on the file alone, never on the crop, 
 resumed run replaces the same examples.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import cv2
+import numpy as np
+
 from vit_jax.data.tensorflow_cpu import tf
+
+cv2.setNumThreads(1)  # tf.data keeps every core busy already
 
 # More would take over a gigabyte per image and thread; a header may claim anything.
 MAX_PIXELS = 2**28
@@ -106,6 +111,26 @@ def resize_to(
     if isinstance(size, int):
         return tf.ensure_shape(result, (size, size, 3))
     return _rgb(result)
+
+
+def resize_many(images: Sequence[Image], mirror: Any, size: int) -> Image:
+    """Images of any size (k times uint8 (H, W, 3)) -> uint8 (k, size, size, 3), mirrored
+    left to right where ``mirror``, bool (k,), says so.
+
+    Bilinear as in ``resize_to``, but in whole numbers (the difference is at most 1) and
+    in half the time. It is Python, once for k images; OpenCV runs without Python's lock.
+    """
+
+    def run(mirror: np.ndarray, *images: np.ndarray) -> np.ndarray:
+        made = np.empty((len(images), size, size, 3), np.uint8)
+        for out, image, mirrored in zip(made, images, mirror, strict=True):
+            cv2.resize(image, (size, size), dst=out)
+            if mirrored:
+                cv2.flip(out, 1, dst=out)
+        return made
+
+    made = tf.numpy_function(run, [mirror, *images], tf.uint8, stateful=False)
+    return tf.ensure_shape(made, (len(images), size, size, 3))
 
 
 def is_jpeg(image: Image) -> Any:

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tensorflow side of the pipeline: decode, transform and batch, in parallel."""
 
+import atexit
+import contextlib
 import os
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,23 +20,25 @@ from vit_jax.data.tensorflow_cpu import tf
 ERRORS = (tf.errors.OpError, UnicodeDecodeError)
 
 Fed = dict[str, np.ndarray]
-Example = Callable[[dict[str, Any]], dict[str, Any]]  # tensors of one example
+# Tensors of k examples, bytes and seeds in, images (and labels) out.
+Group = Callable[[dict[str, Any]], dict[str, Any]]
 
 # Decoding keeps a core busy. tf.data's own tuning takes minutes to find that out.
 THREADS = os.cpu_count() or 1
 _PREFETCH = 2  # finished batches that wait for the device
+_GROUP = 16  # examples made in one go: what is done once per group costs little then
 
 
-def example_function(
+def group_function(
     cfg: DataConfig, split: Split, dataset: Dataset, *, training: bool
-) -> Example:
-    """What is done to one example: bytes and seed in, image (and label) out."""
+) -> Group:
+    """What is done to some examples, by one thread and in one go."""
     if training:
         chosen = cfg.train_transforms or dataset.train_transforms
         chosen = chosen or transforms.DEFAULT_TRAIN
     else:
         chosen = cfg.eval_transforms or transforms.DEFAULT_EVAL
-    transform = transforms.compose(
+    pipeline = transforms.compose(
         chosen,
         size=cfg.image_size,
         # What is measured must not depend on a shortcut of training.
@@ -41,61 +46,90 @@ def example_function(
         knob="data.train_transforms" if training else "data.eval_transforms",
     )
 
-    def make(fed: dict[str, Any]) -> dict[str, Any]:
+    def one(fed: dict[str, Any]) -> dict[str, Any]:
         image, labels = _open(fed, split, dataset)
-        made = {"image": transform(image, fed["seed"])}
+        made = pipeline.alone(image, fed["seed"])
         if split.kind == "record":
             made["label"] = _target(labels, dataset)
         return made
 
-    made = _traced(make)
-    if training:
-        return made
-    specs = made.get_concrete_function().structured_outputs
-
-    def make_or_leave_empty(fed: dict[str, Any]) -> dict[str, Any]:
+    def one_or_empty(fed: dict[str, Any]) -> dict[str, Any]:
         return tf.cond(
             fed["use"],
-            lambda: made(fed),
-            lambda: tf.nest.map_structure(lambda t: tf.zeros(t.shape, t.dtype), specs),
+            lambda: one(fed),
+            lambda: {k: tf.zeros(s.shape, s.dtype) for k, s in specs.items()},
         )
 
-    return _traced(make_or_leave_empty)
+    traced = tf.function(one, input_signature=[_SPECS], autograph=False)
+    specs = traced.get_concrete_function().structured_outputs
+
+    def group(fed: dict[str, Any]) -> dict[str, Any]:
+        count = fed["seed"].shape[0]
+
+        def row(i: Any) -> dict[str, Any]:
+            fed_row = {k: v[i] for k, v in fed.items()}
+            return one(fed_row) if training else one_or_empty(fed_row)
+
+        made = _for_each(row, specs, count)
+        labels = {"label": tf.stack(made.pop("label"))} if "label" in made else {}
+        return {"image": pipeline.together(made, fed["seed"])} | labels
+
+    return tf.function(group, autograph=False)  # traced once per size of a group
 
 
 def batches(
-    steps: range, feed: Callable[[int], Fed], batch: int, example: Example
+    steps: range, feed: Callable[[int], Fed], batch: int, group: Group
 ) -> Iterator[dict[str, np.ndarray]]:
     """One batch per step, made ahead of time in the background, in order."""
+    size = max(k for k in range(1, _GROUP + 1) if batch % k == 0)
 
     def in_order(step: np.ndarray) -> list[np.ndarray]:
         fed = feed(int(step))
-        return [fed[k] for k in _SPECS]
+        return [fed[k].reshape(-1, size, *fed[k].shape[1:]) for k in _SPECS]
 
     def fetch(step: Any) -> dict[str, Any]:
         types = [spec.dtype for spec in _SPECS.values()]
         values = tf.numpy_function(in_order, [step], types)
         return {
-            k: tf.ensure_shape(v, (batch, *spec.shape))
+            k: tf.ensure_shape(v, (batch // size, size, *spec.shape))
             for (k, spec), v in zip(_SPECS.items(), values, strict=True)
         }
 
     dataset = tf.data.Dataset.range(steps.start, steps.stop).map(_plain(fetch))
     dataset = dataset.prefetch(1).unbatch()
-    dataset = dataset.map(_plain(example), num_parallel_calls=THREADS)
-    dataset = dataset.batch(batch, drop_remainder=True).prefetch(_PREFETCH)
-    yield from dataset.with_options(_options()).as_numpy_iterator()
+    dataset = dataset.map(_plain(group), num_parallel_calls=THREADS)
+    dataset = dataset.batch(batch // size, drop_remainder=True).prefetch(_PREFETCH)
+    made = dataset.with_options(_options()).as_numpy_iterator()
+    whole = ({k: v.reshape(batch, *v.shape[2:]) for k, v in m.items()} for m in made)
+    _running.add(whole)
+    return whole
 
 
-def readable(fed: Fed, example: Example) -> dict[int, dict[str, np.ndarray]]:
+_running: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop() -> None:
+    """Ends what still runs: a thread of tensorflow that calls Python while that is being
+    taken down aborts the process."""
+    for iterator in list(_running):
+        with contextlib.suppress(ValueError):  # in use by a thread, which has to end it
+            iterator.close()
+
+
+def readable(fed: Fed, group: Group) -> dict[int, dict[str, np.ndarray]]:
     """What can be made of one step: row -> image (and label)."""
     dataset = tf.data.Dataset.from_tensor_slices(
         {k: _tensor(k, v) for k, v in fed.items()}
-    ).enumerate()
-    numbered = _plain(lambda i, one: (i, example(one)))
+    )
+    dataset = dataset.batch(1, drop_remainder=True).enumerate()
+    numbered = _plain(lambda i, one: (i, group(one)))
     dataset = dataset.map(numbered, num_parallel_calls=THREADS)
     dataset = dataset.ignore_errors().with_options(_options())
-    return {int(i): made for i, made in dataset.as_numpy_iterator()}
+    return {
+        int(i): {k: v[0] for k, v in made.items()}
+        for i, made in dataset.as_numpy_iterator()
+    }
 
 
 def stack(made: dict[int, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -104,11 +138,11 @@ def stack(made: dict[int, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {k: np.stack([r[k] for r in rows]) for k in rows[0]}
 
 
-def reason(fed: Fed, row: int, example: Example) -> str:
+def reason(fed: Fed, row: int, group: Group) -> str:
     """Why one row cannot be made: the first line of what tensorflow says."""
-    one = {k: _tensor(k, v[row : row + 1])[0] for k, v in fed.items()}
+    one = {k: _tensor(k, v[row : row + 1]) for k, v in fed.items()}
     try:
-        example(one)
+        group(one)
     except ERRORS as e:
         return _first_line(e)
     return "failed once and then did not"
@@ -277,9 +311,27 @@ def _first_line(error: Exception) -> str:
 _plain = tf.autograph.experimental.do_not_convert
 
 
-def _traced(function: Example) -> Any:
-    """Traced once, however often a pipeline is built with it."""
-    return tf.function(function, input_signature=[_SPECS], autograph=False)
+def _for_each(
+    function: Callable[[Any], dict[str, Any]], specs: dict[str, Any], count: int
+) -> dict[str, list[Any]]:
+    """``function(i)`` for i < count, whose results may differ in shape. A loop in the
+    graph: that many copies of the function would take seconds to build."""
+    names = list(specs)
+    arrays = [
+        tf.TensorArray(s.dtype, count, infer_shape=False, element_shape=s.shape)
+        for s in specs.values()
+    ]
+
+    def body(i: Any, *arrays: Any) -> Any:
+        made = function(i)
+        return i + 1, *(a.write(i, made[k]) for k, a in zip(names, arrays, strict=True))
+
+    _, *arrays = tf.while_loop(
+        lambda i, *_: i < count, body, (0, *arrays), parallel_iterations=1
+    )
+    return {
+        k: [a.read(i) for i in range(count)] for k, a in zip(names, arrays, strict=True)
+    }
 
 
 def _options() -> Any:

@@ -31,14 +31,15 @@ def permutation(index: np.ndarray, size: int, key: int | np.ndarray) -> np.ndarr
     """
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
-    key = np.broadcast_to(np.asarray(key).astype(np.uint64), np.shape(index))
+    key = np.atleast_1d(np.asarray(key).astype(np.uint64))  # overflow warns in scalars
+    subkeys = [_mix(key + np.uint64(i)) for i in range(_ROUNDS)]
+    subkeys = [np.broadcast_to(s, np.shape(index)) for s in subkeys]
     result = np.asarray(index).astype(np.uint64)
     todo = np.arange(result.size)
     while todo.size:
         left, right = result[todo] >> shift, result[todo] & mask
-        for i in range(_ROUNDS):
-            subkey = _mix(key[todo] + np.uint64(i))
-            left, right = right, left ^ (_mix(right ^ subkey) & mask)
+        for subkey in subkeys:
+            left, right = right, left ^ (_mix(right ^ subkey[todo]) & mask)
         result[todo] = (left << shift) | right
         todo = todo[result[todo] >= size]
     return result.astype(np.int64)

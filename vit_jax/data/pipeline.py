@@ -153,7 +153,7 @@ class _Stream:
         self.cfg, self.batch, self.local, self.seed = cfg, batch, rows, seed
         self.num_classes, self.multilabel = dataset.num_classes, dataset.multilabel
         self.split, self.bad, self.size = split, bad, len(split)
-        self.example = graph.example_function(cfg, split, dataset, training=training)
+        self.group = graph.group_function(cfg, split, dataset, training=training)
         self.sequence = None
         if split.sequence is not None:
             self.sequence = split.sequence.reader(
@@ -241,14 +241,14 @@ class _Stream:
         while True:
             rows = self.rows(step)
             fed = self.feed(rows)
-            made = self.graph.readable(fed, self.example)
+            made = self.graph.readable(fed, self.group)
             missing = [i for i in range(len(rows.index)) if i not in made]
             if not missing:
                 return rows, self.graph.stack(made)
             for i in missing:
                 index = int(rows.index[i])
                 if index not in self.bad:
-                    self.bad[index] = self.graph.reason(fed, i, self.example)
+                    self.bad[index] = self.graph.reason(fed, i, self.group)
                     self._report(index, self.bad[index])
             self._check_bad()
 
@@ -264,7 +264,7 @@ class _Stream:
                 self.failure = e  # tensorflow would turn it into text
                 raise
 
-        for made in self.graph.batches(steps, feed, len(self.local), self.example):
+        for made in self.graph.batches(steps, feed, len(self.local), self.group):
             yield drawn.popleft(), made
 
     def _is_bad(self, index: np.ndarray) -> np.ndarray:
