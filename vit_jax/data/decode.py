@@ -122,7 +122,10 @@ def resize_many(images: Sequence[Image], mirror: Any, size: int) -> Image:
     """
 
     def run(mirror: np.ndarray, *images: np.ndarray) -> np.ndarray:
-        made = np.empty((len(images), size, size, 3), np.uint8)
+        count = len(images) * size * size * 3
+        made = np.empty(count + _ALIGNMENT, np.uint8)
+        start = -made.ctypes.data % _ALIGNMENT
+        made = made[start : start + count].reshape(-1, size, size, 3)
         for out, image, mirrored in zip(made, images, mirror, strict=True):
             cv2.resize(image, (size, size), dst=out)
             if mirrored:
@@ -131,6 +134,9 @@ def resize_many(images: Sequence[Image], mirror: Any, size: int) -> Image:
 
     made = tf.numpy_function(run, [mirror, *images], tf.uint8, stateful=False)
     return tf.ensure_shape(made, (len(images), size, size, 3))
+
+
+_ALIGNMENT = 64  # tensorflow copies arrays that begin elsewhere
 
 
 def is_jpeg(image: Image) -> Any:
