@@ -4,7 +4,8 @@
 import os
 from pathlib import Path
 
-# Must be set before JAX starts. TPU_SKIP_MDS_QUERY keeps libtpu, where it is installed, from looking for a TPU.
+# Must be set before JAX starts. TPU_SKIP_MDS_QUERY keeps libtpu, where it is installed,
+# from looking for a TPU.
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 # Compiling takes most of the time of these tiny models: level 0 halves it.
@@ -13,7 +14,8 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + f" --xla_force_host_platform_device_count=8 {FAST_COMPILE}"
 )
-# Many tests compile the same tiny program, in this process and in others: it is compiled once.
+# Many tests compile the same tiny program, in this process and in others: it is
+# compiled once.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
     str(Path(__file__).parent.parent / ".pytest_cache" / "xla"),

@@ -34,7 +34,8 @@ def context(
     out: str = "",
     class_names: tuple[str, ...] = (),
 ) -> Context:
-    """``splits[split] = (features (N, D), labels (N,) or (N, K))``; logits are features @ weights.
+    """``splits[split] = (features (N, D), labels (N,) or (N, K))``; logits are features
+    @ weights.
 
     A key ``(name, split)`` is used for data configs with that ``name``.
     """

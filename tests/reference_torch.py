@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs an exported model in PyTorch: ``python reference_torch.py hf|timm MODEL IO OUT``.
+"""Runs an exported model in PyTorch.
 
-A program of its own, because an environment with both PyTorch and JAX is rare. ``MODEL``
-is a folder for hf, ``FILE,ARCHITECTURE,JSON of arguments`` for timm; ``IO`` an npz with
-``images`` (B, H, W, C); ``OUT`` receives ``logits``.
+    python reference_torch.py hf|timm MODEL IO OUT
+
+A program of its own, because an environment with both PyTorch and JAX is rare.
+``MODEL`` is a folder for hf, ``FILE,ARCHITECTURE,JSON of arguments`` for timm; ``IO``
+an npz with ``images`` (B, H, W, C); ``OUT`` receives ``logits``.
 """
 
 import enum

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that is killed again and again ends with the same bits as one that is left alone.
+"""A run that is killed again and again ends with the same bits as one that is left
+alone.
 
     python tests/soak.py --kills=30
 
-Each life of the run is ended by SIGKILL or SIGTERM while it starts, compiles, trains, evaluates or saves. Exit status 0
-if nothing was lost: equal parameters, every step recorded once with the same loss, and a newest checkpoint that never
-went back.
+Each life of the run is ended by SIGKILL or SIGTERM while it starts, compiles, trains,
+evaluates or saves. Exit status 0 if nothing was lost: equal parameters, every step
+recorded once with the same loss, and a newest checkpoint that never went back.
 """
 
 import argparse

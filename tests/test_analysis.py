@@ -87,7 +87,8 @@ def test_token_map_takes_the_class_row_or_the_mean_of_all():
 
 @pytest.mark.parametrize(
     ("grid", "patch", "expected"),
-    # 1 x 2: half of the weight at distance 0, half at 10. The others: section 8.8 of the paper's spec.
+    # 1 x 2: half of the weight at distance 0, half at 10. The others: section 8.8 of
+    # the paper's spec.
     [((1, 2), 10, 5.0), ((14, 14), 16, 116.49), ((7, 7), 32, 115.50)],
 )
 @pytest.mark.parametrize("class_token", [0, 1])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m vit_jax.analysis``: every figure from every kind of checkpoint, and its mistakes."""
+"""``python -m vit_jax.analysis``: all figures, from every kind of checkpoint, and mistakes."""
 
 import dataclasses
 import json

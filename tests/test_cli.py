@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training command as a user calls it: one clear line for every mistake, and no traceback."""
+"""The training command as a user calls it: one clear line for every mistake, and no
+traceback."""
 
 import os
 import subprocess
@@ -138,7 +139,8 @@ def test_an_unknown_benchmark_is_one_line():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="about glibc")
 def test_freed_memory_is_kept():
-    """The second 50 MB are those that the first ones left: no page comes from the system."""
+    """The second 50 MB are those that the first ones left: no page comes from the
+    system."""
     code = (
         "import resource, numpy as np; from vit_jax import cli\n"
         "cli.glob.glob = lambda pattern: []  # as on a machine without accelerators\n"

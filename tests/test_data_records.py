@@ -93,7 +93,8 @@ def test_any_number_of_labels(multilabel, tmp_path, format, cache):
 
 
 def test_training_on_any_number_of_labels(multilabel, tmp_path):
-    """The sigmoid loss of eight images learned by heart, one without a label, one with all."""
+    """The sigmoid loss of eight images learned by heart, one without a label, one with
+    all."""
     records, run = str(tmp_path / "records"), str(tmp_path / "run")
     write_records.write(multilabel, records)
     cfg = replace(

@@ -208,7 +208,8 @@ def test_fused_decoding_equals_decoding_and_cutting():
     window = tf.constant([16, 32, 64, 48])
     whole = decode(data).numpy()[16:80, 32:80]
     exact = decode_crop(data, lambda shape: window, target=0).numpy()
-    # Chroma upsampling looks across the edge of the crop: only the outermost pixels differ.
+    # Chroma upsampling looks across the edge of the crop: only the outermost pixels
+    # differ.
     np.testing.assert_array_equal(exact[1:-1, 1:-1], whole[1:-1, 1:-1])
     fast = decode_crop(data, lambda shape: window, target=64).numpy()
     assert np.abs(fast.astype(int) - exact).mean() < 2

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy, calibration, per-class, kNN and linear probe against numpy, on eight devices."""
+"""Accuracy, calibration, per-class, kNN and linear probe against numpy, on eight
+devices."""
 
 import json
 

@@ -21,7 +21,8 @@ def data(n, seed, spread=1.5):
 
 
 def reference(x, y, test, l2, classes=K):
-    """Section 6.1 as written: whiten, append 100, W = (X^T X + l2 I)^-1 X^T Y, in float64."""
+    """Section 6.1 as written: whiten, append 100, W = (X^T X + l2 I)^-1 X^T Y, in
+    float64."""
     mean, std = x.mean(0), x.std(0) + 1e-5
     append = lambda x: np.pad((x - mean) / std, ((0, 0), (0, 1)), constant_values=100)
     a = append(x)

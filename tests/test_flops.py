@@ -19,7 +19,8 @@ def test_vit_macs_are_the_papers(name, expected):
 @pytest.mark.parametrize("name", ["R50x1", "R50+ViT-B/16", "S/32"])
 @pytest.mark.parametrize("head", ["gap", "map"])
 def test_macs_agree_with_what_xla_counts(name, head):
-    """XLA counts norms and activations too, which are a few per cent, but no padding, which is 1 %."""
+    """XLA counts norms and activations too, which are a few per cent, but no padding,
+    which is 1 %."""
     if name == "R50x1" and head == "map":
         pytest.skip("a ResNet baseline has no attention pooling")
     cfg = ModelConfig(name=name, image_size=(224, 224), num_classes=1000, head=head)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports point one way: a module imports only modules of lower levels, and its own folder."""
+"""Imports point one way: a module imports only modules of lower levels, and its own
+folder."""
 
 import ast
 import subprocess

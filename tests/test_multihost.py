@@ -24,7 +24,8 @@ from vit_jax.errors import UserError
 from vit_jax.progress import read_metrics
 
 ROOT = Path(__file__).parent.parent
-# SGD: Adam would divide rounding noise by its own size where a gradient is zero (the key's bias).
+# SGD: Adam would divide rounding noise by its own size where a gradient is zero (the
+# key's bias).
 COMMAND = [
     sys.executable, "-m", "vit_jax.main", "--config=tests/tiny.py", "--config.model.depth=1",
     "--config.optim.name=sgd", "--config.optim.learning_rate=0.01", "--config.data.holdout=0.0361",
@@ -70,7 +71,8 @@ def start(workdir, processes, *flags):
 
 
 def finish(processes):
-    """[(exit status, standard output, standard error)]. The pipes are read at once: a full one blocks its process."""
+    """[(exit status, standard output, standard error)]. The pipes are read at once: a
+    full one blocks its process."""
     ends = [()] * len(processes)
 
     def read(i):
@@ -116,7 +118,8 @@ def steps_saved(workdir):
 
 
 def same(a, b):
-    """Equal but for the order in which gradients of devices are summed, which Gloo and one process choose differently."""
+    """Equal but for the order in which gradients of devices are summed, which Gloo and
+    one process choose differently."""
     a, b = load_params(str(a)), load_params(str(b))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-6), a, b)
 
@@ -184,7 +187,8 @@ def test_stopping_one_process_stops_all_at_the_same_step_and_a_lost_one_ends_the
     with running(tmp_path) as processes:
         processes[0].kill()
         status, _, errors = finish(processes)[1]
-    # JAX may notice first that its coordinator is gone, and aborts with a message of its own.
+    # JAX may notice first that its coordinator is gone, and aborts with a message of
+    # its own.
     assert status in (75, -signal.SIGABRT), errors
     assert (
         "error: process 1 of 2 lost contact with process 0" in errors

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading compiled programs, and the plan of a small config for a slice that is not there."""
+"""Reading compiled programs, and the plan of a small config for a slice that is not
+there."""
 
 import importlib.util
 import json
@@ -19,9 +20,10 @@ needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler, libtpu"
 )
 
-# What the compiler writes, cut to what is read: a product outside of a loop, a loop of 5 around a loop of 3, an
-# asynchronous gather whose fusion is repeated, and reduce-scatters spelled as fusions around an all-reduce, of which
-# those that the compiler combined have the same channel.
+# What the compiler writes, cut to what is read: a product outside of a loop, a loop of
+# 5 around a loop of 3, an asynchronous gather whose fusion is repeated, and
+# reduce-scatters spelled as fusions around an all-reduce, of which those that the
+# compiler combined have the same channel.
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true
 
@@ -136,7 +138,8 @@ def test_group_size(groups, size):
             {"x": "f32[4,11,11,8]", "w": "f32[3,3,8,16]"},
             2 * 4 * 5 * 5 * 16 * 9 * 8,
         ),
-        # A product with 12 batch entries, written as a dilated window: only the diagonal meets an input.
+        # A product with 12 batch entries, written as a dilated window: only the
+        # diagonal meets an input.
         (
             "bf16[64,32,12]{1,0,2} convolution(%x, %w), "
             "window={size=12 stride=11 pad=0_0 lhs_dilate=12}, dim_labels=bf0_io0->bf0",
@@ -263,7 +266,8 @@ def test_plan_of_a_small_config(command):
     assert (
         0 < result["peak_hbm_gib"] == pytest.approx(sum(result["memory_gib"].values()))
     )
-    # 3 blocks of 4 D^2 + 2 D M, 5 tokens: the compiled program does the model's work, three layers of it.
+    # 3 blocks of 4 D^2 + 2 D M, 5 tokens: the compiled program does the model's work,
+    # three layers of it.
     assert (
         0.8 < result["compiled_tflops_per_chip"] / result["model_tflops_per_chip"] < 1.6
     )

@@ -17,7 +17,8 @@ from vit_jax.checkpoint import load_params
 from vit_jax.progress import read_metrics
 
 ROOT = Path(__file__).parent.parent
-# Big enough that a step takes some 20 ms (compiled without optimizing), so that there is time to be killed in the middle.
+# Big enough that a step takes some 20 ms (compiled without optimizing), so that there
+# is time to be killed in the middle.
 COMMAND = [
     sys.executable, "-m", "vit_jax.main", "--config=tests/tiny.py", "--config.model.width=64",
     "--config.data.image_size=32", "--config.batch=32", "--config.log_every=1",

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A workdir on gs://, with a folder standing in for the bucket. Orbax's own access to Cloud Storage is not covered."""
+"""A workdir on gs://, with a folder standing in for the bucket. Orbax's own access to
+Cloud Storage is not covered."""
 
 import json
 
@@ -18,7 +19,8 @@ CFG = replace(TINY, model__num_classes=5, model__image_size=(16, 16))
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-    """gs://bucket/... is a folder that can be replaced file by file, but not appended to."""
+    """gs://bucket/... is a folder that can be replaced file by file, but not appended
+    to."""
     fsspec = pytest.importorskip("fsspec")
     dirfs = pytest.importorskip("fsspec.implementations.dirfs")
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On eight fake devices: the same training from every strategy, state in parts, and errors that name the knob."""
+"""On eight fake devices: the same training from every strategy, state in parts, and
+errors that name the knob."""
 
 import jax
 import numpy as np
@@ -31,9 +32,11 @@ VARIANTS = {
 
 
 def run(cfg, steps=STEPS, start=None):
-    """Losses of each step and the state after the last one, on batches that are a function of the step.
+    """Losses of each step and the state after the last one, on batches that are a
+    function of the step.
 
-    Starts from ``start``, wherever that lies, or from what the program itself initializes.
+    Starts from ``start``, wherever that lies, or from what the program itself
+    initializes.
     """
     program = train.build(cfg)
     with jax.set_mesh(program.mesh):
@@ -66,7 +69,8 @@ def runs():
 
     def get(name):
         if name not in done:
-            # Compiling init takes as long as training: one strategy that divides the state does it itself.
+            # Compiling init takes as long as training: one strategy that divides the
+            # state does it itself.
             own = name == "fsdp"
             done[name] = run(
                 replace(CONFIG, **VARIANTS[name]), start=None if own else start
@@ -127,7 +131,8 @@ def test_loop_and_scan_are_divided_alike():
 
 
 def test_accumulation_in_parts():
-    """Dropout's random numbers depend on the micro-batches, so only strategies are compared."""
+    """Dropout's random numbers depend on the micro-batches, so only strategies are
+    compared."""
     cfg = replace(
         CONFIG, accumulate=2, model__depth=1, model__dropout=0.0, optim__polyak=0.0
     )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The smallest run that exercises everything: a config file, and the same as an object for tests."""
+"""The smallest run that exercises everything: a config file, and the same as an object
+for tests."""
 
 from vit_jax.config import (
     CheckpointConfig,

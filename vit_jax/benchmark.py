@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures what this machine does: python -m vit_jax.benchmark --config=... [--what=train,infer,data] [--json]
+"""Measures what this machine does.
 
-Every speed is a ratio to a baseline timed in the same run, in alternating rounds, because machines are noisy:
+    python -m vit_jax.benchmark --config=... [--what=train,infer,data] [--json]
 
-* train: the training loop (data, logging, dispatch) against its compiled step called on one resident batch.
+Every speed is a ratio to a baseline timed in the same run, in alternating rounds,
+because machines are noisy:
+
+* train: the training loop (data, logging, dispatch) against its compiled step called on
+  one resident batch.
 * infer: images/s of the forward pass over batch sizes.
-* data:  the input pipeline against the obvious one and against decoding alone (``data/benchmark.py``).
+* data:  the input pipeline against the obvious one and against decoding alone
+  (``data/benchmark.py``).
 * fewshot: the closed-form few-shot solver on 25 x 1000 examples of 768 features.
 """
 
@@ -33,7 +38,8 @@ flags.DEFINE_integer("rounds", 5, "Alternating rounds; the median is reported.")
 flags.DEFINE_integer("round_steps", 10, "Steps per round.")
 cli.define_config_flag()
 
-# Peak bf16 matrix FLOP/s of accelerators, from their vendors' data sheets; by a part of jax's device_kind.
+# Peak bf16 matrix FLOP/s of accelerators, from their vendors' data sheets; by a part of
+# jax's device_kind.
 PEAK_FLOPS = {
     "H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "T4": 65e12,
     "TPU v3": 123e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12,
@@ -41,9 +47,11 @@ PEAK_FLOPS = {
 
 
 def train(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
-    """The training loop against its compiled step on one resident batch, in alternating rounds of ``steps`` steps.
+    """The training loop against its compiled step on one resident batch, in alternating
+    rounds of ``steps`` steps.
 
-    ``loop_over_step`` is the ratio of their images/s: 1 means that data, logging and dispatch cost nothing.
+    ``loop_over_step`` is the ratio of their images/s: 1 means that data, logging and
+    dispatch cost nothing.
     """
     cfg = config.replace(
         cfg,
@@ -95,7 +103,8 @@ def train(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
 
 
 def infer(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
-    """Images/s of the forward pass, for batches of 1 up to config.batch (paper, section D.5 and Figure 12)."""
+    """Images/s of the forward pass, for batches of 1 up to config.batch (paper, section
+    D.5 and Figure 12)."""
     program = training.build(cfg, info=data.describe(cfg.data))
     params = program.init().params
     source = data.train_batches(program.cfg.data, batch=cfg.batch, seed=cfg.seed)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Orbax behind three verbs: save, restore, load_params. The only module that knows Orbax.
+"""Orbax behind three verbs: save, restore, load_params. The only module that knows
+Orbax.
 
-A checkpoint is a folder ``checkpoints/<step>/`` with the items ``params``, ``opt`` (optimizer state) and, with Polyak
-averaging, ``ema``. Orbax marks it when it is complete, so a run that is killed while saving finds the one before. Nothing else is needed to resume: data order and randomness
-follow from the step number.
+A checkpoint is a folder ``checkpoints/<step>/`` with the items ``params``, ``opt``
+(optimizer state) and, with Polyak averaging, ``ema``. Orbax marks it when it is
+complete, so a run that is killed while saving finds the one before. Nothing else is
+needed to resume: data order and randomness follow from the step number.
 """
 
 from collections.abc import Mapping
@@ -31,7 +33,8 @@ class State(NamedTuple):
 
 
 class Checkpointer:
-    """Saves and restores the States of one run, asynchronously and on any number of processes."""
+    """Saves and restores the States of one run, asynchronously and on any number of
+    processes."""
 
     def __init__(self, workdir: str, cfg: CheckpointConfig):
         keep: list[Any] = [preserve.LatestN(max(cfg.keep, 1))]
@@ -65,7 +68,8 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def save(self, state: State, step: int, metrics: Mapping[str, float]) -> None:
-        """Starts a save and returns; waits first for the one before. A step that is there is left alone."""
+        """Starts a save and returns; waits first for the one before. A step that is
+        there is left alone."""
         if step in self._manager.all_steps():
             return
         items = {"params": state.params, "opt": {"opt_state": state.opt_state}}
@@ -79,7 +83,8 @@ class Checkpointer:
         self._manager.save(step, args=args, metrics=use, force=True)
 
     def restore(self, like: State) -> State | None:
-        """The newest complete State, placed like ``like`` (shapes with shardings); None if there is none.
+        """The newest complete State, placed like ``like`` (shapes with shardings); None
+        if there is none.
 
         Devices, hosts and the sharding strategy may differ from those that saved it.
         """
@@ -100,7 +105,8 @@ class Checkpointer:
         )
 
     def _check(self, step: int, items: dict[str, Any]) -> None:
-        """UserError if the checkpoint holds other arrays than ``items``; Orbax's own errors name no array."""
+        """UserError if the checkpoint holds other arrays than ``items``; Orbax's own
+        errors name no array."""
         stored = self._manager.item_metadata(step)
         problems = []
         for name, like in items.items():
@@ -128,13 +134,15 @@ class Checkpointer:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        # Orbax waits for its cleaning only before a save; a run that ends sooner would cut it short with a traceback.
+        # Orbax waits for its cleaning only before a save; a run that ends sooner would
+        # cut it short with a traceback.
         self._manager._maybe_await_cleanup_tmp_directory()
         self._manager.close()
 
 
 def load_params(path: str) -> dict[str, Any]:
-    """The parameters in a workdir, its ``checkpoints`` folder or one checkpoint, as numpy arrays on this host.
+    """The parameters in a workdir, its ``checkpoints`` folder or one checkpoint, as
+    numpy arrays on this host.
 
     The Polyak average is taken where there is one: it is what was evaluated.
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The door of every command: flags to a Config, and user errors to one line.
 
-TensorFlow, JAX and Abseil talk a lot at start-up; :func:`run` keeps what a user can act on.
+TensorFlow, JAX and Abseil talk a lot at start-up; :func:`run` keeps what a user can act
+on.
 """
 
 import ctypes
@@ -34,7 +35,8 @@ def define_config_flag() -> None:
 
 
 def define_process_flags() -> None:
-    """Adds the flags that connect several processes; none are needed on TPU pods or under SLURM."""
+    """Adds the flags that connect several processes; none are needed on TPU pods or
+    under SLURM."""
     flags.DEFINE_string(
         "coordinator", "", "HOST:PORT of process 0, if there are several processes."
     )
@@ -46,7 +48,8 @@ def define_process_flags() -> None:
 
 
 def connect() -> None:
-    """Connects the processes that the flags of :func:`define_process_flags` describe; compiled programs and freed memory are kept."""
+    """Connects the processes that the flags of :func:`define_process_flags` describe;
+    compiled programs and freed memory are kept."""
     keep_compiled()
     keep_memory()
     f = flags.FLAGS
@@ -56,10 +59,11 @@ def connect() -> None:
 
 
 def keep_compiled() -> None:
-    """Compiled programs are kept on disk, so that a run that starts again, or another like it, need not compile.
+    """Compiled programs are kept on disk, so that a run that starts again, or another
+    like it, need not compile.
 
-    In ``~/.cache/vit_jax/xla``, or where ``JAX_COMPILATION_CACHE_DIR`` says (gs:// works); none with
-    ``JAX_ENABLE_COMPILATION_CACHE=false``.
+    In ``~/.cache/vit_jax/xla``, or where ``JAX_COMPILATION_CACHE_DIR`` says (gs://
+    works); none with ``JAX_ENABLE_COMPILATION_CACHE=false``.
     """
     if not jax.config.jax_compilation_cache_dir:
         folder = os.path.expanduser("~/.cache/vit_jax/xla")
@@ -67,11 +71,12 @@ def keep_compiled() -> None:
 
 
 def keep_memory() -> None:
-    """On a machine without accelerators, memory that a step frees is kept for the next one. Call it before JAX starts.
+    """On a machine without accelerators, memory that a step frees is kept for the next
+    one. Call it before JAX starts.
 
-    XLA for CPUs takes its buffers from malloc, and glibc returns large ones to the system, which clears every page
-    anew at the next step: a third of the time of a step of configs/cifar10.py. One arena, because only the main one
-    can grow without limit.
+    XLA for CPUs takes its buffers from malloc, and glibc returns large ones to the
+    system, which clears every page anew at the next step: a third of the time of a step
+    of configs/cifar10.py. One arena, because only the main one can grow without limit.
     """
     accelerators = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kfd")
     if sys.platform != "linux" or any(map(glob.glob, accelerators)):
@@ -88,7 +93,8 @@ def read_config() -> config.Config:
     """The Config that the flags describe.
 
     Raises:
-      UserError: no ``--config``, an unknown key, or a value that a field does not allow.
+      UserError: no ``--config``, an unknown key, or a value that a field does not
+        allow.
     """
     values = flags.FLAGS.config
     if values is None:
@@ -105,7 +111,8 @@ def read_config() -> config.Config:
 def run(main: Callable[[list[str]], Any]) -> None:
     """Runs ``main(positional arguments)`` as a command and exits.
 
-    Exit status: 0, or what ``main`` returned; 2 after a ``UserError`` or a bad flag, reported in one line.
+    Exit status: 0, or what ``main`` returned; 2 after a ``UserError`` or a bad flag,
+    reported in one line.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.use_absl_handler()
@@ -132,7 +139,8 @@ def run(main: Callable[[list[str]], Any]) -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """Parses flags; whatever is wrong with them, or with the config file, becomes one line."""
+    """Parses flags; whatever is wrong with them, or with the config file, becomes one
+    line."""
     try:
         return flags.FLAGS(argv)
     except flags.Error as e:

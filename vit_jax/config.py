@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every knob, its default and one line of meaning. This file is the manual.
 
-A config file (``configs/*.py``) returns a :class:`Config`; ``--config.data.path=photos/`` overrides one field. Inside
-the program the config is these frozen dataclasses: an unknown key or a value of the wrong type is refused by name.
-A field whose default is ``0``, ``""`` or ``()`` and says "0: ..." is decided elsewhere; there is no ``None``, which the
-command line could not override.
+A config file (``configs/*.py``) returns a :class:`Config`;
+``--config.data.path=photos/`` overrides one field. Inside the program the config is
+these frozen dataclasses: an unknown key or a value of the wrong type is refused by
+name. A field whose default is ``0``, ``""`` or ``()`` and says "0: ..." is decided
+elsewhere; there is no ``None``, which the command line could not override.
 """
 
 import dataclasses
@@ -22,7 +23,8 @@ from vit_jax.errors import UserError
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture. Zeros are filled in from the row of ``models/variants.py`` that ``name`` selects."""
+    """The architecture. Zeros are filled in from the row of ``models/variants.py`` that
+    ``name`` selects."""
 
     name: str = "ViT-B/16"  # a row of models/variants.py with a patch size; "" if every size below is given
     num_classes: int = 0  # outputs of the head; 0: as many as the data set has classes
@@ -120,7 +122,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer and its schedule. Weight decay is decoupled: p <- p - lr (update + weight_decay p)."""
+    """The optimizer and its schedule. Weight decay is decoupled: p <- p - lr (update +
+    weight_decay p)."""
 
     name: Literal["adam", "sgd", "adafactor"] = "adam"
     learning_rate: float = 1e-3  # base learning rate, reached at the end of warm-up
@@ -162,7 +165,8 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What is saved. A checkpoint holds parameters, optimizer state, step and averaged parameters."""
+    """What is saved. A checkpoint holds parameters, optimizer state, step and averaged
+    parameters."""
 
     every: int = (
         1_000  # steps between checkpoints; 0: only at the end and on preemption
@@ -173,7 +177,9 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """How ``python -m vit_jax.sweep`` selects a learning rate (Appendix B.1.1); a single run ignores it."""
+    """How ``python -m vit_jax.sweep`` selects a learning rate (Appendix B.1.1).
+
+    A single run ignores it."""
 
     learning_rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03)  # the grid
     holdout: float = (
@@ -224,10 +230,12 @@ class Config:
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-    """Builds a Config from nested mappings, such as ``config.json`` or an ``ml_collections.ConfigDict``.
+    """Builds a Config from nested mappings, such as ``config.json`` or an
+    ``ml_collections.ConfigDict``.
 
     Raises:
-      UserError: unknown key (with the nearest valid one), wrong type, or a value that is not among the choices.
+      UserError: unknown key (with the nearest valid one), wrong type, or a value that
+        is not among the choices.
     """
     return _build(Config, values, "config")
 
@@ -254,7 +262,8 @@ def difference(old: Any, new: Any) -> list[str]:
 
 
 def replace(cfg: Config, **changes: Any) -> Config:
-    """A copy with some fields changed; ``replace(cfg, data__image_size=32)`` reaches into a part."""
+    """A copy with some fields changed; ``replace(cfg, data__image_size=32)`` reaches
+    into a part."""
     parts: dict[str, dict[str, Any]] = {}
     top: dict[str, Any] = {}
     for key, value in changes.items():
@@ -305,7 +314,8 @@ def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-    """``value`` as the field's type; JSON and ConfigDict turn tuples into lists, which is undone here."""
+    """``value`` as the field's type; JSON and ConfigDict turn tuples into lists, which
+    is undone here."""
     origin = typing.get_origin(hint)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):

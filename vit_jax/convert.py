@@ -41,7 +41,8 @@ def convert(source: str, dest: str, layout: str = "", image_size: int = 0) -> li
     """Writes ``source`` as ``dest``; returns what happened on the way, line by line.
 
     Raises:
-      UserError: what ``source`` holds does not fit, or ``dest``'s layout has no such model.
+      UserError: what ``source`` holds does not fit, or ``dest``'s layout has no such
+        model.
     """
     if not layout:
         from pathlib import Path

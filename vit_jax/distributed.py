@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes: they meet, watch each other and stop together.
 
-JAX ends a process from C++ (SIGABRT, a page of stack) when a peer never comes or is lost. So the processes meet over
-one plain TCP connection each to process 0 first, which can say who is missing, and keep it: when a process is gone,
-its connection closes, and the others say so and exit at once instead of waiting in a collective operation.
+JAX ends a process from C++ (SIGABRT, a page of stack) when a peer never comes or is
+lost. So the processes meet over one plain TCP connection each to process 0 first, which
+can say who is missing, and keep it: when a process is gone, its connection closes, and
+the others say so and exit at once instead of waiting in a collective operation.
 """
 
 import contextlib
@@ -33,10 +34,12 @@ def initialize(
 ) -> None:
     """Connects this process to its peers. Does nothing for a single process.
 
-    On TPU pods, SLURM and Kubernetes JAX finds the coordinator by itself; elsewhere all three flags are needed.
+    On TPU pods, SLURM and Kubernetes JAX finds the coordinator by itself; elsewhere all
+    three flags are needed.
 
     Raises:
-      UserError: flags that contradict each other, or peers that did not come within ``timeout`` seconds.
+      UserError: flags that contradict each other, or peers that did not come within
+        ``timeout`` seconds.
     """
     global _peers
     local_devices = None  # all
@@ -59,9 +62,11 @@ def initialize(
 
 
 def leave(status: int) -> None:
-    """Tells the peers with which exit status this process ends. Returns only if it ended well.
+    """Tells the peers with which exit status this process ends. Returns only if it
+    ended well.
 
-    After an error JAX would wait minutes for the peers, which in turn would wait for this process.
+    After an error JAX would wait minutes for the peers, which in turn would wait for
+    this process.
     """
     if _peers:
         _peers.leave(status)
@@ -73,9 +78,11 @@ def connected() -> bool:
 
 
 def _detect(timeout: int) -> tuple[str, int, int, list[int] | None]:
-    """What a TPU pod, SLURM or Kubernetes says about (coordinator, processes, own id, own devices).
+    """What a TPU pod, SLURM or Kubernetes says about (coordinator, processes, own id,
+    own devices).
 
-    ``jax.distributed.initialize()`` does the same, but raises where there is just one process.
+    ``jax.distributed.initialize()`` does the same, but raises where there is just one
+    process.
     """
     from jax._src import clusters
 
@@ -93,7 +100,8 @@ def _detect(timeout: int) -> tuple[str, int, int, list[int] | None]:
 
 
 class Peers:
-    """One connection between process 0 and every other. Messages are lines ``id status``: that process has ended."""
+    """One connection between process 0 and every other. Messages are lines ``id
+    status``: that process has ended."""
 
     def __init__(self, coordinator: str, num_processes: int, process_id: int):
         host, _, port = coordinator.rpartition(":")
@@ -133,7 +141,8 @@ class Peers:
             )
 
     def _gather(self, deadline: float) -> None:
-        """Process 0: collects a connection from every other process, then tells them all who is missing."""
+        """Process 0: collects a connection from every other process, then tells them
+        all who is missing."""
         try:
             server = _listen(self._address[1])
         except OSError as e:
@@ -175,7 +184,8 @@ class Peers:
         return 0
 
     def _join(self, deadline: float) -> list[int]:
-        """Any other process: connects to process 0 until it answers, and returns who is missing."""
+        """Any other process: connects to process 0 until it answers, and returns who is
+        missing."""
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError):
                 peer = socket.create_connection(self._address, timeout=5)
@@ -279,7 +289,8 @@ def _read_end(peer: socket.socket, i: int) -> tuple[int, int]:
 
 
 def _keep_alive(peer: socket.socket) -> None:
-    """Notices within a minute that a host disappeared without closing its connections, where the system allows."""
+    """Notices within a minute that a host disappeared without closing its connections,
+    where the system allows."""
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 6)):
         if hasattr(socket, name):
@@ -293,10 +304,11 @@ def _exit(message: str, status: int) -> NoReturn:
 
 
 class Preemption:
-    """Notices SIGTERM (which schedulers and the TPU maintenance handler send) without interrupting anything.
+    """Notices SIGTERM (which schedulers and the TPU maintenance handler send) without
+    interrupting anything.
 
-    ``requested()`` answers the same on every process, so that all save the same step. Every process must call it
-    equally often.
+    ``requested()`` answers the same on every process, so that all save the same step.
+    Every process must call it equally often.
     """
 
     def __init__(self) -> None:
@@ -304,7 +316,8 @@ class Preemption:
         self._calls = 0
         self._single = jax.process_count() == 1
         self._previous = None
-        # With several processes JAX listens for the signal and agrees on the call at which all answer yes.
+        # With several processes JAX listens for the signal and agrees on the call at
+        # which all answer yes.
         if threading.current_thread() is threading.main_thread() and self._single:
             self._previous = signal.signal(signal.SIGTERM, self._notice)
 

@@ -5,6 +5,7 @@
 class UserError(ValueError):
     """Bad input from outside: a file, a path, a config value, a flag.
 
-    The message names the value, what is allowed and the knob to turn. Commands print it as one line without a
-    traceback and exit with status 2; library callers may catch it as a ``ValueError``.
+    The message names the value, what is allowed and the knob to turn. Commands print it
+    as one line without a traceback and exit with status 2; library callers may catch it
+    as a ``ValueError``.
     """

@@ -4,9 +4,10 @@
     python -m vit_jax.evaluate SOURCE --config=configs/X.py [--config.key=value ...]
         [--out=DIR] [--json]
 
-SOURCE is whatever ``vit_jax.load`` takes; a workdir brings its own config. Prints a table,
-or with ``--json`` one object of metric names; ``--out`` keeps both, and the arrays behind
-them. ``--vtab`` instead reads SOURCE as a folder of fine-tuned workdirs, one per VTAB task.
+SOURCE is whatever ``vit_jax.load`` takes; a workdir brings its own config. Prints a
+table, or with ``--json`` one object of metric names; ``--out`` keeps both, and the
+arrays behind them. ``--vtab`` instead reads SOURCE as a folder of fine-tuned workdirs,
+one per VTAB task.
 """
 
 import json
@@ -31,16 +32,18 @@ Batch = dict[str, jax.Array]
 def evaluate(source: str, cfg: Config | None = None, out: str = "") -> dict[str, float]:
     """``{"test/accuracy": ...}`` of a checkpoint on the data of a config.
 
-    The architecture, the class names and, unless the config names transforms, the preprocessing
-    are those of the checkpoint.
+    The architecture, the class names and, unless the config names transforms, the
+    preprocessing are those of the checkpoint.
 
     Args:
       source: of the weights.
       cfg: what to measure on which data; None: the config of the workdir ``source``.
-      out: folder for ``evaluation.json``, ``evaluation.txt`` and the arrays behind the numbers.
+      out: folder for ``evaluation.json``, ``evaluation.txt`` and the arrays behind the
+        numbers.
 
     Raises:
-      UserError: no config or evaluator, another number of classes, or whatever an evaluator refuses.
+      UserError: no config or evaluator, another number of classes, or whatever an
+        evaluator refuses.
     """
     cfg = cfg or _stored_config(source)
     evaluators.check(cfg)
@@ -125,7 +128,8 @@ def _context(source: str, cfg: Config, out: str) -> evaluators.Context:
 def _class_names(
     own: tuple[str, ...], of_data: tuple[str, ...], count: int
 ) -> tuple[str, ...]:
-    """Names of the model's outputs: its own, else those of the data if there are as many."""
+    """Names of the model's outputs: its own, else those of the data if there are as
+    many."""
     if own and own != of_data and sorted(own) == sorted(of_data):
         i = next(i for i, (a, b) in enumerate(zip(own, of_data, strict=True)) if a != b)
         raise UserError(
@@ -138,7 +142,8 @@ def _class_names(
 
 
 def _normalize(images: jax.Array, transforms: tuple[dict[str, Any], ...]) -> jax.Array:
-    """uint8 to what the checkpoint was trained on: [-1, 1], or the mean and deviation that it states."""
+    """uint8 to what the checkpoint was trained on: [-1, 1], or the mean and deviation
+    that it states."""
     if images.dtype != jnp.uint8:
         return images
     stated = next((t for t in transforms if t["op"] == "normalize"), None)

@@ -26,8 +26,8 @@ def put(
 class Feed:
     """Iterates over device batches that a background thread prepares.
 
-    ``waited`` is the time in seconds that the consumer spent waiting for data so far. An exception of the source is
-    raised in the consumer.
+    ``waited`` is the time in seconds that the consumer spent waiting for data so far.
+    An exception of the source is raised in the consumer.
     """
 
     def __init__(

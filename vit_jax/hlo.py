@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads what XLA compiled for a TPU: cycles, FLOPs and network traffic of ``compiled.as_text()``.
+"""Reads what XLA compiled for a TPU: cycles, FLOPs and network traffic of
+``compiled.as_text()``.
 
-``compiled.cost_analysis()`` counts the body of a loop once however often it runs, and collectives as local memory
-traffic. The text has what is needed to do better: the backend's own estimate of the cycles of each fusion
-(``estimated_cycles``: arithmetic and memory, no network), the trip counts of loops and the groups of each collective.
+``compiled.cost_analysis()`` counts the body of a loop once however often it runs, and
+collectives as local memory traffic. The text has what is needed to do better: the
+backend's own estimate of the cycles of each fusion (``estimated_cycles``: arithmetic
+and memory, no network), the trip counts of loops and the groups of each collective.
 Everything here is per device and step.
 """
 
@@ -191,7 +193,8 @@ def called(i: Instruction, attribute: str) -> list[str]:
 def trip_count(
     loop: Instruction, computations: dict[str, list[Instruction]], condition: str
 ) -> int:
-    """How often a loop runs: what XLA found out, else the largest number that its condition compares with."""
+    """How often a loop runs: what XLA found out, else the largest number that its
+    condition compares with."""
     if match := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.rest):
         return int(match[1])
 
@@ -227,9 +230,11 @@ def group_size(rest: str, num_devices: int) -> int:
 
 
 def convolution_flops(i: Instruction, types: dict[str, str]) -> int:
-    """FLOPs of a convolution, which is how XLA for TPUs writes matrix products, or of a dot.
+    """FLOPs of a convolution, which is how XLA for TPUs writes matrix products, or of a
+    dot.
 
-    Batch axes of a product appear as spatial axes with dilation: only positions of the window that meet an input count.
+    Batch axes of a product appear as spatial axes with dilation: only positions of the
+    window that meet an input count.
     """
     operands = [
         _dims(types.get(name, ""))

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a model: python -m vit_jax.main --config=configs/digits.py --workdir=DIR [--config.key=value ...]
+"""Trains a model.
 
-Run the same command again to continue. This file has no logic: flags -> Config -> train.train.
+    python -m vit_jax.main --config=FILE --workdir=DIR [--config.key=value ...]
+
+Run the same command again to continue. This file has no logic: flags -> Config ->
+train.train.
 """
 
 from absl import flags

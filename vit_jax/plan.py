@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run would need on TPUs that are not there: python -m vit_jax.plan --config=... --topology=v5e:16x16 [--json]
+"""What a run would need on TPUs that are not there.
 
-Compiles the training step of :func:`vit_jax.train.build` with the real TPU compiler, on this CPU, and reads the result:
-memory per chip, whether it fits, arithmetic, network traffic, an estimate of the time of a step and of the whole run.
-``--search`` compiles it for several strategies, meshes, remat policies and micro-batches and shows the best that fit.
+    python -m vit_jax.plan --config=... --topology=v5e:16x16 [--json]
+
+Compiles the training step of :func:`vit_jax.train.build` with the real TPU compiler, on
+this CPU, and reads the result: memory per chip, whether it fits, arithmetic, network
+traffic, an estimate of the time of a step and of the whole run. ``--search`` compiles
+it for several strategies, meshes, remat policies and micro-batches and shows the best
+that fit.
 """
 
 import importlib.util
@@ -29,7 +33,8 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """Per chip. Memory is what the compiler lets a program use; speeds are the vendor's public figures."""
+    """Per chip. Memory is what the compiler lets a program use; speeds are the vendor's
+    public figures."""
 
     hbm_gib: float
     flops: float  # bfloat16, per second
@@ -116,8 +121,8 @@ def topology(name: str, slices: int = 1) -> Topology:
 def _require_compiler() -> None:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("the TPU compiler is not installed: pip install 'vit_jax[tpu]'")
-    # The compiler must not look for TPUs or for the metadata server of a cloud machine; and since it touches no TPU, it
-    # may run while another process uses one.
+    # The compiler must not look for TPUs or for the metadata server of a cloud machine;
+    # and since it touches no TPU, it may run while another process uses one.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
@@ -131,7 +136,8 @@ def plan(cfg: Config, target: Topology) -> dict[str, Any]:
     """Compiles the training step of ``cfg`` for ``target``; the values of ``--json``.
 
     Raises:
-      UserError: a config that contradicts itself or the topology, or whose number of classes cannot be found out.
+      UserError: a config that contradicts itself or the topology, or whose number of
+        classes cannot be found out.
     """
     program = train.build(cfg, target.devices, _describe(cfg))
     cfg, chips = program.cfg, len(target.devices)
@@ -244,7 +250,8 @@ def memory_of_state(state_shape: Any) -> dict[str, int]:
 
 
 def needed_memory(message: str) -> float:
-    """Bytes that the compiler says the program needs, 0 if its message is about something else."""
+    """Bytes that the compiler says the program needs, 0 if its message is about
+    something else."""
     if "RESOURCE_EXHAUSTED" not in message or "hbm" not in message.lower():
         return 0.0
     unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -295,7 +302,8 @@ def speed(
 
 
 def advice(cfg: Config, target: Topology, result: dict[str, Any]) -> list[str]:
-    """What would make a config fit that does not; sizes are estimates from what was compiled."""
+    """What would make a config fit that does not; sizes are estimates from what was
+    compiled."""
     chips, hbm = len(target.devices), target.chip.hbm_gib
     memory = dict(result["memory_gib"])
     activations = memory.pop("activations")
@@ -368,7 +376,8 @@ def candidates(cfg: Config, chips: int) -> Iterator[Config]:
 
 
 def search(cfg: Config, target: Topology, limit: int) -> list[dict[str, Any]]:
-    """Plans of at most ``limit`` candidates, best first: those that fit by time, then the others by memory.
+    """Plans of at most ``limit`` candidates, best first: those that fit by time, then
+    the others by memory.
 
     A candidate is only tried with more micro-batches where it did not fit with fewer.
     """

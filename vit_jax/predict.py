@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m vit_jax.predict SOURCE IMAGE... [--top=5] [--json]``: what is in the images.
 
-SOURCE is anything that ``vit_jax.load`` takes. Class names and preprocessing come from the
-checkpoint; where it states none, the official evaluation applies: the whole image resized
-to the model's size, pixels in [-1, 1].
+SOURCE is anything that ``vit_jax.load`` takes. Class names and preprocessing come from
+the checkpoint; where it states none, the official evaluation applies: the whole image
+resized to the model's size, pixels in [-1, 1].
 """
 
 import json

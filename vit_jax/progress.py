@@ -18,7 +18,8 @@ METRICS = "metrics.jsonl"
 
 
 def say(message: str) -> None:
-    """One line on standard output, from process 0 only, above a progress bar if there is one."""
+    """One line on standard output, from process 0 only, above a progress bar if there
+    is one."""
     if jax.process_index() == 0:
         tqdm.write(message, file=sys.stdout)
         sys.stdout.flush()
@@ -73,8 +74,9 @@ class MetricsWriter:
 
     Args:
       workdir: local or gs:// folder.
-      start: step that the run continues from; lines of later steps, written by a process that died before its
-        checkpoint was complete, are removed, so that no step appears twice.
+      start: step that the run continues from; lines of later steps, written by a
+        process that died before its checkpoint was complete, are removed, so that no
+        step appears twice.
     """
 
     def __init__(self, workdir: str, start: int):
@@ -126,7 +128,8 @@ def read_metrics(workdir: str) -> list[dict[str, float]]:
 
 
 def _event_encoder():
-    """``encode(step, metrics)`` -> bytes of a TensorBoard file; None where tensorboard is not installed.
+    """``encode(step, metrics)`` -> bytes of a TensorBoard file; None where tensorboard
+    is not installed.
 
     Only its record format is used: its writer takes seconds to import tensorflow.
     """

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where every array of the program lives: one mesh, one table of strategies, outside the model.
+"""Where every array of the program lives: one mesh, one table of strategies, outside
+the model.
 
 ``config.mesh`` gives the number of devices per mesh axis:
 
@@ -8,10 +9,12 @@
     (n, m)    row, column
     (s, n, m) slice, row, column
 
-and, for ``config.sharding=tensor``, one more at the end for heads and MLP units. The batch is divided over every axis
-but ``tensor``; the axes that divide the state depend on the strategy. ``slice`` is for the slow network between TPU
-slices. Two axes instead of one matter on TPUs: over a flat axis of 64 or more chips XLA turns the reduce-scatter of
-gradients into an all-reduce (seen in what it compiles), over one axis of the torus it does not.
+and, for ``config.sharding=tensor``, one more at the end for heads and MLP units. The
+batch is divided over every axis but ``tensor``; the axes that divide the state depend
+on the strategy. ``slice`` is for the slow network between TPU slices. Two axes instead
+of one matter on TPUs: over a flat axis of 64 or more chips XLA turns the reduce-scatter
+of gradients into an all-reduce (seen in what it compiles), over one axis of the torus
+it does not.
 """
 
 import math
@@ -49,11 +52,13 @@ class Strategy(NamedTuple):
 SHARDINGS = {
     # Everything everywhere.
     "replicate": Strategy(divided=(), gather="step"),
-    # Little more traffic than replicate. On two axes each row keeps one copy, and gradients are reduce-scattered.
+    # Little more traffic than replicate. On two axes each row keeps one copy, and
+    # gradients are reduce-scattered.
     "zero": Strategy(divided=("data", "column"), gather="step"),
     # The least memory: weights travel twice, for the forward and for the backward pass.
     "fsdp": Strategy(divided=("data", "column", "row"), gather="layer"),
-    # For models of which one block is too large for a chip, or batches smaller than the number of chips.
+    # For models of which one block is too large for a chip, or batches smaller than the
+    # number of chips.
     "tensor": Strategy(divided=("data", "column", "row"), gather="layer", tensor=True),
 }
 
@@ -68,8 +73,9 @@ class Rule(NamedTuple):
     ]  # those that the state is divided along, if they divide; else the largest that does
 
 
-# Dividing along the first axis lets XLA gather a stack of layers in the layout that the loop reads; along the second
-# it copies what it gathered. The loop reads query, key and value with D last, so for them heads count as the first.
+# Dividing along the first axis lets XLA gather a stack of layers in the layout that the
+# loop reads; along the second it copies what it gathered. The loop reads query, key and
+# value with D last, so for them heads count as the first.
 RULES = (
     Rule(r".*(query|key|value)/kernel", -2, (-2, -3)),  # (D, heads, D_h)
     Rule(r".*(query|key|value)/bias", -2, ()),  # (heads, D_h)
@@ -78,7 +84,8 @@ RULES = (
     Rule(r".*Dense_0/bias", -1, ()),  # (M,)
     Rule(r".*Dense_1/kernel", -2, (-2, -1)),  # (M, D)
 )
-# What dense layers cast to the dtype of the computation: cast before the gather, half the bytes travel.
+# What dense layers cast to the dtype of the computation: cast before the gather, half
+# the bytes travel.
 CAST = r".*(query|key|value|out|Dense_[01])/kernel"
 FLAT = 32  # up to this many chips XLA reduce-scatters over a flat axis
 BLOCK = r".*encoderblock(_\d+)?/.*"  # parameters of a block
@@ -89,7 +96,8 @@ def create_mesh(cfg: Config, devices: Sequence[jax.Device] | None = None) -> Mes
     """The mesh of the config over all devices.
 
     Raises:
-      UserError: unknown strategy, a mesh that is not as large as the number of devices, or a batch that does not divide.
+      UserError: unknown strategy, a mesh that is not as large as the number of devices,
+        or a batch that does not divide.
     """
     strategy = choose("config.sharding", cfg.sharding, SHARDINGS)
     devices = sorted(devices or jax.devices(), key=_position)
@@ -123,7 +131,8 @@ def create_mesh(cfg: Config, devices: Sequence[jax.Device] | None = None) -> Mes
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Batches are divided along their first axis; devices along ``tensor`` see the same images."""
+    """Batches are divided along their first axis; devices along ``tensor`` see the same
+    images."""
     return NamedSharding(mesh, P(_batch_axes(mesh)))
 
 
@@ -133,7 +142,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def state_sharding(cfg: Config, mesh: Mesh, state_shape: Any) -> Any:
-    """A sharding per array of the state: moments and averages lie where their parameter does.
+    """A sharding per array of the state: moments and averages lie where their parameter
+    does.
 
     Raises:
       UserError: the tensor axis does not divide the heads or the MLP.
@@ -152,7 +162,8 @@ def stored(
     shape: tuple[int, ...],
     axes: int | None = None,
 ) -> P:
-    """How an array is kept between steps, or divided over the first ``axes`` of the strategy only.
+    """How an array is kept between steps, or divided over the first ``axes`` of the
+    strategy only.
 
     Vectors and biases are whole: they are small and would cost one message each.
     """
@@ -197,9 +208,11 @@ def used(strategy: Strategy, mesh: Mesh, path: str, shape: tuple[int, ...]) -> P
 
 
 def gather(cfg: Config, mesh: Mesh, params: Params) -> Params:
-    """Parameters as the model takes them: whole, in the dtype of the computation; gradients come back in parts.
+    """Parameters as the model takes them: whole, in the dtype of the computation;
+    gradients come back in parts.
 
-    Those of the blocks stay in parts where the strategy gathers them layer by layer: see :func:`gather_block`.
+    Those of the blocks stay in parts where the strategy gathers them layer by layer:
+    see :func:`gather_block`.
     """
     strategy = choose("config.sharding", cfg.sharding, SHARDINGS)
 
@@ -212,10 +225,11 @@ def gather(cfg: Config, mesh: Mesh, params: Params) -> Params:
 
 
 def gather_block(cfg: Config, mesh: Mesh) -> Callable[[Params], Params]:
-    """What the model does to the parameters of each block where it runs, inside of scan and remat.
+    """What the model does to the parameters of each block where it runs, inside of scan
+    and remat.
 
-    Either gathers them, or only makes their gradient divided right there: were the stacked gradient divided after the
-    loop, XLA would all-reduce it inside.
+    Either gathers them, or only makes their gradient divided right there: were the
+    stacked gradient divided after the loop, XLA would all-reduce it inside.
     """
     strategy = choose("config.sharding", cfg.sharding, SHARDINGS)
 
@@ -240,7 +254,8 @@ def _gather(
 def _stages(
     strategy: Strategy, mesh: Mesh, path: str, x: jax.Array
 ) -> list[NamedSharding]:
-    """Divided over one mesh axis after the other, so that each is a reduce-scatter along one axis of the torus."""
+    """Divided over one mesh axis after the other, so that each is a reduce-scatter
+    along one axis of the torus."""
     n = sum(a in mesh.shape for a in strategy.divided)
     return [
         NamedSharding(mesh, stored(strategy, mesh, path, x.shape, axes))
@@ -251,7 +266,8 @@ def _stages(
 def _constrain(
     x: jax.Array, dtype: Any, value: NamedSharding, gradient: Sequence[NamedSharding]
 ) -> jax.Array:
-    """``x`` in ``dtype`` placed like ``value``, its gradient like each of ``gradient`` in turn.
+    """``x`` in ``dtype`` placed like ``value``, its gradient like each of ``gradient``
+    in turn.
 
     A plain with_sharding_constraint would give the gradient the sharding of the value.
     """

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training program, and the loop that runs it.
 
-:func:`train_step` is the program; :func:`build` places it on a mesh; :func:`train` feeds it. ``plan`` compiles what
-``build`` returns, ``benchmark`` times it and the config tests trace it, so none of them can drift from training.
+:func:`train_step` is the program; :func:`build` places it on a mesh; :func:`train`
+feeds it. ``plan`` compiles what ``build`` returns, ``benchmark`` times it and the
+config tests trace it, so none of them can drift from training.
 """
 
 import contextlib
@@ -52,8 +53,9 @@ def train_step(
 ) -> tuple[State, Metrics]:
     """One optimizer step on one global batch.
 
-    ``batch["image"]`` is (B, H, W, C), uint8 or float in [-1, 1]. A step whose loss or gradient is not finite changes
-    nothing but the step number, and says so in ``metrics["skipped"]``.
+    ``batch["image"]`` is (B, H, W, C), uint8 or float in [-1, 1]. A step whose loss or
+    gradient is not finite changes nothing but the step number, and says so in
+    ``metrics["skipped"]``.
     """
     key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
     batch = batch | {"image": normalize(batch["image"])}
@@ -91,7 +93,8 @@ def normalize(images: jax.Array) -> jax.Array:
 
 
 def _gradient(cfg, loss_fn, params, batch, key):
-    """Loss, metrics and gradient of the mean over the batch, in ``cfg.accumulate`` micro-batches one after another."""
+    """Loss, metrics and gradient of the mean over the batch, in ``cfg.accumulate``
+    micro-batches one after another."""
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     n = cfg.accumulate
     if n == 1:
@@ -118,7 +121,8 @@ def _gradient(cfg, loss_fn, params, batch, key):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a run computes, placed on a mesh. Shapes carry their shardings, so everything can be lowered as it is."""
+    """What a run computes, placed on a mesh. Shapes carry their shardings, so
+    everything can be lowered as it is."""
 
     cfg: Config  # with model.num_classes and model.image_size filled in
     model: Any
@@ -128,9 +132,7 @@ class Program:
     # Jitted functions, which can be called or lowered:
     init: Wrapped  # () -> State
     start_from: Wrapped  # (params) -> State
-    train_step: (
-        Wrapped  # (State, batch) -> (State, metrics); the State it is given is consumed
-    )
+    train_step: Wrapped  # (State, batch) -> (State, metrics); consumes the State
     forward: Wrapped  # (params, images) -> {"logits": (B, K), "pre_logits": (B, D)}
 
     @property
@@ -147,12 +149,14 @@ def build(
     devices: Sequence[jax.Device] | None = None,
     info: data.DataInfo | None = None,
 ) -> Program:
-    """The one definition of the program: the loop runs it, ``plan`` compiles it for devices that are not there.
+    """The one definition of the program: the loop runs it, ``plan`` compiles it for
+    devices that are not there.
 
     Args:
       cfg: the run.
       devices: to place it on; all devices of all processes if not given.
-      info: what ``data.describe(cfg.data)`` says; asked for only where the config leaves the number of classes open.
+      info: what ``data.describe(cfg.data)`` says; asked for only where the config
+        leaves the number of classes open.
 
     Raises:
       UserError: a config that contradicts itself, the data or the number of devices.
@@ -183,9 +187,8 @@ def build(
     state_shape = jax.eval_shape(lambda: start_from(init_params()))
     state_sharding = sharding.state_sharding(cfg, mesh, state_shape)
     batch_sharding = sharding.batch_sharding(mesh)
-    placed = models.create(
-        cfg.model, sharding.gather_block(cfg, mesh)
-    )  # the same model, reading parameters in parts
+    # The same model, reading parameters in parts.
+    placed = models.create(cfg.model, sharding.gather_block(cfg, mesh))
     loss_of_whole = objectives.OBJECTIVES[cfg.loss](placed, cfg)
 
     def loss_fn(params, batch, key):
@@ -276,7 +279,8 @@ class Result:
 
 
 def every(n: int, step: int, last: int) -> bool:
-    """Whether to act after ``step`` of ``last`` steps when acting every ``n`` steps and at the end."""
+    """Whether to act after ``step`` of ``last`` steps when acting every ``n`` steps and
+    at the end."""
     return step == last or (n > 0 and step % n == 0)
 
 
@@ -319,7 +323,8 @@ def train(
 
 
 class Loop:
-    """Feeds the program: metrics are read one step late, so that the device never waits for the host."""
+    """Feeds the program: metrics are read one step late, so that the device never waits
+    for the host."""
 
     def __init__(
         self,
@@ -331,19 +336,16 @@ class Loop:
         train_step: Callable[[State, Batch], tuple[State, Metrics]] | None = None,
     ):
         self.program, self.cfg, self.info = program, program.cfg, info
-        self.workdir, self.checkpoints, self.preemption = (
-            workdir,
-            checkpoints,
-            preemption,
-        )
-        self.train_step = (
-            train_step  # compiled already; None: compiled when the loop starts
-        )
+        self.workdir, self.checkpoints = workdir, checkpoints
+        self.preemption = preemption
+        # Compiled already; None: compiled when the loop starts.
+        self.train_step = train_step
         self.results: dict[str, float] = {}  # of the last evaluation
         self.bad_in_row = 0
 
     def run(self, state: State) -> Result:
-        """Trains from ``state`` to the last step of the config, or until the process is asked to stop."""
+        """Trains from ``state`` to the last step of the config, or until the process is
+        asked to stop."""
         cfg, last = self.cfg, self.cfg.steps
         self.start = step = int(state.step)
         self.writer = MetricsWriter(self.workdir, step)
@@ -371,7 +373,8 @@ class Loop:
                 evaluate = every(cfg.eval.every, step, last)
                 save = every(cfg.checkpoint.every, step, last)
                 if evaluate or save:
-                    # The step in flight must be known to be good before it is evaluated or saved.
+                    # The step in flight must be known to be good before it is evaluated
+                    # or saved.
                     self._record(*pending, bar)
                     pending = None
                     with self.interval.paused():
@@ -414,7 +417,8 @@ class Loop:
             ).compile()
 
     def _record(self, step: int, metrics: Metrics, bar: Bar) -> None:
-        """Looks at the metrics of a finished step. Called one step late, so that the device never waits."""
+        """Looks at the metrics of a finished step. Called one step late, so that the
+        device never waits."""
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
         self.bad_in_row = self.bad_in_row + 1 if values["skipped"] else 0
         if self.bad_in_row >= self.cfg.max_bad_steps:
@@ -455,9 +459,11 @@ def evaluate(
     state: State,
     preemption: Preemption | None = None,
 ) -> dict[str, float]:
-    """Runs the evaluators of the config on the averaged parameters if there are any, else on the parameters.
+    """Runs the evaluators of the config on the averaged parameters if there are any,
+    else on the parameters.
 
-    Returns ``{"test/accuracy": ...}``; nothing if the process was asked to stop meanwhile.
+    Returns ``{"test/accuracy": ...}``; nothing if the process was asked to stop
+    meanwhile.
     """
     cfg = program.cfg
     params = state.ema if cfg.optim.polyak else state.params
@@ -491,19 +497,17 @@ class _Stopped(Exception):
 
 
 class _Interval:
-    """Means of the metrics, and speed, since the last logged step. Time spent on evaluating and saving is left out."""
+    """Means of the metrics, and speed, since the last logged step. Time spent on
+    evaluating and saving is left out."""
 
     def __init__(self, cfg: Config, feed: Feed):
         self._cfg, self._feed = cfg, feed
         self.restart()
 
     def restart(self) -> None:
-        self._start, self._waited, self._sums, self._count = (
-            time.perf_counter(),
-            self._feed.waited,
-            {},
-            0,
-        )
+        self._start, self._waited = time.perf_counter(), self._feed.waited
+        self._sums: dict[str, float] = {}
+        self._count = 0
 
     def add(self, values: dict[str, float]) -> None:
         self._count += 1
@@ -537,7 +541,8 @@ class _Interval:
 
 
 class _Profiler:
-    """Traces the steps "first:last" of the config into the workdir, for TensorBoard's profile tab."""
+    """Traces the steps "first:last" of the config into the workdir, for TensorBoard's
+    profile tab."""
 
     def __init__(self, steps: str, workdir: str):
         self._steps, self._workdir = steps, workdir
@@ -566,7 +571,8 @@ def _initial_state(program: Program) -> State:
 
 # A workdir -------------------------------------------------------------------
 
-# A run may be resumed with other values of these only: they leave its model, data and optimizer state as they are.
+# A run may be resumed with other values of these only: they leave its model, data and
+# optimizer state as they are.
 _MAY_CHANGE = (
     "steps", "eval.", "checkpoint.", "sweep.", "log_every", "profile", "max_bad_steps", "sharding", "mesh", "accumulate",
     "model.remat", "data.cache_gib", "data.max_bad", "optim.learning_rate", "optim.schedule",
@@ -576,10 +582,12 @@ _MAY_CHANGE = (
 
 @contextlib.contextmanager
 def claim(workdir: str, cfg: Config, info: data.DataInfo) -> Iterator[None]:
-    """Creates ``workdir`` with ``config.json`` and ``dataset.json``, or checks that it belongs to the same run.
+    """Creates ``workdir`` with ``config.json`` and ``dataset.json``, or checks that it
+    belongs to the same run.
 
     Raises:
-      UserError: it cannot be written, another process is using it, or its config has another model or other data.
+      UserError: it cannot be written, another process is using it, or its config has
+        another model or other data.
     """
     folder = epath.Path(workdir)
     stored = folder / "config.json"

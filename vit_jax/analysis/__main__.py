@@ -4,8 +4,9 @@
     python -m vit_jax.analysis SOURCE --out=DIR [--images=photo.jpg,folder] [--html]
 
 SOURCE is whatever ``vit_jax.load`` takes. Each figure is a PNG with an ``.npz`` of the
-arrays behind it. Images come from ``--images``, else from the test split of ``--config``
-or of the config in the workdir; what cannot be drawn is left out with a line that says why.
+arrays behind it. Images come from ``--images``, else from the test split of
+``--config`` or of the config in the workdir; what cannot be drawn is left out with a
+line that says why.
 """
 
 import dataclasses
@@ -68,7 +69,8 @@ class Analysis:
         return _ARRAYS[name](self)
 
     def batches(self) -> Iterator[np.ndarray]:
-        """``count`` uint8 images, in arrays: ``--images`` in order, or random ones of the data set."""
+        """``count`` uint8 images, in arrays: ``--images`` in order, or random ones of
+        the data set."""
         if self.places:
             paths = images.find(self.places, self.count)
             for start in range(0, len(paths), BATCH):
@@ -86,7 +88,8 @@ class Analysis:
                 return
 
     def _random_positions(self) -> np.ndarray:
-        """Which test images are looked at, in order: the first ones of a folder are all of one class."""
+        """Which test images are looked at, in order: the first ones of a folder are all
+        of one class."""
         from vit_jax import data
 
         assert self.data is not None
@@ -95,14 +98,16 @@ class Analysis:
         return np.sort(np.random.default_rng(self.seed).permutation(total)[:count])
 
     def _read(self, path: Path) -> np.ndarray:
-        """uint8 pixels as the checkpoint's preprocessing cuts them. Raises: UserError: no image."""
+        """uint8 pixels as the checkpoint's preprocessing cuts them. Raises: UserError:
+        no image."""
         image = preprocessing.read_image(path, self.model.cfg.channels)
         ops = [t for t in self.about.transforms if t["op"] != "normalize"]
         cut = preprocessing.prepare(image, ops or DEFAULT_TRANSFORMS, self.size)
         return to_uint8(cut)
 
     def check_images(self) -> None:
-        """Raises: UserError: a photo does not decode, which is an error and not a figure left out."""
+        """Raises: UserError: a photo does not decode, which is an error and not a
+        figure left out."""
         for path in images.find(self.places, self.count):
             preprocessing.check_image(path)
 
@@ -191,7 +196,8 @@ def _distance(a: Analysis) -> dict[str, Any]:
 
 
 def _rollout(a: Analysis) -> dict[str, Any]:
-    """The first images of ``--images``; of a data set, those whose attention is most concentrated."""
+    """The first images of ``--images``; of a data set, those whose attention is most
+    concentrated."""
     summary, shown = a.summary()
     if a.places:
         chosen = np.arange(min(CHOSEN, len(shown)))
@@ -262,7 +268,8 @@ def analyse(
     only: tuple[str, ...] = (),
     html: bool = False,
 ) -> dict[str, str]:
-    """Writes every figure that the checkpoint allows; returns why the others are left out.
+    """Writes every figure that the checkpoint allows; returns why the others are left
+    out.
 
     Args:
       source: of the weights.

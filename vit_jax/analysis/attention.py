@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention weights and what is computed from them: rollout and attention distance.
 
-L layers, B images, k heads, S tokens, N = h w patches in raster order after the class token
-if there is one. ``weights[l, b, head, q, j]`` is how much query q takes from key j.
+L layers, B images, k heads, S tokens, N = h w patches in raster order after the class
+token if there is one. ``weights[l, b, head, q, j]`` is how much query q takes from key
+j.
 
 >>> weights = attention.capture(model, params, images)
 >>> attention.mean_distance(weights, grid=(14, 14), patch=16)  # (L, k) in pixels
@@ -29,12 +30,14 @@ def rollout(weights: Array | Sequence[Array], *, identity: bool = True) -> jax.A
     """Attention rollout (Abnar and Zuidema 2020, Appendix D.8): R_l = A_l' R_(l-1).
 
     Args:
-      weights: (L, B, k, S, S), or a sequence of (B, k, S, S), one per layer; B may be left out.
-      identity: mix half of the residual connection into each layer, A' = A/2 + I/2 with A the mean over
-        heads. The paper does not say whether it did.
+      weights: (L, B, k, S, S), or a sequence of (B, k, S, S), one per layer; B may be
+        left out.
+      identity: mix half of the residual connection into each layer, A' = A/2 + I/2 with
+        A the mean over heads. The paper does not say whether it did.
 
     Returns:
-      R_L (B, S, S): each row sums to 1 and says which input tokens an output token is made of.
+      R_L (B, S, S): each row sums to 1 and says which input tokens an output token is
+      made of.
     """
     result = None
     for layer in weights:
@@ -48,7 +51,8 @@ def rollout(weights: Array | Sequence[Array], *, identity: bool = True) -> jax.A
 
 
 def token_map(rows: Array, grid: tuple[int, int]) -> jax.Array:
-    """Picture of a token matrix (..., S, S): what the class token takes from each patch, (..., h, w).
+    """Picture of a token matrix (..., S, S): what the class token takes from each
+    patch, (..., h, w).
 
     Without class token (heads that average the tokens) it is the mean over all queries.
     """
@@ -67,15 +71,16 @@ def mean_distance(
 ) -> jax.Array:
     """Mean attention distance (Figure 7 right, Figure 11), (L, k) in pixels.
 
-    The distance from a query patch to a key patch, weighted by attention, averaged over queries
-    and images. A uniform head has 116.49 on a 14 x 14 grid of 16 pixels, an identity head 0.
+    The distance from a query patch to a key patch, weighted by attention, averaged over
+    queries and images. A uniform head has 116.49 on a 14 x 14 grid of 16 pixels, an
+    identity head 0.
 
     Args:
       weights: (L, B, k, S, S) or a sequence of (B, k, S, S); B may be left out.
       grid: patches, (h, w).
       patch: pixels from a patch to the next one.
-      renormalize: without the class token, attention to the patches is scaled to sum to 1 again. The
-        paper does not say whether it did.
+      renormalize: without the class token, attention to the patches is scaled to sum to
+        1 again. The paper does not say whether it did.
     """
     return jnp.stack([_layer_distance(w, grid, patch, renormalize) for w in weights])
 
@@ -88,9 +93,11 @@ def patch_distances(grid: tuple[int, int], patch: int) -> np.ndarray:
 
 
 def of(intermediates: Any) -> list[jax.Array]:
-    """The attention of each layer, (B, k, S, S), out of what ``mutable=["intermediates"]`` collected.
+    """The attention of each layer, (B, k, S, S), out of what
+    ``mutable=["intermediates"]`` collected.
 
-    Both layouts are understood: one subtree per layer, and one with a leading layer axis.
+    Both layouts are understood: one subtree per layer, and one with a leading layer
+    axis.
     """
     encoder = intermediates["Transformer"]
     weights = lambda block: block["MultiHeadDotProductAttention_1"]["attention"][0]
@@ -101,7 +108,8 @@ def of(intermediates: Any) -> list[jax.Array]:
 
 
 def capture(model: Any, params: Any, images: Array) -> jax.Array:
-    """Attention weights (L, B, k, S, S) float32 of a few images; B/16 takes 22 MB per image.
+    """Attention weights (L, B, k, S, S) float32 of a few images; B/16 takes 22 MB per
+    image.
 
     Args:
       model: a ViT or hybrid.
@@ -125,8 +133,9 @@ def summarize(
 ) -> Summary:
     """Attention distance and rollout of any number of images.
 
-    Everything is reduced inside one compiled function: (L, k), (S, S) and a map per image leave it, not
-    attention weights. So 128 images through B/16 need no more memory than 16 of them.
+    Everything is reduced inside one compiled function: (L, k), (S, S) and a map per
+    image leave it, not attention weights. So 128 images through B/16 need no more
+    memory than 16 of them.
 
     Args:
       model: a ViT or hybrid.
@@ -153,7 +162,8 @@ def summarize(
 
 
 def geometry(model: Any, image_size: tuple[int, int]) -> tuple[tuple[int, int], int]:
-    """Grid (h, w) of patches and pixels from one to the next, the ResNet of a hybrid included."""
+    """Grid (h, w) of patches and pixels from one to the next, the ResNet of a hybrid
+    included."""
     return models.token_grid(model.cfg, image_size), models.token_stride(model.cfg)
 
 
@@ -212,7 +222,8 @@ def _capture(model: Any, params: Any, images: jax.Array) -> jax.Array:
 def _summarize(
     model: Any, params: Any, images: jax.Array, used: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sums of distance (L, k) and rollout (S, S) over the images that are used, and maps (B, h, w)."""
+    """Sums of distance (L, k) and rollout (S, S) over the images that are used, and
+    maps (B, h, w)."""
     height, width = images.shape[1:3]
     grid, patch = geometry(model, (height, width))
     weights = _attention(model, params, images)
@@ -238,7 +249,8 @@ def _attention(model: Any, params: Any, images: jax.Array) -> list[jax.Array]:
 def _rebatch(
     images: Iterable[np.ndarray], batch: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Arrays of any length -> arrays of ``batch`` images, the last one padded, and which are real."""
+    """Arrays of any length -> arrays of ``batch`` images, the last one padded, and
+    which are real."""
     held: list[np.ndarray] = []
     for chunk in images:
         held.extend(chunk)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the linear embedding and the position embeddings have learned (Figure 7 left and centre).
+"""What the linear embedding and the position embeddings have learned (Figure 7 left and
+centre).
 
 P patch side, C channels, D width, h x w patches.
 """
@@ -24,8 +25,8 @@ def filter_components(
       center: subtract the mean filter first; the paper does not say whether it did.
 
     Returns:
-      Unit vectors (count, P, P, C), the strongest first, and the share of the variance of each
-      (count,). The sign is arbitrary: the largest entry is made positive.
+      Unit vectors (count, P, P, C), the strongest first, and the share of the variance
+      of each (count,). The sign is arbitrary: the largest entry is made positive.
     """
     *shape, width = kernel.shape
     x = np.asarray(kernel, np.float64).reshape(-1, width).T  # (D, P P C)
@@ -38,13 +39,15 @@ def filter_components(
 
 
 def first_filters(params: Any) -> tuple[np.ndarray, str]:
-    """The filters that read pixels, (P, P, C, D), and their name: of a hybrid, the first convolution."""
+    """The filters that read pixels, (P, P, C, D), and their name: of a hybrid, the
+    first convolution."""
     name = "conv_root" if "conv_root" in params else "embedding"
     return np.asarray(params[name]["kernel"]), f"{name}/kernel"
 
 
 def displayable(filters: np.ndarray) -> np.ndarray:
-    """Filters (..., P, P, C) as colours in [0, 1]: 0 is mid-grey, each scaled by its largest entry."""
+    """Filters (..., P, P, C) as colours in [0, 1]: 0 is mid-grey, each scaled by its
+    largest entry."""
     scale = np.abs(filters).max((-3, -2, -1), keepdims=True)
     return 0.5 + 0.5 * filters / np.maximum(scale, 1e-30)
 
@@ -76,7 +79,8 @@ def position_table(model: Any, params: Any, image_size: tuple[int, int]) -> np.n
 
 
 def position_similarity(table: np.ndarray) -> np.ndarray:
-    """Cosine similarity of E_pos (h, w, D): ``[i, j, a, b]`` compares patch (i, j) with (a, b)."""
+    """Cosine similarity of E_pos (h, w, D): ``[i, j, a, b]`` compares patch (i, j) with
+    (a, b)."""
     norm = np.linalg.norm(table, axis=-1, keepdims=True)
     unit = table / np.maximum(norm, 1e-12)
     return np.einsum("ijd,abd->ijab", unit, unit)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays in, figures out. ``draw(name, arrays)`` makes the figure that ``name.npz`` holds.
+"""Arrays in, figures out. ``draw(name, arrays)`` makes the figure that ``name.npz``
+holds.
 
 To add one: a function of arrays that returns a matplotlib Figure, and a line in
 ``FIGURES``. The first line of its docstring is the caption of the HTML report.
@@ -259,7 +260,8 @@ FIGURES: dict[str, Callable[..., Figure]] = {
 
 
 def overlays(images: np.ndarray, maps: np.ndarray) -> np.ndarray:
-    """Images uint8 (n, H, W, C) darkened where the map (n, h, w) is small, as in Figure 6.
+    """Images uint8 (n, H, W, C) darkened where the map (n, h, w) is small, as in Figure
+    6.
 
     The map is scaled by its maximum, enlarged bilinearly and multiplied onto the image.
     """

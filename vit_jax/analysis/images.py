@@ -40,7 +40,8 @@ def find(places: Iterable[str], count: int) -> list[Path]:
 
 
 def to_input(images: np.ndarray, transforms: Sequence[dict[str, Any]]) -> np.ndarray:
-    """What the model wants of uint8 images: they stay as they are, unless the checkpoint states a normalisation."""
+    """What the model wants of uint8 images: they stay as they are, unless the
+    checkpoint states a normalisation."""
     for transform in transforms:
         if transform["op"] == "normalize":
             mean, std = (np.asarray(transform[k], np.float32) for k in ("mean", "std"))

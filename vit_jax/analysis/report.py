@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes figures, the arrays behind them, and one HTML page that opens without a network."""
+"""Writes figures, the arrays behind them, and one HTML page that opens without a
+network."""
 
 import base64
 import html
@@ -40,7 +41,8 @@ td {{ padding: .15rem .8rem .15rem 0; vertical-align: top; }}
 
 
 def write(out: str | Path, name: str, arrays: Mapping[str, Any]) -> Path:
-    """``name.png`` at print quality and ``name.npz`` in the folder ``out``; returns the picture's path.
+    """``name.png`` at print quality and ``name.npz`` in the folder ``out``; returns the
+    picture's path.
 
     Raises:
       UserError: the folder cannot be written.

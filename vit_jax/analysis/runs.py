@@ -13,7 +13,8 @@ from vit_jax.progress import read_metrics
 
 
 def read_curves(workdir: str | Path) -> dict[str, np.ndarray]:
-    """``metrics.jsonl`` as the arrays of the figure ``curves``: names, steps, values (one row per number).
+    """``metrics.jsonl`` as the arrays of the figure ``curves``: names, steps, values
+    (one row per number).
 
     Where a step was run again after a restart, the later line counts.
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encoded image -> uint8 (H, W, 3), whatever the file holds, and resizing.
 
-Grey, palette, alpha, CMYK and 16-bit images become 8-bit RGB (alpha is dropped, the first
-frame of an animation is taken, EXIF rotation is applied). What cannot be decoded raises a
-tensorflow error; whether it does depends on the file alone, never on the crop, so that a
-resumed run replaces the same examples.
+Grey, palette, alpha, CMYK and 16-bit images become 8-bit RGB (alpha is dropped, the
+first frame of an animation is taken, EXIF rotation is applied). What cannot be decoded
+raises a tensorflow error; whether it does depends on the file alone, never on the crop,
+so that a resumed run replaces the same examples.
 """
 
 from collections.abc import Callable, Sequence
@@ -114,11 +114,12 @@ def resize_to(
 
 
 def resize_many(images: Sequence[Image], mirror: Any, size: int) -> Image:
-    """Images of any size (k times uint8 (H, W, 3)) -> uint8 (k, size, size, 3), mirrored
-    left to right where ``mirror``, bool (k,), says so.
+    """Images of any size (k times uint8 (H, W, 3)) -> uint8 (k, size, size, 3),
+    mirrored left to right where ``mirror``, bool (k,), says so.
 
     Bilinear as in ``resize_to``, but in whole numbers (the difference is at most 1) and
-    in half the time. It is Python, once for k images; OpenCV runs without Python's lock.
+    in half the time. It is Python, once for k images; OpenCV runs without Python's
+    lock.
     """
 
     def run(mirror: np.ndarray, *images: np.ndarray) -> np.ndarray:
@@ -213,8 +214,8 @@ def _not_huge(shape: Any) -> Any:
 def _is_plain_jpeg(image: Image) -> Any:
     """Whether a JPEG needs nothing but decoding: complete, and never rotated.
 
-    One cut short still decodes above the cut: it must fail as a whole, not only in those
-    crops that reach down to it.
+    One cut short still decodes above the cut: it must fail as a whole, not only in
+    those crops that reach down to it.
     """
     at, size = [0, -2, *_EXIF_AT], [2, 2, *(len(_EXIF) for _ in _EXIF_AT)]
     parts = tf.strings.substr(tf.reshape(image, [1]), at, size)

@@ -110,8 +110,8 @@ _running: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
 @atexit.register
 def _stop() -> None:
-    """Ends what still runs: a thread of tensorflow that calls Python while that is being
-    taken down aborts the process."""
+    """Ends what still runs: a thread of tensorflow that calls Python while that is
+    being taken down aborts the process."""
     for iterator in list(_running):
         with contextlib.suppress(ValueError):  # in use by a thread, which has to end it
             iterator.close()

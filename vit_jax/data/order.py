@@ -5,8 +5,8 @@ A position is ``step * batch + row`` of the global batch. Everything random abou
 example follows from (seed, position), so a run resumes with the step number alone and
 gives the same bits on any number of processes. The permutation of an epoch is computed
 value by value (a Feistel network on the smallest even number of bits, walked until it
-lands inside the range): it takes no memory and no time to seek, for 1,000 or 300 million
-examples.
+lands inside the range): it takes no memory and no time to seek, for 1,000 or 300
+million examples.
 """
 
 import numpy as np

@@ -3,8 +3,8 @@
 
 ``_Stream.rows`` says which examples a step holds, with which seeds; everything after it
 is a stateless function of those, run by tf.data in parallel and handed on in order. An
-example that cannot be decoded makes its batch fail; that batch is then done over without
-it (``_Stream.repair``), so good data pays nothing for the protection.
+example that cannot be decoded makes its batch fail; that batch is then done over
+without it (``_Stream.repair``), so good data pays nothing for the protection.
 """
 
 import collections

@@ -6,8 +6,8 @@ uniformly and applied at magnitude ``m`` (10 is "full", 20 allowed). It has quir
 published numbers depend on, so they are the default: the mean of Contrast is
 height * width / 256, Solarize compares with the threshold modulo 256, Posterize keeps
 *more* bits as m grows, blend factors start at 0.1, and m = 0 is no identity.
-``corrected=True``: the operations that have a magnitude leave the image as it is at m = 0
-and change it more and more from there; the mean of Contrast is the mean.
+``corrected=True``: the operations that have a magnitude leave the image as it is at m =
+0 and change it more and more from there; the mean of Contrast is the mean.
 """
 
 import functools

@@ -2,9 +2,9 @@
 """Where examples come from. ``SOURCES[name](cfg) -> Dataset``.
 
 A source lists examples; it decodes nothing. Each split is a random-access list: an
-example is a file path, the encoded bytes, a serialized record or decoded pixels, fetched
-a batch of indices at a time (sources too remote for that are read in sequence, see
-records.py). To add a source, add a function and its line in ``SOURCES``.
+example is a file path, the encoded bytes, a serialized record or decoded pixels,
+fetched a batch of indices at a time (sources too remote for that are read in sequence,
+see records.py). To add a source, add a function and its line in ``SOURCES``.
 """
 
 import dataclasses

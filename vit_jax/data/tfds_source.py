@@ -90,8 +90,8 @@ def read(
 ) -> Split:
     """One split in memory, as encoded images.
 
-    ``split``: any tfds expression, such as ``train[:98%]``; ``label(example)`` gives the
-    class; ``image`` changes the encoded image.
+    ``split``: any tfds expression, such as ``train[:98%]``; ``label(example)`` gives
+    the class; ``image`` changes the encoded image.
     """
     dataset = builder.as_dataset(
         split=split,

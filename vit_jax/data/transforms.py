@@ -4,10 +4,11 @@
     train_transforms=({"op": "inception_crop", "area": (0.2, 1.0)}, {"op": "flip"})
 
 An image is a scalar string (an encoded file, not decoded yet) or uint8 (H, W, 3). Crops
-that come first are fused with decoding: pixels outside the crop are never computed. Every
-random choice follows from ``seed``, int64 (2,), and nothing else. To add one, write a
-function ``name(image, seed, *, options)`` and add it to ``TRANSFORMS``; an option called
-``size`` defaults to ``data.image_size`` and one called ``exact`` to the config's choice.
+that come first are fused with decoding: pixels outside the crop are never computed.
+Every random choice follows from ``seed``, int64 (2,), and nothing else. To add one,
+write a function ``name(image, seed, *, options)`` and add it to ``TRANSFORMS``; an
+option called ``size`` defaults to ``data.image_size`` and one called ``exact`` to the
+config's choice.
 """
 
 import dataclasses

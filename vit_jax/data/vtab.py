@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """VTAB-1k: 19 tasks with 1,000 training examples each (paper section 4.1, B.1.1).
 
-``data.name="vtab/dtd"`` trains on the 800 + 200 examples and tests on the full test set;
-``data.train_split="train800"`` trains on 800 and tests on the other 200, for selection.
-Splits and label rules are those of the benchmark's own code; sizes that a split depends
-on are read from the data set.
+``data.name="vtab/dtd"`` trains on the 800 + 200 examples and tests on the full test
+set; ``data.train_split="train800"`` trains on 800 and tests on the other 200, for
+selection. Splits and label rules are those of the benchmark's own code; sizes that a
+split depends on are read from the data set.
 """
 
 import dataclasses
@@ -55,8 +55,8 @@ def _bin(value: float, thresholds: tuple[float, ...]) -> int:
 class Task:
     """One row of the table.
 
-    ``val``: where the 200 validation examples begin, as (split, start): start an integer
-    or a share of the split. ``test``: (split, start), to its end.
+    ``val``: where the 200 validation examples begin, as (split, start): start an
+    integer or a share of the split. ``test``: (split, start), to its end.
     """
 
     group: str

@@ -5,9 +5,9 @@
     python -m vit_jax.data.write_records labels.csv records/ --format=array_record
     python -m vit_jax.data.write_records tfds:cifar10 records/ --split=train
 
-Images are copied as they are, in one fixed random order, so that shards can also be read
-in sequence. Shards are written side by side; one that is finished is not written again
-when the command is repeated after an interruption.
+Images are copied as they are, in one fixed random order, so that shards can also be
+read in sequence. Shards are written side by side; one that is finished is not written
+again when the command is repeated after an interruption.
 """
 
 import dataclasses

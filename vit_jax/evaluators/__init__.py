@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured on a model. An evaluator is a function of a :class:`Context` and its options.
+"""What is measured on a model. An evaluator is a function of a :class:`Context` and its
+options.
 
-To add one: a function ``f(context, *, option=default) -> {name: number}`` in a file here, and a line in
-``EVALUATORS``. ``config.eval.evaluators`` chooses them, during training and for ``python -m vit_jax.evaluate``.
+To add one: a function ``f(context, *, option=default) -> {name: number}`` in a file
+here, and a line in ``EVALUATORS``. ``config.eval.evaluators`` chooses them, during
+training and for ``python -m vit_jax.evaluate``.
 """
 
 import inspect

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Top-1 and top-5 accuracy and loss, for one label per image and for several (section 4.1).
+"""Top-1 and top-5 accuracy and loss, for one label per image and for several (section
+4.1).
 
 B batch, K classes. An example counts if it has a label at all, and is right if the
 class with the largest logit is one of its labels; with one label per image this is the
@@ -59,7 +60,8 @@ def means(sums: Mapping[str, Any]) -> dict[str, float]:
 
 
 def class_loss(context: Context) -> str:
-    """The loss that the numbers report; masked patch prediction has no classes to be right about."""
+    """The loss that the numbers report; masked patch prediction has no classes to be
+    right about."""
     if context.cfg.loss == "masked_patch":
         raise UserError(
             "config.loss='masked_patch' trains no classes: choose the evaluators "
@@ -83,7 +85,8 @@ def check_classes(context: Context, data: DataConfig) -> None:
 
 
 def correct(logits: jax.Array, label: jax.Array, k: int) -> jax.Array:
-    """Whether one of the k largest logits is a label. (B, K), (B,) or (B, K) -> (B,) bool."""
+    """Whether one of the k largest logits is a label. (B, K), (B,) or (B, K) -> (B,)
+    bool."""
     top = jax.lax.top_k(logits, k)[1]  # (B, k)
     if label.ndim == 1:
         return (top == label[:, None]).any(1)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a probability of 0.8 mean right in 8 of 10 cases? The expected calibration error.
+"""Does a probability of 0.8 mean right in 8 of 10 cases? The expected calibration
+error.
 
-B batch, K classes. Predictions are put into bins of equal width by the probability of the
-predicted class; ECE = sum over bins of (share of examples) |accuracy - mean confidence|
-(Guo et al., arXiv 1706.04599).
+B batch, K classes. Predictions are put into bins of equal width by the probability of
+the predicted class; ECE = sum over bins of (share of examples) |accuracy - mean
+confidence| (Guo et al., arXiv 1706.04599).
 """
 
 import functools
@@ -27,10 +28,11 @@ def calibration(
     bins: int = 15,
     prefix: str = "",
 ) -> dict[str, float]:
-    """``ece``, ``mce`` (the worst bin), ``brier``, mean ``confidence`` and ``accuracy``.
+    """``ece``, ``mce`` (the worst bin), ``brier``, mean ``confidence`` and
+    ``accuracy``.
 
-    With the sigmoid loss the confidence is the sigmoid of the largest logit. The bins are
-    written to ``calibration.npz`` where the run has a folder for them.
+    With the sigmoid loss the confidence is the sigmoid of the largest logit. The bins
+    are written to ``calibration.npz`` where the run has a folder for them.
     """
     del prefix
     if bins < 1:

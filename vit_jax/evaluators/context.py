@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every evaluator is given, and how it sums over a data set without leaving the device.
+"""What every evaluator is given, and how it sums over a data set without leaving the
+device.
 
 Dimension letters: B batch (global, padded), K classes, D width.
 """
@@ -36,7 +37,8 @@ class Context:
 
     cfg: Config
     params: Any
-    # (params, images uint8 or float (B, H, W, C)) -> {"logits": (B, K), "pre_logits": (B, D)}, jitted
+    # (params, images uint8 or float (B, H, W, C)) -> {"logits": (B, K), "pre_logits":
+    # (B, D)}, jitted
     forward: Callable[[Any, jax.Array], Mapping[str, jax.Array]]
     # (data config, split) -> finite batches {"image", "label", "mask"} of global arrays
     batches: Callable[[DataConfig, str], Iterator[Batch]]
@@ -45,7 +47,8 @@ class Context:
     out: str = ""  # folder for the arrays behind a number (confusion matrix, ...); "": none are written
 
     def data(self, override: Mapping[str, Any] | None) -> DataConfig:
-        """``cfg.data`` with some fields changed, which is how an evaluator brings its own data set."""
+        """``cfg.data`` with some fields changed, which is how an evaluator brings its
+        own data set."""
         if not override:
             return self.cfg.data
         values = config.to_dict(self.cfg.data) | dict(override)
@@ -66,8 +69,8 @@ class Context:
     ) -> dict[str, Any]:
         """Sums ``step(outputs, batch)`` over a data set; fetches once, at the end.
 
-        Integers are summed exactly, floats with a compensated sum, so that 10,000 batches
-        do not lose digits.
+        Integers are summed exactly, floats with a compensated sum, so that 10,000
+        batches do not lose digits.
         """
         total: Any = None
         for outputs, batch in self.outputs(data, split):
@@ -101,12 +104,14 @@ class Context:
         return Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
 
     def put(self, x: np.ndarray, *spec: Any) -> jax.Array:
-        """The same host array of every process as one global array; ``spec`` names mesh axes per dimension."""
+        """The same host array of every process as one global array; ``spec`` names mesh
+        axes per dimension."""
         sharding = NamedSharding(self.mesh, P(*spec))
         return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
 
     def save(self, name: str, **arrays: Any) -> None:
-        """Writes the arrays behind a number to ``out/name.npz``; nothing without ``out``.
+        """Writes the arrays behind a number to ``out/name.npz``; nothing without
+        ``out``.
 
         Raises:
           UserError: the folder cannot be written.

@@ -16,7 +16,8 @@ from vit_jax.evaluators.context import Batch, Context, fetch
 def collect(
     context: Context, data: DataConfig, split: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Features (N, D) float32 and labels (N,) int32 of a split, in the order of the data.
+    """Features (N, D) float32 and labels (N,) int32 of a split, in the order of the
+    data.
 
     They are held once: the array grows in place, because a list of batches and its
     concatenation would need the memory twice.
@@ -63,7 +64,8 @@ def collect(
 
 
 def representation(outputs: Mapping[str, jax.Array]) -> jax.Array:
-    """What the head reads, (B, D); of a model without a pooled vector, the mean over its tokens."""
+    """What the head reads, (B, D); of a model without a pooled vector, the mean over
+    its tokens."""
     x = outputs["pre_logits"]
     return x if x.ndim == 2 else x.mean(1)
 
@@ -74,7 +76,8 @@ def name_of(data: DataConfig) -> str:
 
 
 def num_classes(context: Context, data: DataConfig) -> int:
-    """Classes of the data set an evaluator runs on, which need not be those of the model."""
+    """Classes of the data set an evaluator runs on, which need not be those of the
+    model."""
     info = context.info if data == context.cfg.data else datasets.describe(data)
     return info.num_classes
 
@@ -87,7 +90,8 @@ class Bank(NamedTuple):
 
 
 def bank(context: Context, x: np.ndarray, y: np.ndarray, rows: int = 4096) -> Bank:
-    """Moves features to the devices, each of which holds its share; ``x`` and ``y`` are resized in place.
+    """Moves features to the devices, each of which holds its share; ``x`` and ``y`` are
+    resized in place.
 
     Args:
       context: gives the devices.
@@ -110,7 +114,8 @@ def bank(context: Context, x: np.ndarray, y: np.ndarray, rows: int = 4096) -> Ba
 
 
 def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each feature, without a second array of the size of ``x``."""
+    """Mean and standard deviation of each feature, without a second array of the size
+    of ``x``."""
     mean = np.zeros(x.shape[1])
     squares = np.zeros(x.shape[1])
     for piece in _pieces(x):

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Few-shot linear evaluation (section 4.1): regularised least squares on frozen features, solved exactly.
+"""Few-shot linear evaluation (section 4.1): regularised least squares on frozen
+features, solved exactly.
 
 n examples, d features, K classes, r = min(n, d) eigenvectors. The recipe is that of
-big_vision's ``fewshot_lsr``: whiten with the training features, append the constant 100,
-targets in {-1, 1}, W = (X^T X + l2 I)^-1 X^T Y.
+big_vision's ``fewshot_lsr``: whiten with the training features, append the constant
+100, targets in {-1, 1}, W = (X^T X + l2 I)^-1 X^T Y.
 
-Whitened features have mean 0, so the constant column is orthogonal to all others and its
-weight is known in closed form. Solving the rest alone gives the same W, and spares float32
-a Gram matrix whose entries differ by 10^8.
+Whitened features have mean 0, so the constant column is orthogonal to all others and
+its weight is known in closed form. Solving the rest alone gives the same W, and spares
+float32 a Gram matrix whose entries differ by 10^8.
 """
 
 import functools
@@ -61,23 +62,29 @@ def fewshot(
     choose_l2: bool = False,
     prefix: str = "",
 ) -> dict[str, float]:
-    """Accuracy of a linear classifier on n examples per class: ``5shot``, ``5shot_std``, ``5shot_seed0``, ...
+    """Accuracy of a linear classifier on n examples per class: ``5shot``,
+    ``5shot_std``, ``5shot_seed0``, ...
 
     Args:
       context: the model; its ``pre_logits`` are the features.
-      datasets: keys of ``DATASETS``, or names with the fields of DataConfig they change; (): the
-        run's own data. With several, names become ``cifar100/5shot`` and ``average/5shot``.
+      datasets: keys of ``DATASETS``, or names with the fields of DataConfig they
+        change; (): the run's own data. With several, names become ``cifar100/5shot``
+        and ``average/5shot``.
       data: fields of DataConfig to change for the run's own data.
-      shots: examples per class; those of a smaller number are among those of a larger one.
+      shots: examples per class; those of a smaller number are among those of a larger
+        one.
       seeds: how many draws of examples; mean and standard deviation are over them.
-      order: "first" takes the first examples of each class instead, as the older code did.
+      order: "first" takes the first examples of each class instead, as the older code
+        did.
       l2: the regularisation.
-      choose_l2: as the older code did, tries ``L2_GRID`` and takes for each number of shots the value that
-        ranks best on average over the data sets. It is chosen on the test sets: compare only with the like.
+      choose_l2: as the older code did, tries ``L2_GRID`` and takes for each number of
+        shots the value that ranks best on average over the data sets. It is chosen on
+        the test sets: compare only with the like.
       prefix: belongs to the caller.
 
     Raises:
-      UserError: a class has fewer examples than shots, several labels per image, unknown names.
+      UserError: a class has fewer examples than shots, several labels per image,
+        unknown names.
     """
     del prefix
     if order not in ("shuffled", "first"):
@@ -131,7 +138,8 @@ def fit(
       x: features (n, d).
       y: labels (n,) int32.
       num_classes: K.
-      form: "primal" diagonalises d x d, "dual" n x n; "auto" takes the smaller, as they agree.
+      form: "primal" diagonalises d x d, "dual" n x n; "auto" takes the smaller, as they
+        agree.
     """
     n, d = x.shape
     mean = x.mean(0)
@@ -171,7 +179,8 @@ def choose_examples(
     seed: int | None,
     name: str = "data",
 ) -> np.ndarray:
-    """Indices (K, shots) of the examples of each class, at random or (seed None) the first ones.
+    """Indices (K, shots) of the examples of each class, at random or (seed None) the
+    first ones.
 
     Raises:
       UserError: a class has too few.
@@ -195,7 +204,9 @@ def choose_examples(
 def benchmark(
     classes: int = 1000, shots: int = 25, width: int = 768, repeats: int = 3
 ) -> dict[str, float]:
-    """Time and memory of one exact solution; ``python -m vit_jax.benchmark --what=fewshot`` prints it.
+    """Time and memory of one exact solution.
+
+    ``python -m vit_jax.benchmark --what=fewshot`` prints it.
 
     Memory is what the compiled program asks for: arguments, results and temporaries.
     """
@@ -254,7 +265,8 @@ def _one(
     seeds: int,
     grid: Sequence[float],
 ) -> np.ndarray:
-    """Accuracy (seeds, shots, l2) on one data set; seeds 0: one draw of the first examples."""
+    """Accuracy (seeds, shots, l2) on one data set; seeds 0: one draw of the first
+    examples."""
     classes = num_classes(context, data)
     x, y = collect(context, data, "train")
     draws = [

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nearest neighbours on frozen features: what the representation knows without any training.
+"""Nearest neighbours on frozen features: what the representation knows without any
+training.
 
 B batch, N training examples, D features, K classes, k neighbours. Similarity is the
 cosine; neighbours vote with weight exp(similarity / temperature), as in DINO
@@ -37,7 +38,8 @@ def knn(
     split: str = "test",
     prefix: str = "",
 ) -> dict[str, float]:
-    """``accuracy_k10``, ``accuracy_k20``: test examples classified by their nearest training examples.
+    """``accuracy_k10``, ``accuracy_k20``: test examples classified by their nearest
+    training examples.
 
     The training features are divided over the devices; test features are streamed.
 

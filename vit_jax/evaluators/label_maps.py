@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An ImageNet model on test sets whose labels are not its own: ReaL, ImageNet-V2, ObjectNet.
+"""An ImageNet model on test sets whose labels are not its own: ReaL, ImageNet-V2,
+ObjectNet.
 
 B batch, K classes of the model, C classes of the test set. All of them take a file that
 says what the labels mean; nothing is downloaded.
@@ -32,15 +33,16 @@ def real(
     data: Mapping[str, Any] | None = None,
     prefix: str = "",
 ) -> dict[str, float]:
-    """ImageNet-ReaL: a prediction is right if it is one of the image's re-assessed labels.
+    """ImageNet-ReaL: a prediction is right if it is one of the image's re-assessed
+    labels.
 
     Images without any are left out of the mean. ``original_accuracy`` is by the labels
     of the data set itself.
 
     Args:
       context: the model.
-      labels: JSON file, either the released list of lists in the order of the file names, or
-        ``{file name: [class, ...]}``.
+      labels: JSON file, either the released list of lists in the order of the file
+        names, or ``{file name: [class, ...]}``.
       split: the images, from a source that knows their file names (a folder).
       data: fields of DataConfig to change.
       prefix: belongs to the caller.
@@ -82,8 +84,8 @@ def imagenet_v2(
 ) -> dict[str, float]:
     """``accuracy`` and ``top5`` on ImageNet-V2; ``data`` chooses the variant.
 
-    The released folders are named 0 to 999: as text they sort 0, 1, 10, 100, which is why this is
-    not the plain accuracy.
+    The released folders are named 0 to 999: as text they sort 0, 1, 10, 100, which is
+    why this is not the plain accuracy.
     """
     del prefix
     tfds = {"source": "tfds", "name": "imagenet_v2/matched-frequency"}
@@ -113,17 +115,18 @@ def objectnet(
 ) -> dict[str, float]:
     """``accuracy`` and ``top5`` on the classes of a test set that the model knows.
 
-    A prediction is right at k if one of the k most likely classes of the model maps to the true
-    class. Images of classes that no class of the model maps to are left out (ObjectNet: 113
-    of 313 remain). Resizing the shorter side and cropping the middle, as the paper does, also
-    removes ObjectNet's red border.
+    A prediction is right at k if one of the k most likely classes of the model maps to
+    the true class. Images of classes that no class of the model maps to are left out
+    (ObjectNet: 113 of 313 remain). Resizing the shorter side and cropping the middle,
+    as the paper does, also removes ObjectNet's red border.
 
     Args:
       context: the model, fine-tuned on ImageNet.
-      mapping: JSON file ``{class of the test set: [index or name of a class of the model, ...]}``; a string
-        of names separated by ";" does as well.
+      mapping: JSON file ``{class of the test set: [index or name of a class of the
+        model, ...]}``; a string of names separated by ";" does as well.
       split: the images.
-      data: where they are, for example ``{"source": "folder", "path": "objectnet/images"}``.
+      data: where they are, for example ``{"source": "folder", "path":
+        "objectnet/images"}``.
       restrict: choose among the mapped classes of the model only.
       prefix: belongs to the caller.
 
@@ -219,7 +222,8 @@ def _by_position(path: str, names: Sequence[str], where: str) -> list[Sequence[i
 
 
 def _many_to_one(path: str, names: Sequence[str], classes: Sequence[str]) -> np.ndarray:
-    """int32 (K,): the class of the test set that each class of the model means, -1 for none."""
+    """int32 (K,): the class of the test set that each class of the model means, -1 for
+    none."""
     mapping = _read_json(path)
     if not isinstance(mapping, dict):
         raise UserError(

@@ -2,8 +2,8 @@
 """Linear probe: multinomial logistic regression on frozen features, fitted with L-BFGS.
 
 N training examples, D features, K classes. The loss is convex and uses all examples at
-once, so there is no learning rate, no seed and no order: the only knob is the strength of
-the regularisation, chosen on held-out training examples.
+once, so there is no learning rate, no seed and no order: the only knob is the strength
+of the regularisation, chosen on held-out training examples.
 """
 
 import functools
@@ -46,7 +46,8 @@ def linear_probe(
       data: fields of DataConfig to change.
       l2: strengths to try; the loss is the mean cross-entropy + l2/2 |W|^2 on
         standardised features.
-      iterations: of L-BFGS, at most, per strength; each one starts where the one before ended.
+      iterations: of L-BFGS, at most, per strength; each one starts where the one before
+        ended.
       held_out: share of the training examples on which the strength is chosen, every
         1/held_out-th one; afterwards all of them are used.
       train_split: examples to fit on.

@@ -24,10 +24,11 @@ def per_class(
     data: Mapping[str, Any] | None = None,
     prefix: str = "",
 ) -> dict[str, float]:
-    """``mean``, ``min`` and ``max`` of the accuracies of the classes that have examples.
+    """``mean``, ``min`` and ``max`` of the accuracies of the classes that have
+    examples.
 
-    ``confusion.npz`` (``confusion[true, predicted]``, ``class_names``) and ``per_class.json``
-    are written where the run has a folder for them.
+    ``confusion.npz`` (``confusion[true, predicted]``, ``class_names``) and
+    ``per_class.json`` are written where the run has a folder for them.
     """
     del prefix
     class_loss(context)

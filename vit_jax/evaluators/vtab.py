@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VTAB-1k: 19 tasks of 1,000 training examples, the group means, and the paper's numbers beside.
+"""VTAB-1k: 19 tasks of 1,000 training examples, the group means, and the paper's
+numbers beside.
 
 The paper fine-tunes every task (``configs/vtab.py``); ``python -m vit_jax.evaluate DIR --vtab``
-puts the results of 19 such workdirs into this table. The evaluator ``vtab`` is the quick look: a
-linear probe on frozen features, for which the paper has no numbers, so they are shown only
-for orientation.
+puts the results of 19 such workdirs into this table. The evaluator ``vtab`` is the
+quick look: a linear probe on frozen features, for which the paper has no numbers, so
+they are shown only for orientation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -65,7 +66,8 @@ def vtab(
     Args:
       context: the model.
       tasks: some of ``TASKS``; (): all 19. Means need all tasks of a group.
-      l2: strengths of regularisation that ``linear_probe`` chooses from on 200 of the 1,000 examples.
+      l2: strengths of regularisation that ``linear_probe`` chooses from on 200 of the
+        1,000 examples.
       prefix: belongs to the caller.
     """
     del prefix

@@ -34,8 +34,8 @@ def create(
 ) -> ViT | ResNet:
     """The module that ``cfg`` describes; its ``.cfg`` has every size filled in.
 
-    ``on_block_params`` is applied to the parameters of each encoder block where it runs,
-    which is how sharding.py gathers them layer by layer. Initialize without it.
+    ``on_block_params`` is applied to the parameters of each encoder block where it
+    runs, which is how sharding.py gathers them layer by layer. Initialize without it.
 
     Raises:
       UserError: unknown name, or sizes that contradict each other.

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The door for weights: any checkpoint layout in, the released layout inside, any out.
 
-A source is a path, a URL (``https://``, ``gs://``, ``hf://owner/name[@revision][/file]``)
-or an id of the catalogue. Add a format in ``sources.py``, a torch layout in ``torch.py``.
+A source is a path, a URL (``https://``, ``gs://``,
+``hf://owner/name[@revision][/file]``) or an id of the catalogue. Add a format in
+``sources.py``, a torch layout in ``torch.py``.
 
 ============== =============================================================
 sources.py     opens a file or folder by its first bytes
@@ -80,9 +81,9 @@ def load(
       source: npz, safetensors or msgpack file; Hugging Face folder; workdir or Orbax
         checkpoint of this project; local or remote; ``file.npz:img`` names a subtree.
       image_size: side, or (height, width), to resize the position embeddings to.
-      **overrides: of ``ModelConfig``, where they change no array: ``dtype``, ``layers``,
-        ``remat``, dropout; or where the file does not say: ``heads``, ``positions``,
-        ``gelu``, ``layer_norm_eps``.
+      **overrides: of ``ModelConfig``, where they change no array: ``dtype``,
+        ``layers``, ``remat``, dropout; or where the file does not say: ``heads``,
+        ``positions``, ``gelu``, ``layer_norm_eps``.
 
     Returns:
       (model, params): ``model.apply({"params": params}, images)`` gives logits.
@@ -129,8 +130,9 @@ def load_for_finetune(
 def load_for_training(source: str | Path, cfg: ModelConfig) -> dict[str, Any]:
     """Parameters of the model ``cfg`` that start from ``source``, as numpy arrays.
 
-    The head is new. The architecture is the config's, which must be the file's; the image
-    size, head, positions, layers, channels (to 1) and everything without arrays may differ.
+    The head is new. The architecture is the config's, which must be the file's; the
+    image size, head, positions, layers, channels (to 1) and everything without arrays
+    may differ.
 
     Raises:
       UserError: naming each field in which the file contradicts the config.

@@ -2,9 +2,9 @@
 """The published checkpoints as data: which file holds what, and what to expect of it.
 
 Ids are unique, file names are not: four different models are called ``ViT-B_16.npz``.
-Accuracies are top-1 on the ImageNet validation set: "timm" as timm's maintainers measured
-the file (bicubic resize, central crop 0.9 at 224, exact GELU), "readme" as the official
-README states; none of them was measured with this code.
+Accuracies are top-1 on the ImageNet validation set: "timm" as timm's maintainers
+measured the file (bicubic resize, central crop 0.9 at 224, exact GELU), "readme" as the
+official README states; none of them was measured with this code.
 """
 
 import re
@@ -222,8 +222,8 @@ def _original() -> list[Published]:
     return rows
 
 
-# timm's choice of AugReg files: (pre-trained stem, fine-tuned at, its learning rate, name
-# of timm's model, accuracy as timm measured it).
+# timm's choice of AugReg files: (pre-trained stem, fine-tuned at, its learning rate,
+# name of timm's model, accuracy as timm measured it).
 _AUGREG_FILES = [
     ("Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0", "tiny_patch16",
      {224: ("0.03", 0.0), 384: ("0.03", 78.44)}),

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a checkpoint holds, before anything big is read.
 
-Every format is opened as a :class:`Contents`: names and shapes at once, values one array
-at a time. So the architecture is inferred and every mismatch found before the first
-weight is read, and the peak memory of loading is the parameters plus one array.
+Every format is opened as a :class:`Contents`: names and shapes at once, values one
+array at a time. So the architecture is inferred and every mismatch found before the
+first weight is read, and the peak memory of loading is the parameters plus one array.
 """
 
 import dataclasses

@@ -77,8 +77,8 @@ def download(url: str, check: Callable[[Path], None] = lambda path: None) -> Pat
 
     Args:
       url: may end in ``#sha256=...``, which the file must then match.
-      check: called with the complete file before it gets its name; raises if the file is
-        not what was asked for.
+      check: called with the complete file before it gets its name; raises if the file
+        is not what was asked for.
 
     Raises:
       UserError: no network, 403, 404, a wrong size or checksum, or by ``check``.

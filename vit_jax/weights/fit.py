@@ -21,7 +21,8 @@ from vit_jax.weights.infer import class_row
 from vit_jax.weights.layout import POSITIONS, STACKED
 from vit_jax.weights.report import Report
 
-# What a file and a model may differ in when the head is new (spec 3.6), with the reason.
+# What a file and a model may differ in when the head is new (spec 3.6), with the
+# reason.
 _REPLACEABLE = {
     "head/": "the head starts at zero",
     "pre_logits/": "the hidden layer of the pre-training head",
@@ -256,8 +257,9 @@ class _Plan:
             self._note_resize(array, old, new)
         if stored_row and not row:
             self.report.change(f"ignored: row 0 of {array.name}, the class token's")
-        # Without a class token in the file there is nothing to be folded into, so the row
-        # is as new as the token. With one, its position is part of the token already.
+        # Without a class token in the file there is nothing to be folded into, so the
+        # row is as new as the token. With one, its position is part of the token
+        # already.
         fresh = row and not stored_row and "cls" not in self.arrays
         if row and not stored_row:
             how = "initialised" if fresh else "zero: the file's class token includes it"

@@ -3,9 +3,9 @@
 
 The names this code base uses are the original ones (``LayerNorm_0``,
 ``MultiHeadDotProductAttention_1``, ``LayerNorm_2``, ``MlpBlock_3``: one running counter
-per block). Later code counts per kind (``LayerNorm_1``, ``MlpBlock_0``); big_vision moved
-the position table, once kept the attention-pooling head inline, stores optimizer state
-next to the parameters, or stacks the blocks for ``scan`` (spec 3.2, 3.3, 3.5).
+per block). Later code counts per kind (``LayerNorm_1``, ``MlpBlock_0``); big_vision
+moved the position table, once kept the attention-pooling head inline, stores optimizer
+state next to the parameters, or stacks the blocks for ``scan`` (spec 3.2, 3.3, 3.5).
 """
 
 import re
@@ -19,8 +19,8 @@ from vit_jax.weights.report import Report
 POSITIONS = "Transformer/posembed_input/pos_embedding"
 STACKED = "Transformer/encoderblock/"
 
-# Where the parameters may be, in the order in which the places are tried. The first four
-# are those of released npz files, the others of Flax and Orbax checkpoints.
+# Where the parameters may be, in the order in which the places are tried. The first
+# four are those of released npz files, the others of Flax and Orbax checkpoints.
 PREFIXES = (
     "",
     "params/",

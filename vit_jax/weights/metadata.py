@@ -2,8 +2,8 @@
 """Class names and preprocessing that travel with the weights.
 
 ``transforms`` uses the words of ``data.eval_transforms`` (``resize``, ``central_crop``,
-``resize_small``), plus ``normalize`` with the mean and standard deviation, per channel and
-for pixels in [0, 1], that torch checkpoints state. Without it pixels go to [-1, 1].
+``resize_small``), plus ``normalize`` with the mean and standard deviation, per channel
+and for pixels in [0, 1], that torch checkpoints state. Without it pixels go to [-1, 1].
 """
 
 import dataclasses
@@ -214,7 +214,8 @@ def to_hf(cfg: ModelConfig, about: Metadata) -> tuple[dict[str, Any], dict[str, 
         "do_normalize": True,
         "image_mean": list(norm.get("mean", [0.5] * cfg.channels)),
         "image_std": list(norm.get("std", [0.5] * cfg.channels)),
-        # Exactly ours; the fields above can only approximate it (no anti-aliasing flag).
+        # Exactly ours; the fields above can only approximate it (no anti-aliasing
+        # flag).
         "vit_jax_transforms": list(transforms),
     }
     return values, processor

@@ -44,7 +44,8 @@ def resize_table(
     no           no           there is none
     ============ ============ ======================================================
 
-    Zeros are exact where the file adds its class token after the positions (big_vision).
+    Zeros are exact where the file adds its class token after the positions
+    (big_vision).
     """
     width = table.shape[-1]
     row, grid = table[0, :stored_row], table[0, stored_row:]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image file -> what the model takes, without tensorflow.
 
-The operations and their defaults are those of ``data/transforms.py``; a test holds the two
-within one grey level of each other on lossless files (JPEG decoders may differ by a few).
+The operations and their defaults are those of ``data/transforms.py``; a test holds the
+two within one grey level of each other on lossless files (JPEG decoders may differ by a
+few).
 """
 
 import warnings
@@ -72,7 +73,8 @@ def prepare(
     """uint8 (H, W, C) -> float32 (*size, C), in [-1, 1] unless ``normalize`` says else.
 
     Raises:
-      UserError: an operation that only training has, or images of another size at the end.
+      UserError: an operation that only training has, or images of another size at the
+        end.
     """
     mean, std = np.full(1, 0.5, np.float32), np.full(1, 0.5, np.float32)
     for transform in transforms:

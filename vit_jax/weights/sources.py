@@ -32,7 +32,8 @@ def open_source(
 
     Args:
       source: file, folder or URL; see ``weights.load``.
-      facts: fields of ModelConfig that the caller knows, such as the heads of a torch file.
+      facts: fields of ModelConfig that the caller knows, such as the heads of a torch
+        file.
 
     Raises:
       UserError: it is missing, unreadable, or not a checkpoint.

@@ -2,7 +2,8 @@
 """timm and Hugging Face safetensors, in both directions, without PyTorch.
 
 One table of :class:`Pair` says which torch arrays hold which of ours and how the axes
-differ (spec 3.7); reading and writing both follow it, so they are inverse by construction.
+differ (spec 3.7); reading and writing both follow it, so they are inverse by
+construction.
 """
 
 import json
@@ -201,8 +202,8 @@ _UNSUPPORTED = {
 def read(path: Path, where: str) -> tuple[dict[str, Array], dict[str, str]]:
     """Arrays and the text header of a safetensors file.
 
-    The package checks the file; values are read here, because its memory map would count
-    every page that was read on top of the arrays.
+    The package checks the file; values are read here, because its memory map would
+    count every page that was read on top of the arrays.
 
     Raises:
       UserError: truncated, damaged, or an array of a type that no weights have.
@@ -250,7 +251,8 @@ def from_torch(
 ) -> tuple[dict[str, Array], dict[str, Any], str, list[str]]:
     """Arrays under our names; fields of ModelConfig; "timm" or "hf"; notes.
 
-    ``facts`` are fields that are known already, above all ``heads``, which no array shows.
+    ``facts`` are fields that are known already, above all ``heads``, which no array
+    shows.
 
     Raises:
       UserError: neither layout, or a part that this code's models do not have.
@@ -324,7 +326,8 @@ def _split(array: Array, pair: Pair, heads: int, where: str) -> dict[str, Array]
     shape = kind.shape((width, *array.shape[1:]), heads)
 
     def part(x: np.ndarray, i: int) -> np.ndarray:
-        # A copy in our order of axes: later use would pay for the strides again and again.
+        # A copy in our order of axes: later use would pay for the strides again and
+        # again.
         rows = x[i * width : (i + 1) * width] if count > 1 else x
         return np.ascontiguousarray(kind.from_torch(rows, heads))
 
