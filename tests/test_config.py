@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 from ml_collections import ConfigDict
 
 from vit_jax import config
-from vit_jax.config import Config, DataConfig, ModelConfig
+from vit_jax.config import Config, DataConfig, ModelConfig, Positive, Share
 from vit_jax.errors import UserError
 
 
@@ -45,6 +47,15 @@ def test_a_config_is_frozen():
             ["config.model.image_size", "2 entries"],
         ),
         ({"model": 3}, ["config.model", "group of keys"]),
+        ({"batch": 0}, ["config.batch is 0", "at least 1"]),
+        ({"optim": {"clip": -1}}, ["config.optim.clip is -1", "at least 0"]),
+        (
+            {"optim": {"polyak": 1.5}},
+            ["config.optim.polyak is 1.5", "at least 0 and at most 1"],
+        ),
+        ({"optim": {"eps": 0.0}}, ["config.optim.eps is 0", "above 0"]),
+        ({"optim": {"learning_rate": float("nan")}}, ["learning_rate is nan"]),
+        ({"mesh": (4, 0)}, ["config.mesh[1] is 0", "at least 1"]),
     ],
 )
 def test_bad_values_are_refused_by_name(values, words):
@@ -52,6 +63,63 @@ def test_bad_values_are_refused_by_name(values, words):
         config.from_dict(values)
     for word in words:
         assert word in str(e.value)
+
+
+def test_a_config_built_in_python_is_checked_too():
+    with pytest.raises(UserError, match="accumulate is 0"):
+        config.checked(Config(accumulate=0))
+    assert config.checked(Config()) == Config()
+
+
+def function(
+    image,
+    *,
+    p: Share = 0.5,
+    size: Positive | tuple[Positive, Positive] = 8,
+    shots: Sequence[Positive] = (1,),
+    data: Mapping[str, Any] | None = None,
+    mapping: str,
+):
+    pass
+
+
+def test_arguments_are_converted_like_fields():
+    given = {"mapping": "x", "p": 1, "shots": [1, 5], "size": [2, 3], "data": None}
+    assert config.arguments(function, given, "knob") == {
+        "mapping": "x", "p": 1.0, "shots": (1, 5), "size": (2, 3), "data": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, ["knob needs the option 'mapping'"]),
+        ({"image": 3}, ["knob has the unknown option 'image'", "'mapping'"]),
+        ({"sise": 3}, ["'sise'", "did you mean 'size'"]),
+        ({"p": 2}, ["knob.p is 2", "at least 0 and at most 1"]),
+        ({"p": "half"}, ["knob.p is 'half'", "float"]),
+        ({"size": "8"}, ["knob.size is '8'", "int", "list"]),
+        ({"size": (8, 0)}, ["knob.size is (8, 0)", "at least 1"]),
+        ({"shots": 5}, ["knob.shots is 5", "list"]),
+        ({"shots": (5, 0)}, ["knob.shots[1] is 0"]),
+        ({"data": 5}, ["knob.data is 5", "group of keys"]),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(given, words):
+    with pytest.raises(UserError) as e:
+        config.arguments(function, {"mapping": "x"} | given if given else {}, "knob")
+    for word in words:
+        assert word in str(e.value)
+
+
+def test_a_stored_config_that_is_damaged_is_named(tmp_path):
+    path = tmp_path / "config.json"
+    for text in ("", "{", "[1]", '{"stepss": 1}'):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"config.json|stepss"):
+            config.read(path)
+    path.write_text(config.to_json(Config(steps=7)))
+    assert config.read(path).steps == 7
 
 
 def test_an_int_is_a_float():

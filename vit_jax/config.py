@@ -10,11 +10,14 @@ elsewhere; there is no ``None``, which the command line could not override.
 
 import dataclasses
 import difflib
+import inspect
 import json
+import math
+import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 from ml_collections import ConfigDict
 
@@ -22,64 +25,77 @@ from vit_jax.errors import UserError
 
 
 @dataclass(frozen=True)
+class Range:
+    """The numbers that a field allows, ``low`` included unless they are ``above`` it."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+
+    def __contains__(self, value: Any) -> bool:
+        return value <= self.high and (
+            value > self.low if self.above else value >= self.low
+        )
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
+        return low if self.high == math.inf else f"{low} and at most {self.high:g}"
+
+
+Count = Annotated[int, Range(0)]
+Positive = Annotated[int, Range(1)]
+Amount = Annotated[float, Range(0)]
+Above0 = Annotated[float, Range(0, above=True)]
+Share = Annotated[float, Range(0, 1)]
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The architecture. Zeros are filled in from the row of ``models/variants.py`` that
     ``name`` selects."""
 
-    name: str = "ViT-B/16"  # a row of models/variants.py with a patch size; "" if every size below is given
-    num_classes: int = 0  # outputs of the head; 0: as many as the data set has classes
-    image_size: tuple[int, int] = (
-        0,
-        0,
-    )  # (height, width) in pixels; (0, 0): data.image_size, square
-    channels: int = 3  # of the input images
+    # A row of models/variants.py with a patch size; "": every size below is given.
+    name: str = "ViT-B/16"
+    num_classes: Count = 0  # outputs of the head; 0: as many as the data has classes
+    # (height, width) in pixels; (0, 0): data.image_size, square
+    image_size: tuple[Count, Count] = (0, 0)
+    channels: Positive = 3  # of the input images
 
-    width: int = 0  # D, size of a token
-    depth: int = 0  # L, encoder blocks
-    mlp_dim: int = 0  # M, hidden size of the MLP
-    heads: int = 0  # k, attention heads
-    patch: int = 0  # P, side of a patch in pixels (of the feature map, for hybrids)
-    resnet: tuple[
-        int, ...
-    ] = ()  # residual units per stage of the ResNet stem, (): none (unless the name has one)
-    resnet_width: int = (
-        0  # width factor of the ResNet stem or baseline; 0: the variant's
-    )
+    width: Count = 0  # D, size of a token
+    depth: Count = 0  # L, encoder blocks
+    mlp_dim: Count = 0  # M, hidden size of the MLP
+    heads: Count = 0  # k, attention heads
+    patch: Count = 0  # P, side of a patch in pixels (of the feature map, for hybrids)
+    # Residual units per stage of the ResNet stem; (): none, unless the name has one.
+    resnet: tuple[Positive, ...] = ()
+    resnet_width: Count = 0  # width factor of that stem or of a baseline; 0: the name's
 
-    head: Literal["token", "gap", "map", "none", "masked_patch"] = (
-        "token"  # what reads the encoded tokens
-    )
-    pre_logits: bool = (
-        False  # tanh layer of width D before the head (pre-training, section 3.1)
-    )
-    head_bias: float = 0.0  # initial bias of the head: -10 for 21k classes and -6.9 for 1k with sigmoid loss
+    # What reads the tokens.
+    head: Literal["token", "gap", "map", "none", "masked_patch"] = "token"
+    # A tanh layer of width D before the head (pre-training, section 3.1).
+    pre_logits: bool = False
+    # Initial bias of the head; with the sigmoid loss -10 for 21k classes, -6.9 for 1k.
+    head_bias: float = 0.0
+    # Position embeddings (Table 8), and where they are added: once, in every layer, or
+    # in every layer the same ones.
     positions: Literal["learned", "learned2d", "relative", "sincos2d", "none"] = (
-        "learned"  # Table 8
+        "learned"
     )
-    position_at: Literal["stem", "every", "shared"] = (
-        "stem"  # added once, in every layer, or shared by every layer
-    )
+    position_at: Literal["stem", "every", "shared"] = "stem"
 
-    dropout: float = 0.0  # after E_pos and every dense layer but qkv (Appendix B.1)
-    attention_dropout: float = (
-        0.0  # on the attention weights; 0 in every released model
-    )
-    stochastic_depth: float = (
-        0.0  # drop rate of the last block; grows linearly from 0 at the first
-    )
-    gelu: Literal["tanh", "exact"] = (
-        "tanh"  # exact (erf) is what torch checkpoints were trained with
-    )
-    layer_norm_eps: float = 1e-6  # Hugging Face checkpoints use 1e-12
-    dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # of the computation; parameters stay float32
-    )
-    layers: Literal["loop", "scan"] = (
-        "loop"  # scan compiles one block once: faster to compile, stacked parameters
-    )
-    remat: Literal["none", "full", "dots"] = (
-        "none"  # recompute activations in the backward pass to save memory
-    )
+    dropout: Share = 0.0  # after E_pos and every dense layer but qkv (Appendix B.1)
+    attention_dropout: Share = 0.0  # on the attention weights; 0 in all released models
+    # Drop rate of the last block; grows linearly from 0 at the first.
+    stochastic_depth: Share = 0.0
+    # "exact" (erf) is what torch checkpoints were trained with.
+    gelu: Literal["tanh", "exact"] = "tanh"
+    layer_norm_eps: Above0 = 1e-6  # Hugging Face checkpoints use 1e-12
+    # Of the computation; parameters stay float32.
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    # "scan" compiles one block once: faster to compile, stacked parameters.
+    layers: Literal["loop", "scan"] = "loop"
+    # What is computed again in the backward pass, to save memory.
+    remat: Literal["none", "full", "dots"] = "none"
 
 
 @dataclass(frozen=True)
@@ -89,35 +105,34 @@ class DataConfig:
     source: Literal["digits", "folder", "tfds", "records", "synthetic"] = "tfds"
     name: str = ""  # tfds: data set name, for example "cifar10"; vtab tasks: "vtab/dtd"
     path: str = ""  # folder, records: where the images are; tfds: data_dir
-    image_size: int = 224  # side of the square images that reach the model, in pixels
+    # Side of the square images that reach the model, in pixels.
+    image_size: Positive = 224
     train_split: str = "train"  # tfds split expression, or sub-folder; see sources.py
-    test_split: str = (
-        "test"  # falls back to "validation"/"val", then to the held-out share below
-    )
-    test_share: float = 0.2  # share of the examples held out for testing where the source has no test split
-    holdout: float = 0.0  # share of the training set kept for selection: evaluated instead of test, not trained on
-    subset: float = (
-        0.0  # use only this share (< 1) or number (>= 1) of training examples; 0: all
-    )
-    subset_balanced: bool = True  # the subset has as many examples of every class as it can; False: at random
-    train_transforms: tuple[
-        dict[str, Any], ...
-    ] = ()  # ({"op": "inception_crop"}, {"op": "flip"}); (): just these
-    eval_transforms: tuple[
-        dict[str, Any], ...
-    ] = ()  # ({"op": "resize"},) is what () means
-    num_classes: int = 0  # synthetic: how many; multi-label records: width of the label vector; 0: found in the data
-    cache_gib: float = 1.0  # a decoded data set up to this size is kept in memory
-    decode: Literal["fast", "exact"] = (
-        "fast"  # of training images; fast: coarser JPEG decoding and resizing
-    )
-    access: Literal["auto", "random", "sequential"] = (
-        "auto"  # records: auto reads in sequence only remote shards
-    )
-    shuffle_buffer: int = (
-        0  # examples shuffled at a time where the source is read in sequence; 0: 8192
-    )
-    max_bad: float = 0.01  # share of unreadable examples above which the run stops
+    # Falls back to "validation" or "val", then to the held-out share below.
+    test_split: str = "test"
+    # Share of the examples held out for testing where the source has no test split.
+    test_share: Share = 0.2
+    # Share of the training set kept for selection: evaluated instead of the test set,
+    # not trained on.
+    holdout: Share = 0.0
+    # Only this share (< 1) or number (>= 1) of the training examples; 0: all.
+    subset: Amount = 0.0
+    # The subset has as many examples of every class as it can; False: at random.
+    subset_balanced: bool = True
+    # For example ({"op": "inception_crop"}, {"op": "flip"}); (): just these.
+    train_transforms: tuple[dict[str, Any], ...] = ()
+    eval_transforms: tuple[dict[str, Any], ...] = ()  # (): ({"op": "resize"},)
+    # synthetic: how many; multi-label records: width of the label vector; 0: found in
+    # the data.
+    num_classes: Count = 0
+    cache_gib: Amount = 1.0  # a decoded data set up to this size is kept in memory
+    # Of training images; "fast": coarser JPEG decoding and resizing.
+    decode: Literal["fast", "exact"] = "fast"
+    # Of records; "auto" reads in sequence only remote shards.
+    access: Literal["auto", "random", "sequential"] = "auto"
+    # Examples shuffled at a time where the source is read in sequence; 0: 8192.
+    shuffle_buffer: Count = 0
+    max_bad: Share = 0.01  # share of unreadable examples above which the run stops
 
 
 @dataclass(frozen=True)
@@ -126,41 +141,37 @@ class OptimConfig:
     weight_decay p)."""
 
     name: Literal["adam", "sgd", "adafactor"] = "adam"
-    learning_rate: float = 1e-3  # base learning rate, reached at the end of warm-up
+    learning_rate: Amount = 1e-3  # base learning rate, reached at the end of warm-up
     schedule: Literal["cosine", "linear", "rsqrt", "constant"] = "cosine"
-    end_learning_rate: float = 0.0  # where the linear schedule ends
-    warmup: float = 0.0  # steps of linear warm-up; below 1: this share of the steps
-    cooldown: int = 0  # steps of linear decay to 0 at the end of rsqrt
-    timescale: int = 10_000  # steps after which rsqrt has fallen to 1/sqrt(2)
-    weight_decay: float = 0.0  # on the parameters whose path matches an entry of decay
-    decay: tuple[tuple[str, float], ...] = (
-        (r".*/kernel", 1.0),
-    )  # ((path regular expression, factor), ...), first match
-    clip: float = 0.0  # global gradient norm is clipped to this; 0: not clipped
-    b1: float = 0.9  # Adam's first moment; momentum of SGD
-    b2: float = 0.999  # Adam's second moment
-    eps: float = 1e-8
-    momentum_dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # of Adam's first moment and SGD's accumulator
-    )
-    polyak: float = 0.0  # factor of the averaged copy of the weights that is evaluated and saved; 0: none
-    freeze: tuple[
-        str, ...
-    ] = ()  # regular expressions of parameter paths that stay as they are
-    multipliers: tuple[
-        tuple[str, float], ...
-    ] = ()  # ((path regular expression, learning-rate factor), ...)
+    end_learning_rate: Amount = 0.0  # where the linear schedule ends
+    warmup: Amount = 0.0  # steps of linear warm-up; below 1: this share of the steps
+    cooldown: Count = 0  # steps of linear decay to 0 at the end of rsqrt
+    timescale: Positive = 10_000  # steps after which rsqrt has fallen to 1/sqrt(2)
+    weight_decay: Amount = 0.0  # on the parameters whose path matches an entry of decay
+    # ((path regular expression, factor), ...); the first that matches counts.
+    decay: tuple[tuple[str, Amount], ...] = ((r".*/kernel", 1.0),)
+    clip: Amount = 0.0  # global gradient norm is clipped to this; 0: not clipped
+    b1: Share = 0.9  # Adam's first moment; momentum of SGD
+    b2: Share = 0.999  # Adam's second moment
+    eps: Above0 = 1e-8
+    # Of Adam's first moment and SGD's accumulator.
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32"
+    # Factor of the averaged copy of the weights that is evaluated and saved; 0: none.
+    polyak: Share = 0.0
+    # Regular expressions of parameter paths that stay as they are.
+    freeze: tuple[str, ...] = ()
+    # ((path regular expression, learning-rate factor), ...)
+    multipliers: tuple[tuple[str, Amount], ...] = ()
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """What is measured during training, and how often."""
 
-    every: int = 1_000  # steps between evaluations; 0: only at the end
-    batch: int = 0  # images per evaluation step over all devices; 0: batch
-    evaluators: tuple[dict[str, Any], ...] = (
-        {"type": "accuracy"},
-    )  # see evaluators/; each may override its data
+    every: Count = 1_000  # steps between evaluations; 0: only at the end
+    batch: Count = 0  # images per evaluation step over all devices; 0: batch
+    # See evaluators/; each may override its data.
+    evaluators: tuple[dict[str, Any], ...] = ({"type": "accuracy"},)
 
 
 @dataclass(frozen=True)
@@ -168,11 +179,12 @@ class CheckpointConfig:
     """What is saved. A checkpoint holds parameters, optimizer state, step and averaged
     parameters."""
 
-    every: int = (
-        1_000  # steps between checkpoints; 0: only at the end and on preemption
-    )
-    keep: int = 2  # how many of the newest stay
-    keep_best: str = ""  # metric, such as "test/accuracy", whose best checkpoint stays as well; "": none
+    # Steps between checkpoints; 0: only at the end and on preemption.
+    every: Count = 1_000
+    keep: Positive = 2  # how many of the newest stay
+    # Metric, such as "test/accuracy", whose best checkpoint stays as well, so that every
+    # evaluation saves one; "": none.
+    keep_best: str = ""
 
 
 @dataclass(frozen=True)
@@ -181,14 +193,13 @@ class SweepConfig:
 
     A single run ignores it."""
 
-    learning_rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03)  # the grid
-    holdout: float = (
-        0.1  # share of the training set that the runs of the grid are compared on
-    )
-    seeds: int = 3  # final runs on the whole training set, with seed, seed + 1, ...
-    metric: str = (
-        "test/accuracy"  # what is compared, at the end of a run; the highest wins
-    )
+    learning_rates: tuple[Above0, ...] = (0.001, 0.003, 0.01, 0.03)  # the grid
+    # Share of the training set that the runs of the grid are compared on.
+    holdout: Share = 0.1
+    # Final runs on the whole training set, with seed, seed + 1, ...
+    seeds: Positive = 3
+    # What is compared, at the end of a run; the highest wins.
+    metric: str = "test/accuracy"
 
 
 @dataclass(frozen=True)
@@ -202,31 +213,26 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
-    steps: int = 10_000  # optimizer steps of the run
-    batch: int = (
-        512  # images per optimizer step, over all hosts, devices and micro-batches
-    )
-    accumulate: int = 1  # micro-batches per step: less memory, same result
-    seed: int = 0  # of initialisation, data order, augmentation and dropout
+    steps: Positive = 10_000  # optimizer steps of the run
+    # Images per optimizer step, over all hosts, devices and micro-batches.
+    batch: Positive = 512
+    accumulate: Positive = 1  # micro-batches per step: less memory, same result
+    seed: Count = 0  # of initialisation, data order, augmentation and dropout
     loss: Literal["softmax", "sigmoid", "masked_patch"] = "softmax"
-    masked_target: Literal["mean", "downsampled", "pixels"] = (
-        "mean"  # what masked_patch predicts (Appendix B.1.2)
-    )
-    masked_share: float = (
-        0.5  # share of the patches that masked_patch chooses and predicts
-    )
-    label_smoothing: float = 0.0  # softmax: share of the target spread over all classes
-    mixup: float = 0.0  # alpha of the Beta distribution; 0: off
+    # What masked_patch predicts (Appendix B.1.2), and of which share of the patches.
+    masked_target: Literal["mean", "downsampled", "pixels"] = "mean"
+    masked_share: Annotated[float, Range(0, 1, above=True)] = 0.5
+    label_smoothing: Share = 0.0  # softmax: share of the target spread over all classes
+    mixup: Amount = 0.0  # alpha of the Beta distribution; 0: off
     pretrained: str = ""  # anything vit_jax.load takes; starts from it with a new head
     sharding: Literal["replicate", "zero", "fsdp", "tensor"] = "replicate"
-    mesh: tuple[
-        int, ...
-    ] = ()  # devices per mesh axis, see sharding.py; (): one axis over all devices
-    max_bad_steps: int = 10  # non-finite steps in a row after which the run stops; each one is skipped and counted
-    log_every: int = 50  # steps between lines of metrics.jsonl
-    profile: str = (
-        ""  # "100:110" writes a profiler trace of these steps into the workdir
-    )
+    # Devices per mesh axis, see sharding.py; (): one axis over all devices.
+    mesh: tuple[Positive, ...] = ()
+    # Non-finite steps in a row after which the run stops; each is skipped and counted.
+    max_bad_steps: Positive = 10
+    log_every: Count = 50  # steps between lines of metrics.jsonl; 0: only at the end
+    # "100:110" writes a profiler trace of these steps into the workdir.
+    profile: str = ""
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
@@ -243,6 +249,63 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 def to_dict(cfg: Any) -> dict[str, Any]:
     """Nested plain dicts of a config or a part of one."""
     return dataclasses.asdict(cfg)
+
+
+def checked(cfg: Config) -> Config:
+    """The same config. ``from_dict`` has refused what is wrong in one from outside; in
+    one that was built in Python nothing has been looked at yet.
+
+    Raises:
+      UserError: wrong type, or a value that is not allowed.
+    """
+    return from_dict(to_dict(cfg))
+
+
+def read(path: Any) -> Config:
+    """The config that a run has left in ``config.json``.
+
+    Raises:
+      UserError: it is missing, not JSON, or has keys or values that are unknown.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read as a config: {e}") from e
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a JSON object, not {values!r:.80}")
+    return from_dict(values)
+
+
+def arguments(
+    function: Callable[..., Any], given: Mapping[str, Any], knob: str
+) -> dict[str, Any]:
+    """``given`` as keyword arguments of ``function``, converted like fields are.
+
+    Names, types and ranges are those of its keyword-only parameters and their
+    annotations, for example ``def flip(image, seed, *, p: Share = 0.5)``.
+
+    Raises:
+      UserError: an unknown or missing option, a wrong type, or a value that is not
+        allowed; it begins with ``knob``.
+    """
+    parameters = {
+        k: p
+        for k, p in inspect.signature(function).parameters.items()
+        if p.kind is p.KEYWORD_ONLY
+    }
+    for key in given:
+        if key not in parameters:
+            raise UserError(
+                f"{knob} has the unknown option {key!r}: {nearest(str(key), parameters)}"
+                f"it takes {sorted(parameters)}"
+            )
+    missing = [
+        k for k, p in parameters.items() if p.default is p.empty and k not in given
+    ]
+    if missing:
+        raise UserError(f"{knob} needs the option {missing[0]!r}")
+    hints = typing.get_type_hints(function, include_extras=True)
+    return {k: _convert(hints.get(k, Any), v, f"{knob}.{k}") for k, v in given.items()}
 
 
 def config_dict(cfg: Config) -> ConfigDict:
@@ -303,7 +366,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     for key in values:
         if key not in hints:
             raise UserError(
@@ -316,26 +379,31 @@ def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
 def _convert(hint: Any, value: Any, path: str) -> Any:
     """``value`` as the field's type; JSON and ConfigDict turn tuples into lists, which
     is undone here."""
-    origin = typing.get_origin(hint)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return _plain(value)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
         if not hasattr(value, "items"):
             raise UserError(f"{path} is {value!r}: it must be a group of keys")
         return _build(hint, dict(value.items()), path)
-    if origin is Literal:
-        allowed = typing.get_args(hint)
-        if value not in allowed:
-            near = nearest(str(value), allowed)
-            raise UserError(
-                f"{path} is {value!r}: {near}choose one of {sorted(allowed)}"
-            )
+    if origin is Annotated:
+        value = _convert(args[0], value, path)
+        if value not in args[1]:
+            raise UserError(f"{path} is {value!r}: it must be {args[1]}")
         return value
-    if origin is tuple:
+    if origin in (Union, types.UnionType):
+        return _convert_to_one(args, value, path)
+    if origin is Literal:
+        if value not in args:
+            near = nearest(str(value), args)
+            raise UserError(f"{path} is {value!r}: {near}choose one of {sorted(args)}")
+        return value
+    if origin in (tuple, Sequence):
         if not isinstance(value, (list, tuple)):
             raise UserError(f"{path} is {value!r}: it must be a list")
-        args = typing.get_args(hint)
-        if args[-1] is Ellipsis:
+        if origin is Sequence or args[-1] is Ellipsis:
             args = (args[0],) * len(value)
         if len(args) != len(value):
             raise UserError(f"{path} is {value!r}: it must have {len(args)} entries")
@@ -343,10 +411,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             _convert(a, v, f"{path}[{i}]")
             for i, (a, v) in enumerate(zip(args, value, strict=True))
         )
-    if origin is dict:
+    if origin in (dict, Mapping):
         if not hasattr(value, "items"):
             raise UserError(f"{path} is {value!r}: it must be a group of keys")
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
@@ -355,6 +423,17 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             f"it must be of type {hint.__name__}"
         )
     return value
+
+
+def _convert_to_one(hints: Sequence[Any], value: Any, path: str) -> Any:
+    """``value`` as the first of several types that takes it."""
+    problems = []
+    for hint in hints:
+        try:
+            return _convert(hint, value, path)
+        except UserError as e:
+            problems.append(str(e).removeprefix(f"{path} is {value!r}: "))
+    raise UserError(f"{path} is {value!r}: {', or '.join(problems)}")
 
 
 def _plain(value: Any) -> Any:
