@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import resource
 import shutil
 
 import jax
@@ -94,6 +95,39 @@ def test_a_half_written_checkpoint_is_ignored_and_removed(tmp_path):
     assert c.latest == 5
     c.close()  # waits for the cleaning, which goes on beside the start of the run
     assert not partial.exists()
+
+
+@pytest.mark.parametrize(
+    "file", ["opt/_METADATA", "params/_METADATA", "params/manifest.ocdbt", "params/d"]
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it(tmp_path, file):
+    save(tmp_path, {1: make_state(1.0), 2: make_state(2.0)})
+    path = tmp_path / "checkpoints" / "2" / file
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    c = Checkpointer(str(tmp_path), CheckpointConfig())
+    with pytest.raises(UserError, match=r"checkpoints/2 is damaged .*checkpoints/1$"):
+        c.restore(like(make_state()))
+    c.close()
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    c = Checkpointer(str(tmp_path), CheckpointConfig())
+    found = c.restore(like(make_state()))
+    np.testing.assert_array_equal(found.params["b"], np.arange(8.0))
+
+
+def test_a_disk_that_is_full_is_one_message(tmp_path):
+    """A limit on the size of files is the only full disk that a test can make."""
+    c = Checkpointer(str(tmp_path), CheckpointConfig())
+    c.save(make_state(1.0), 1, {})
+    c.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+    try:
+        c.save(make_state(2.0), 2, {})  # in the background
+        with pytest.raises(UserError, match=r"cannot be written .*from step 1$"):
+            c.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoint.steps(str(tmp_path)) == [1]
 
 
 def test_saving_does_not_see_later_changes(tmp_path):

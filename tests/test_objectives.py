@@ -132,11 +132,15 @@ def test_ignored_examples_take_no_part():
     assert loss == pytest.approx(float(each.mean()), rel=1e-6)
     hits = (logits[kept].argmax(-1) == kept).mean()
     assert metrics["accuracy"] == pytest.approx(float(hits))
-    # Multi-hot rows are taken out by the mask that the pipeline gives.
-    data = batch(np.eye(B, 10, dtype=np.float32) * (labels >= 0)[:, None])
-    data["mask"] = jnp.asarray(labels >= 0, jnp.float32)
+    # Multi-hot rows are taken out by the mask of the pipeline, or are -1 throughout.
+    masked = batch(np.eye(B, 10, dtype=np.float32) * (labels >= 0)[:, None])
+    masked["mask"] = jnp.asarray(labels >= 0, jnp.float32)
+    ignored = np.eye(B, 10, dtype=np.float32)
+    ignored[labels < 0] = -1
     loss_fn = objectives.softmax(Given(10), Config())
-    assert float(loss_fn(logits, data, KEY)[0]) == pytest.approx(loss, rel=1e-6)
+    for data in (masked, batch(ignored)):
+        assert float(loss_fn(logits, data, KEY)[0]) == pytest.approx(loss, rel=1e-6)
+        assert float(objectives.counted(Config(), data)) == B - 2
     cfg = Config(mixup=0.5, model=ModelConfig(num_classes=10))
     mixed = objectives.mixup_batch(cfg, KEY, batch(labels))
     np.testing.assert_array_equal(np.flatnonzero(mixed["mask"] == 0), [1, 2, 4, 5])

@@ -1,20 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """The program and the loop, in one process. Kills and signals are in test_preemption.py."""
 
+import contextlib
+import dataclasses
 import json
 import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from data_files import write_folder
 from tiny import TINY
 
 from vit_jax import config, data, train
 from vit_jax.checkpoint import Checkpointer, load_params
+from vit_jax.distributed import Preemption
 from vit_jax.errors import UserError
 from vit_jax.feed import Feed, put
 from vit_jax.progress import read_metrics
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +82,20 @@ def test_micro_batches_train_like_one_batch():
     whole = curve(TINY, jax.devices()[:2], 8)
     parts = curve(config.replace(TINY, accumulate=4), jax.devices()[:2], 8)
     np.testing.assert_allclose(whole, parts, rtol=1e-5)
+
+
+def test_micro_batches_train_like_one_batch_with_labels_that_do_not_count(batches):
+    """The ignored labels fall on some of the micro-batches only."""
+    label = batches[0]["label"].at[jnp.array([0, 1, 4, 5, 8])].set(-1)
+    found = []
+    for accumulate in (1, 2):
+        program = train.build(config.replace(TINY, accumulate=accumulate))
+        batch = put(
+            jax.device_get(batches[0] | {"label": label}), program.batch_sharding
+        )
+        _, metrics = program.train_step(program.init(), batch)
+        found.append((metrics["loss"], metrics["accuracy"], metrics["grad_norm"]))
+    np.testing.assert_allclose(*found, rtol=1e-5)
 
 
 def test_polyak_average_follows_the_formula(batches):
@@ -151,9 +175,11 @@ def test_a_run_leaves_what_the_design_promises(finished):
 
 def test_the_same_command_again_only_evaluates(finished):
     workdir, result = finished
+    lines = (workdir / "metrics.jsonl").read_text()
     again = train.train(TINY, str(workdir))
     assert again.metrics == result.metrics
     assert not again.preempted
+    assert (workdir / "metrics.jsonl").read_text() == lines
 
 
 def test_two_runs_are_bit_identical(finished, tmp_path):
@@ -188,6 +214,116 @@ def test_a_workdir_of_another_run_is_refused(finished, change):
         train.train(config.replace(TINY, **change), str(workdir))
     assert next(iter(change)).replace("__", ".") in str(e.value)
     assert (workdir / "config.json").read_text() == before
+
+
+def test_a_run_that_saved_nothing_may_be_corrected(program, tmp_path):
+    info = data.describe(program.cfg.data)
+    with train.claim(str(tmp_path), config.replace(program.cfg, seed=7), info):
+        pass
+    with train.claim(str(tmp_path), program.cfg, info):
+        assert config.read(tmp_path / "config.json") == program.cfg
+
+
+def test_a_damaged_config_is_named(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json cannot be read"):
+        train.train(TINY, str(tmp_path / "run"))
+
+
+def test_a_workdir_in_the_home_folder(tmp_path, monkeypatch):
+    """All of it: the shell does not expand the ~ of --workdir=~/run."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    train.train(config.replace(TINY, steps=3), "~/run")
+    found = {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"config.json", "metrics.jsonl", "checkpoints"} <= found
+
+
+def test_the_best_checkpoint_is_that_of_the_best_evaluation(tmp_path, monkeypatch):
+    scores = iter([0.9, 0.1])  # after step 8 and 16
+    monkeypatch.setattr(
+        train, "evaluate", lambda *_: {"test/accuracy": next(scores), "test/loss": 1.0}
+    )
+    cfg = config.replace(
+        TINY, steps=16, eval__every=8, checkpoint__every=5, checkpoint__keep=1,
+        checkpoint__keep_best="test/accuracy",
+    )  # fmt: skip
+    train.train(cfg, str(tmp_path))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["16", "8"]
+
+
+def test_an_unknown_best_metric_is_refused_and_nothing_lost(tmp_path):
+    cfg = config.replace(TINY, steps=3, checkpoint__keep_best="test/acuracy")
+    with pytest.raises(UserError, match="did you mean 'test/accuracy'"):
+        train.train(cfg, str(tmp_path))
+    assert (tmp_path / "checkpoints" / "3").is_dir()
+
+
+@pytest.mark.parametrize("done", [0, 4])
+def test_stopped_in_the_last_evaluation_a_run_is_not_finished(
+    tmp_path, monkeypatch, done
+):
+    cfg = config.replace(TINY, steps=4)
+    if done:
+        train.train(cfg, str(tmp_path))
+    with monkeypatch.context() as stopped:
+        stopped.setattr(train, "evaluate", lambda *_: None)
+        assert train.train(cfg, str(tmp_path)).preempted
+    assert (tmp_path / "checkpoints" / "4").is_dir()
+    result = train.train(cfg, str(tmp_path))
+    assert not result.preempted
+    assert "test/accuracy" in result.metrics
+
+
+def test_a_last_step_that_is_skipped_is_saved(program, tmp_path):
+    def train_step(state, batch):
+        state, metrics = program.train_step(state, batch)
+        if int(state.step) == 4:
+            metrics |= {"loss": jnp.float32(jnp.nan), "skipped": jnp.float32(1)}
+        return state, metrics
+
+    cfg = config.replace(program.cfg, steps=4, log_every=1)
+    short = dataclasses.replace(program, cfg=cfg)
+    info = data.describe(cfg.data)
+    workdir = str(tmp_path)
+    with (
+        contextlib.closing(Checkpointer(workdir, cfg.checkpoint)) as checkpoints,
+        contextlib.closing(Preemption()) as preemption,
+    ):
+        loop = train.Loop(short, info, workdir, checkpoints, preemption, train_step)
+        loop.run(program.init())
+        checkpoints.wait()
+        assert checkpoints.latest == 4
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert None not in losses[:3]
+    assert losses[3] is None
+
+
+def test_a_profile_may_be_resumed_in_its_middle(tmp_path):
+    profiler = train._Profiler("8:15", str(tmp_path))
+    profiler.step(15, {})  # resumed at step 9: there is nothing to stop
+    for window in (profiler, train._Profiler("1:3", str(tmp_path))):
+        window.step(1, {})
+        window.close()  # the run ended inside of the window
+    with pytest.raises(UserError, match=r"config.profile='12:5'"):
+        train._Profiler("12:5", str(tmp_path))
+
+
+def test_the_command_names_an_image_that_cannot_be_read(tmp_path):
+    photos = write_folder(tmp_path / "photos", {"cat": 8, "dog": 8}, ("train", "test"))
+    bad = next((photos / "train" / "cat").iterdir())
+    bad.write_bytes(b"")
+    command = [
+        sys.executable, "-m", "vit_jax.main", "--config=tests/tiny.py",
+        "--config.steps=3", "--config.data.source=folder", "--config.data.max_bad=0.5",
+        f"--config.data.path={photos}", f"--workdir={tmp_path}/run",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"skipped the unreadable example {bad}" in done.stderr
+    assert "rendezvous" not in done.stderr  # tensorflow's own words
 
 
 def test_a_live_workdir_is_refused(program, tmp_path):

@@ -8,7 +8,8 @@ complete, so a run that is killed while saving finds the one before. Nothing els
 needed to resume: data order and randomness follow from the step number.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -80,7 +81,8 @@ class Checkpointer:
         )
         metrics = {k: float(v) for k, v in metrics.items()}
         use = metrics if self._best in metrics else None
-        self._manager.save(step, args=args, metrics=use, force=True)
+        with self._explain_failed_save():
+            self._manager.save(step, args=args, metrics=use, force=True)
 
     def restore(self, like: State) -> State | None:
         """The newest complete State, placed like ``like`` (shapes with shardings); None
@@ -94,11 +96,12 @@ class Checkpointer:
         items = {"params": like.params, "opt": {"opt_state": like.opt_state}}
         if jax.tree.leaves(like.ema):
             items["ema"] = like.ema
-        self._check(step, items)
         args = ocp.args.Composite(
             **{k: ocp.args.StandardRestore(v) for k, v in items.items()}
         )
-        found = self._manager.restore(step, args=args)
+        with self._explain_damage(step):
+            self._check(step, items)
+            found = self._manager.restore(step, args=args)
         count = jax.device_put(np.int32(step), like.step.sharding)
         return State(
             found["params"], found["opt"]["opt_state"], count, found.get("ema", {})
@@ -110,6 +113,8 @@ class Checkpointer:
         stored = self._manager.item_metadata(step)
         problems = []
         for name, like in items.items():
+            if not stored.get(name) and (epath.Path(self.path(step)) / name).exists():
+                raise FileNotFoundError(f"there is no metadata of {name}")
             there = _shapes(stored[name].tree if stored.get(name) else {})
             wanted = _shapes(like)
             problems += [f"{name}/{k} is missing" for k in wanted if k not in there]
@@ -126,18 +131,57 @@ class Checkpointer:
                 "or another --workdir"
             )
 
+    @contextlib.contextmanager
+    def _explain_damage(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except (ValueError, OSError, KeyError, TypeError, AttributeError) as e:
+            older = [self.path(s) for s in self._manager.all_steps() if s < step]
+            raise UserError(
+                f"{self.path(step)} is damaged ({_reason(e)}): remove that folder to "
+                f"continue from {older[-1] if older else 'the beginning'}"
+            ) from e
+
+    @contextlib.contextmanager
+    def _explain_failed_save(self) -> Iterator[None]:
+        """What Orbax reports of a save that failed, at the next save or wait."""
+        try:
+            yield
+        except (ValueError, OSError) as e:
+            done = steps(str(self._manager.directory.parent))
+            raise UserError(
+                f"a checkpoint cannot be written to {self._manager.directory} "
+                f"({_reason(e)}): make room or give access, and start the same command "
+                f"to continue from {f'step {done[-1]}' if done else 'the beginning'}"
+            ) from e
+
     def path(self, step: int) -> str:
         return str(self._manager.directory / str(step))
 
     def wait(self) -> None:
-        """Returns when everything saved is complete."""
-        self._manager.wait_until_finished()
+        """Returns when everything saved is complete.
+
+        Raises:
+          UserError: a save has failed, for example because the disk is full.
+        """
+        with self._explain_failed_save():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         # Orbax waits for its cleaning only before a save; a run that ends sooner would
         # cut it short with a traceback.
         self._manager._maybe_await_cleanup_tmp_directory()
         self._manager.close()
+
+
+def steps(workdir: str) -> list[int]:
+    """The steps that a workdir has checkpoints of, the newest last."""
+    folder = epath.Path(_folder(workdir))
+    if not folder.exists():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
 
 
 def load_params(path: str) -> dict[str, Any]:
@@ -170,6 +214,10 @@ def load_params(path: str) -> dict[str, Any]:
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=host), shapes
         )
         return jax.tree.map(np.asarray, reader.restore(item, like))
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -7,6 +7,7 @@ on.
 
 import ctypes
 import glob
+import logging
 import os
 import sys
 import time
@@ -15,7 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from vit_jax import config, distributed
@@ -108,17 +110,27 @@ def read_config() -> config.Config:
     return config.from_dict(values)
 
 
+def _log_only_our_own() -> None:
+    """Orbax and Flax warn about what is normal here, and log as pages what they raise
+    as well."""
+    absl_logging.use_absl_handler()
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)-12s %(message)s"))
+    ours = logging.getLogger("vit_jax")
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+
+
 def run(main: Callable[[list[str]], Any]) -> None:
     """Runs ``main(positional arguments)`` as a command and exits.
 
     Exit status: 0, or what ``main`` returned; 2 after a ``UserError`` or a bad flag,
     reported in one line.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.use_absl_handler()
-    logging.set_verbosity(
-        logging.ERROR
-    )  # Orbax and Flax warn about what is normal here
+    _log_only_our_own()
 
     def guarded(argv: list[str]) -> int:
         try:

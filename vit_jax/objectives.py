@@ -4,8 +4,8 @@
 ``OBJECTIVES[name](model, cfg)`` is ``loss_fn(params, batch, key) -> (loss, metrics)``.
 B images per batch, K classes, N patches of P x P pixels. ``batch["image"]`` is
 (B, H, W, 3) float in [-1, 1], ``batch["label"]`` int32 (B,) or float (B, K) with any
-number of positives per row; a label of -1, or 0 in ``batch["mask"]``, takes an example
-out of the loss and the metrics. The loss is a float32 mean over the batch; everything
+number of positives per row; a label (or row) of -1, or 0 in ``batch["mask"]``, takes an
+example out of the loss and the metrics. The loss is a float32 mean over the batch; everything
 random (corruption, dropout) is a function of ``key``. Mixup happens before, on the
 whole batch, so that it does not depend on the number of micro-batches.
 """
@@ -103,14 +103,19 @@ def mixup_batch(
     return {**batch, "image": images, "label": labels, "mask": mask}
 
 
+def counted(cfg: Config, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """float32 (): how many examples the loss of this batch is a mean over."""
+    if cfg.loss == "masked_patch":  # which reads no labels
+        return jnp.float32(len(batch["label"]))
+    return _mask(batch).sum()
+
+
 def _mask(batch: Mapping[str, jax.Array]) -> jax.Array:
     """float32 (B,): 1 for the examples that count."""
     labels = batch["label"]
     if "mask" in batch:
         return batch["mask"].astype(jnp.float32)
-    if labels.ndim == 1:
-        return (labels >= 0).astype(jnp.float32)
-    return jnp.ones(len(labels), jnp.float32)
+    return (labels >= 0).reshape(len(labels), -1).all(-1).astype(jnp.float32)
 
 
 def mixup(

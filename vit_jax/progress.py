@@ -4,6 +4,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import socket
 import sys
@@ -85,7 +86,8 @@ class MetricsWriter:
             return
         self._path = epath.Path(workdir) / METRICS
         kept = [m for m in read_metrics(workdir) if m["step"] <= start]
-        lines = "".join(json.dumps(m) + "\n" for m in kept)
+        self._last = [_line(m) for m in kept if m["step"] == start]
+        lines = "".join(_line(m) for m in kept)
         write_whole(self._path, lines)
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
         self._events = self._path.parent / name
@@ -96,8 +98,10 @@ class MetricsWriter:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         if not self._active:
             return
-        line = json.dumps({"step": step, **{k: _number(v) for k, v in metrics.items()}})
-        self._append(self._path, f"{line}\n".encode())
+        line = _line({"step": step, **metrics})
+        if line in self._last:  # a finished run was evaluated again
+            return
+        self._append(self._path, line.encode())
         if self._encode:
             self._append(self._events, self._encode(step, metrics))
 
@@ -118,12 +122,14 @@ def write_whole(path: epath.Path, text: str) -> None:
 
 
 def read_metrics(workdir: str) -> list[dict[str, float]]:
-    """The lines of ``metrics.jsonl``; a last line that was cut by a kill is left out."""
+    """The lines of ``metrics.jsonl``, null as NaN; a last line that was cut by a kill is
+    left out."""
     path = epath.Path(workdir) / METRICS
     found = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
+            row = json.loads(line)
+            found.append({k: math.nan if v is None else v for k, v in row.items()})
     return found
 
 
@@ -155,6 +161,15 @@ def _event_encoder():
 
 def _is_local(path: object) -> bool:
     return "://" not in str(path)
+
+
+def _line(metrics: Mapping[str, float]) -> str:
+    """A line of ``metrics.jsonl``; null where a value is no finite number."""
+    values = {
+        k: v if k == "step" else _number(v) if math.isfinite(v) else None
+        for k, v in metrics.items()
+    }
+    return json.dumps(values) + "\n"
 
 
 def _number(value: float) -> float:

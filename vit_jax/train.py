@@ -10,6 +10,9 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
+import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,6 +25,7 @@ from etils import epath
 from jax.stages import Wrapped
 
 from vit_jax import (
+    checkpoint,
     config,
     data,
     evaluators,
@@ -102,6 +106,7 @@ def _gradient(cfg, loss_fn, params, batch, key):
             params, batch, jax.random.fold_in(key, 1)
         )
         return loss, metrics, grads
+    count = jnp.maximum(objectives.counted(cfg, batch), 1.0)
     # Micro-batch i takes rows i, i + n, ...: every device keeps its own rows.
     micro = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), batch)
 
@@ -110,13 +115,16 @@ def _gradient(cfg, loss_fn, params, batch, key):
         (loss, metrics), grads = value_and_grad(
             params, part, jax.random.fold_in(key, 1 + i)
         )
-        return jax.tree.map(jnp.add, total, (loss, metrics, grads)), None
+        # Examples that do not count may lie anywhere: parts weigh what they count.
+        share = objectives.counted(cfg, part) / count
+        weighed = jax.tree.map(lambda x: share * x, (loss, metrics, grads))
+        return jax.tree.map(jnp.add, total, weighed), None
 
     first = jax.tree.map(lambda x: x[0], micro)
     (loss, metrics), grads = jax.eval_shape(value_and_grad, params, first, key)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (loss, metrics, grads))
     total, _ = jax.lax.scan(add, zeros, (jnp.arange(n), micro))
-    return jax.tree.map(lambda x: x / n, total)
+    return total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +169,7 @@ def build(
     Raises:
       UserError: a config that contradicts itself, the data or the number of devices.
     """
-    cfg, info = _complete(cfg, info)
+    cfg, info = _complete(config.checked(cfg), info)
     for hint in objectives.check(
         cfg, bool(info and info.multilabel), cfg.model.num_classes
     ):
@@ -292,6 +300,7 @@ def train(
     Raises:
       UserError: bad config, data or workdir, or a loss that stayed non-finite.
     """
+    workdir = os.path.expanduser(workdir)  # the shell leaves --workdir=~/run as it is
     with phase("devices"):
         devices = list(devices or jax.devices())
     say(
@@ -350,12 +359,13 @@ class Loop:
         self.start = step = int(state.step)
         self.writer = MetricsWriter(self.workdir, step)
         if step >= last:
-            self._evaluate(state, step)
-            return Result(step, self.results, preempted=False)
+            done = self._evaluate(state, step)
+            return Result(step, self.results, preempted=not done)
         bar, feed = Bar(last, step), self._feed()
         self.interval = _Interval(cfg, feed)
         profiler = _Profiler(cfg.profile, self.workdir)
         pending: tuple[int, Metrics] | None = None
+        done = True
         try:
             with phase("first batch"):
                 batch = next(feed)
@@ -372,6 +382,7 @@ class Loop:
                 profiler.step(step, metrics)
                 evaluate = every(cfg.eval.every, step, last)
                 save = every(cfg.checkpoint.every, step, last)
+                save |= evaluate and bool(cfg.checkpoint.keep_best)
                 if evaluate or save:
                     # The step in flight must be known to be good before it is evaluated
                     # or saved.
@@ -379,16 +390,17 @@ class Loop:
                     pending = None
                     with self.interval.paused():
                         if evaluate:
-                            self._evaluate(state, step)
+                            done = self._evaluate(state, step)
                         if save:
-                            self._save(state, step)
+                            self._save(state, step, evaluate and done)
             if pending:
                 self._record(*pending, bar)
             if step < last:
                 say(f"asked to stop: saving step {step}")
-                self._save(state, step)
-            return Result(step, self.results, preempted=step < last)
+                self._save(state, step, False)
+            return Result(step, self.results, preempted=step < last or not done)
         finally:
+            profiler.close()
             feed.close()
             bar.close()
 
@@ -429,10 +441,20 @@ class Loop:
             self.writer.write(step, line)
             bar.log(step, line)
 
-    def _save(self, state: State, step: int) -> None:
-        # While steps fail, what was good before stays the newest checkpoint.
-        if self.checkpoints and step > self.start and not self.bad_in_row:
-            self.checkpoints.save(state, step, self.results)
+    def _save(self, state: State, step: int, evaluated: bool) -> None:
+        if not self.checkpoints or step == self.start:
+            return
+        # Parameters that are no numbers must not replace those that were good before.
+        if self.bad_in_row and not jnp.isfinite(optax.tree.norm(state.params)):
+            return
+        self.checkpoints.save(state, step, self.results if evaluated else {})
+        best = self.cfg.checkpoint.keep_best
+        if evaluated and best and best not in self.results:
+            raise UserError(
+                f"config.checkpoint.keep_best={best!r} is not among what is measured: "
+                f"{config.nearest(best, self.results)}choose one of "
+                f"{sorted(self.results)}"
+            )
 
     def _give_up(self, step: int) -> None:
         where = "there is no checkpoint yet"
@@ -445,12 +467,15 @@ class Loop:
             "config.optim.clip=1.0 or look at the data"
         )
 
-    def _evaluate(self, state: State, step: int) -> None:
-        self.results = evaluate(self.program, self.info, state, self.preemption)
-        if self.results:
-            self.writer.write(step, self.results)
-            numbers = "  ".join(f"{k} {v:.4f}" for k, v in self.results.items())
+    def _evaluate(self, state: State, step: int) -> bool:
+        """Whether it came to its end; not if the process was asked to stop."""
+        results = evaluate(self.program, self.info, state, self.preemption)
+        if results:
+            self.results = results
+            self.writer.write(step, results)
+            numbers = "  ".join(f"{k} {v:.4f}" for k, v in results.items())
             say(f"step {step}/{self.cfg.steps}  {numbers}")
+        return results is not None
 
 
 def evaluate(
@@ -458,12 +483,11 @@ def evaluate(
     info: data.DataInfo,
     state: State,
     preemption: Preemption | None = None,
-) -> dict[str, float]:
+) -> dict[str, float] | None:
     """Runs the evaluators of the config on the averaged parameters if there are any,
     else on the parameters.
 
-    Returns ``{"test/accuracy": ...}``; nothing if the process was asked to stop
-    meanwhile.
+    Returns ``{"test/accuracy": ...}``; None if the process was asked to stop meanwhile.
     """
     cfg = program.cfg
     params = state.ema if cfg.optim.polyak else state.params
@@ -489,7 +513,7 @@ def evaluate(
     try:
         return {k: float(v) for k, v in evaluators.run(context).items()}
     except _Stopped:
-        return {}
+        return None
 
 
 class _Stopped(Exception):
@@ -497,8 +521,8 @@ class _Stopped(Exception):
 
 
 class _Interval:
-    """Means of the metrics, and speed, since the last logged step. Time spent on
-    evaluating and saving is left out."""
+    """Means of the metrics over the steps that were not skipped, and speed, since the
+    last logged step. Time spent on evaluating and saving is left out."""
 
     def __init__(self, cfg: Config, feed: Feed):
         self._cfg, self._feed = cfg, feed
@@ -506,11 +530,14 @@ class _Interval:
 
     def restart(self) -> None:
         self._start, self._waited = time.perf_counter(), self._feed.waited
-        self._sums: dict[str, float] = {}
-        self._count = 0
+        self._sums = {"loss": 0.0}
+        self._good = self._skipped = 0
 
     def add(self, values: dict[str, float]) -> None:
-        self._count += 1
+        if values["skipped"]:
+            self._skipped += 1
+            return
+        self._good += 1
         for k, v in values.items():
             self._sums[k] = self._sums.get(k, 0.0) + v
 
@@ -522,14 +549,14 @@ class _Interval:
 
     def summary(self, step: int) -> dict[str, float]:
         seconds = max(time.perf_counter() - self._start, 1e-9)
-        per_step = seconds / self._count
+        per_step = seconds / (self._good + self._skipped)
         line = {
-            f"train/{k}": v / self._count
+            f"train/{k}": v / self._good if self._good else math.nan
             for k, v in self._sums.items()
             if k != "skipped"
         }
         line |= {
-            "train/skipped_steps": self._sums["skipped"],
+            "train/skipped_steps": float(self._skipped),
             "train/bad_examples": float(len(data.bad_examples())),
             "train/images_per_second": self._cfg.batch / per_step,
             "train/step_ms": 1e3 * per_step,
@@ -545,19 +572,25 @@ class _Profiler:
     profile tab."""
 
     def __init__(self, steps: str, workdir: str):
-        self._steps, self._workdir = steps, workdir
-        try:
-            self._first, self._last = map(int, steps.split(":")) if steps else (0, 0)
-        except ValueError:
+        self._workdir, self._running = workdir, False
+        match = re.fullmatch(r"(\d+):(\d+)", steps or "0:1")
+        if not match or int(match[1]) >= int(match[2]):
             raise UserError(
                 f"config.profile={steps!r}: write FIRST:LAST, for example 100:110"
-            ) from None
+            )
+        self._first, self._last = int(match[1]), int(match[2])
 
     def step(self, step: int, metrics: Metrics) -> None:
-        if self._steps and step == self._first:
+        if step == self._first:
             jax.profiler.start_trace(self._workdir)
-        if self._steps and step == self._last:
+            self._running = True
+        if step == self._last and self._running:
             jax.block_until_ready(metrics)
+            self.close()
+
+    def close(self) -> None:
+        if self._running:
+            self._running = False
             jax.profiler.stop_trace()
 
 
@@ -594,10 +627,9 @@ def claim(workdir: str, cfg: Config, info: data.DataInfo) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             with _explain_no_access(workdir):
-                if stored.exists():
-                    _check_same_run(
-                        workdir, config.from_dict(json.loads(stored.read_text())), cfg
-                    )
+                # A run that saved nothing has nothing to lose.
+                if stored.exists() and checkpoint.steps(workdir):
+                    _check_same_run(workdir, config.read(stored), cfg)
                 folder.mkdir(parents=True, exist_ok=True)
                 if "://" not in workdir:
                     stack.enter_context(_lock(workdir))

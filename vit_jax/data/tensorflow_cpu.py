@@ -10,9 +10,9 @@ import logging
 import os
 from typing import Any
 
-# Warnings about missing CPU instructions and the log line per undecodable image (which
+# Warnings about missing CPU instructions and the log lines per undecodable image (which
 # we count and name ourselves) say nothing a user can act on.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import tensorflow
 
