@@ -100,12 +100,13 @@ def test_a_mistake_in_a_config_file_is_one_line(text, words, tmp_path):
         assert word in str(error.value)
 
 
-def test_a_config_file_may_return_a_config(tmp_path):
+def test_a_config_file_may_return_a_config(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine.py").write_text(
         "from vit_jax.config import Config\n"
         "def get_config(steps):\n    return Config(steps=int(steps))\n"
     )
-    values = cli._ConfigFile().parse(f"{tmp_path}/mine.py:5")
+    values = cli._ConfigFile().parse("~/mine.py:5")
     assert config.from_dict(values) == config.Config(steps=5)
 
 

@@ -144,7 +144,7 @@ class _ConfigFile(flags.ArgumentParser):
 
     def parse(self, argument: str) -> ConfigDict:
         """What ``get_config`` of a FILE returns, or ``get_config(X)`` of FILE:X."""
-        path, *options = argument.split(":", 1)
+        path, *options = os.path.expanduser(argument).split(":", 1)
         names: dict[str, Any] = {"__name__": "config", "__file__": path}
         try:
             source = Path(path).read_bytes()

@@ -187,7 +187,7 @@ class SweepConfig:
     )
     seeds: int = 3  # final runs on the whole training set, with seed, seed + 1, ...
     metric: str = (
-        "test/accuracy"  # what is compared, at the end of a run; the highest wins
+        "test/accuracy"  # what is compared, at the end of a run; the best wins
     )
 
 
@@ -290,6 +290,11 @@ def choose(what: str, value: str, allowed: Mapping[str, Any]) -> Any:
             f"unknown {what} {value!r}: {nearest(value, allowed)}choose one of {sorted(allowed)}"
         )
     return allowed[value]
+
+
+def smaller_is_better(metric: str) -> bool:
+    """Whether the best value of a metric, such as ``test/loss``, is the smallest."""
+    return metric.endswith(("loss", "error", "ece", "mce", "brier"))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
