@@ -36,6 +36,7 @@ need_bucket() {  # need_bucket ARGUMENTS...   --workdir must outlive the machine
     || fail "bucket gs://${bucket%%/*} does not exist, or you may not read it (try: gcloud storage ls gs://${bucket%%/*})"
 }
 
-# Exit statuses of the training command: 1 and 2 are errors that a restart does not mend. All others are an
-# interruption (75: saved or a peer was lost; 134: JAX noticed the loss; 137, 143: killed; 255: ssh was cut).
-mends() { (($1 != 0 && $1 != 1 && $1 != 2)); }
+# Exit statuses of the training command: 1 and 2 are errors that a restart does not mend, and 126 and 127 a python that
+# is not there. All others are an interruption (75: saved or a peer was lost; 134: JAX noticed the loss; 137, 143:
+# killed; 255: ssh was cut).
+mends() { (($1 != 0 && $1 != 1 && $1 != 2 && $1 != 126 && $1 != 127)); }

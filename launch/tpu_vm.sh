@@ -25,10 +25,13 @@ need_bucket "$@"
 code=$(mktemp -d)
 trap 'rm -rf "$code"; [[ -n ${KEEP:-} ]] || delete' EXIT
 
+# What gcloud refuses before a slice was ever there it will always refuse; later it may only be out of reach for a while.
+worked=
 create() {
   local spot=() now
   ((${SPOT:-1})) && spot=(--spot)
-  tpu queued-resources create "$name" --node-id="$name" --accelerator-type="$type" --runtime-version="$version" "${spot[@]}"
+  tpu queued-resources create "$name" --node-id="$name" --accelerator-type="$type" --runtime-version="$version" "${spot[@]}" \
+    || [[ -n $worked ]] || fail "gcloud refuses to create $name, a $type in $ZONE: see above"
   until now=$(state) && [[ $now == ACTIVE ]]; do
     case $now in FAILED | SUSPENDED | NONE) return 1 ;; esac
     echo "launch: $name is $now"; sleep "$poll"
@@ -47,8 +50,9 @@ python -m vit_jax.main \"\$@\" & echo \$! > ../run.pid; wait \$!; echo \"launch:
 
 while true; do
   if [[ $(state) != ACTIVE ]]; then delete; create || { sleep "$poll"; continue; }; fi
+  worked=1
   on_all "$run" 2>&1 | tee "$code/log" || true
-  grep -q 'launch: exit status [12]$' "$code/log" && exit 2
+  grep -Eq 'launch: exit status (1|2|126|127)$' "$code/log" && exit 2
   grep -q 'launch: exit status 0$' "$code/log" && ! grep -q 'launch: exit status [^0]' "$code/log" && exit 0
   echo "launch: interrupted ($name is $(state)), continuing"; sleep "$poll"
 done

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from vit_jax import cli, config
+from vit_jax.errors import UserError
+
 ROOT = Path(__file__).parent.parent
 ENV = os.environ | {
     "XLA_FLAGS": "--xla_backend_optimization_level=0",
@@ -53,7 +56,11 @@ def folder_of_images(path, classes=("cat", "dog"), count=6):
             [TINY, "--config.batch=7", "--config.accumulate=2"],
             ["config.batch=7", "config.accumulate"],
         ),
-        (["--config=configs/digitss.py"], ["configs/digitss.py"]),
+        (
+            ["--config=configs/digitss.py", "--config.steps=3"],
+            ["configs/digitss.py", "No such file"],
+        ),
+        ([TINY, "--config.model.name.foo=3"], ["model.name.foo", "no keys"]),
         ([TINY, "--wrkdir=x"], ["wrkdir", "workdir"]),
         ([TINY, "surplus"], ["surplus"]),
     ],
@@ -71,6 +78,36 @@ def test_a_mistake_in_the_command_is_one_line(args, words, tmp_path):
     for word in words:
         assert word in lines[0]
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def get_config(:\n", ["SyntaxError", "line 1"]),
+        ("import os\nimport nothing_such\n", ["line 2: ModuleNotFoundError"]),
+        ("def get_config():\n    return {}['x']\n", ["line 2: KeyError: 'x'"]),
+        ("steps = 3\n", ["no function get_config()"]),
+        ("def get_config():\n    pass\n", ["get_config() returned None", "Config"]),
+        ("def get_config(x):\n    pass\n", ["TypeError", "argument"]),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_one_line(text, words, tmp_path):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UserError) as error:
+        cli._ConfigFile().parse(f"{tmp_path}/mine.py")
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_config_file_may_return_a_config(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").write_text(
+        "from vit_jax.config import Config\n"
+        "def get_config(steps):\n    return Config(steps=int(steps))\n"
+    )
+    values = cli._ConfigFile().parse("~/mine.py:5")
+    assert config.from_dict(values) == config.Config(steps=5)
 
 
 @pytest.mark.parametrize("case", ["missing", "empty", "empty class", "unknown tfds"])

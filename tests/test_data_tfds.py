@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from data_files import picture
 
-from vit_jax import data
-from vit_jax.config import DataConfig
+from vit_jax import data, plan
+from vit_jax.config import Config, DataConfig
 from vit_jax.data import tfds_source, vtab
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
@@ -117,6 +117,31 @@ def test_unknown_names(data_dir):
     )
     with pytest.raises(UserError, match=r"no split 'nothing': it has"):
         data.describe(cfg)
+
+
+def test_a_set_can_be_prepared_for_the_first_time(tmp_path):
+    """tfds imports a package for that which it does not depend on."""
+    builder = tfds_source.unprepared("oxford_iiit_pet", str(tmp_path))
+    assert len(builder.url_infos) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"), [("oxford_iiit_pet", 37), ("vtab/dtd", 47)]
+)
+def test_a_plan_knows_the_classes_of_a_set_without_downloading_it(
+    name, classes, tmp_path
+):
+    cfg = Config(data=DataConfig(source="tfds", name=name, path=str(tmp_path)))
+    info = plan._describe(cfg)
+    assert info is not None
+    assert info.num_classes == classes
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_asks_for_the_classes_that_a_set_does_not_tell(tmp_path):
+    cfg = Config(data=DataConfig(source="tfds", name="coco/2014", path=str(tmp_path)))
+    with pytest.raises(UserError, match=r"give --config.model.num_classes=N"):
+        plan._describe(cfg)
 
 
 def test_imagenet_archives_missing_or_misplaced(tmp_path):

@@ -44,7 +44,11 @@ if "queued-resources describe" in text:
         sys.exit(1)
     print(state.read_text())
 if "queued-resources create" in text:
-    state.write_text("ACTIVE")
+    number = (home / "calls.jsonl").read_text().count('"create"')
+    now = [*os.environ.get("CREATED", "").split(), *["ACTIVE"] * number][number - 1]
+    if now == "DENIED":
+        sys.exit("ERROR: PERMISSION_DENIED")
+    state.write_text(now)
 if "queued-resources delete" in text:
     state.unlink()
 if "vit_jax.main" in text:
@@ -236,8 +240,37 @@ def test_tpu_vm_asks_for_a_new_slice_after_a_preemption(machine):
     ]  # fmt: skip
 
 
-def test_tpu_vm_stops_and_deletes_after_an_error(machine):
-    machine.fake("gcloud", "tar", runs=[2])
+def test_tpu_vm_ends_where_gcloud_refuses_a_slice(machine):
+    machine.fake("gcloud", "tar")
+    env = {"PROJECT": "p", "ZONE": "z", "CREATED": "DENIED"}
+    result = machine.run("tpu_vm.sh", *RUN, BUCKET, **env)
+    assert result.returncode == 2
+    said = result.stderr.splitlines()
+    assert said[0] == "ERROR: PERMISSION_DENIED"
+    assert "gcloud refuses to create vit-jax, a v5litepod-8 in z" in said[1]
+    assert machine.verbs() == ["queued-resources create"]
+
+
+@pytest.mark.parametrize(
+    ("created", "runs", "deleted"),
+    [
+        ("FAILED SUSPENDED ACTIVE", [0], 3),
+        ("ACTIVE DENIED ACTIVE", ["preempted", 0], 2),  # it has worked before
+    ],
+)
+def test_tpu_vm_asks_until_there_is_a_slice(created, runs, deleted, machine):
+    machine.fake("gcloud", "tar", runs=runs)
+    env = {"PROJECT": "p", "ZONE": "z", "CREATED": created}
+    result = machine.run("tpu_vm.sh", *RUN, BUCKET, **env)
+    assert result.returncode == 0, result
+    verbs = machine.verbs()
+    assert verbs.count("queued-resources create") == 3
+    assert verbs.count("queued-resources delete") == deleted
+
+
+@pytest.mark.parametrize("status", [2, 127])
+def test_tpu_vm_stops_and_deletes_after_an_error(status, machine):
+    machine.fake("gcloud", "tar", runs=[status])
     result = machine.run("tpu_vm.sh", *RUN, BUCKET, PROJECT="p", ZONE="z")
     assert result.returncode == 2
     assert machine.verbs()[-1] == "queued-resources delete"
@@ -264,6 +297,8 @@ def test_gke_applies_a_complete_manifest(machine):
     slices = jobset["spec"]["replicatedJobs"][0]
     job = slices["template"]["spec"]
     pod = job["template"]["spec"]
+    rule = job["podFailurePolicy"]["rules"][0]
+    assert rule["onExitCodes"]["values"] == [1, 2, 126, 127]
     assert (slices["replicas"], job["parallelism"], job["completions"]) == (2, 8, 8)
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x8"
     container = pod["containers"][0]
@@ -291,7 +326,10 @@ def test_slurm_submits_itself(machine):
     ]]  # fmt: skip
 
 
-@pytest.mark.parametrize(("status", "requeued"), [(0, False), (75, True), (2, False)])
+@pytest.mark.parametrize(
+    ("status", "requeued"),
+    [(0, False), (75, True), (2, False), (126, False), (127, False)],
+)
 def test_slurm_runs_one_process_per_node_and_requeues_itself(status, requeued, machine):
     machine.fake("srun", "scontrol", "python", runs=[status, status])
     job = {"SLURM_JOB_ID": "5", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "node[7-8]"}

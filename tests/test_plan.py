@@ -2,6 +2,7 @@
 """Reading compiled programs, and the plan of a small config for a slice that is not
 there."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from vit_jax import hlo, plan
@@ -346,6 +348,19 @@ def test_search_tries_micro_batches_only_where_needed(monkeypatch):
     fitting = [p for p in found if p["fits"]]
     assert found[: len(fitting)] == sorted(fitting, key=lambda p: p["step_ms"])
     assert len(plan.search(tiny(), target, limit=5)) == 5
+
+
+@pytest.mark.parametrize(
+    ("batch", "limit", "message"),
+    [
+        (4, 5, "config.batch=4 does not divide over 8 devices"),
+        (16, 0, "--search_limit=0: it must be at least 1"),
+    ],
+)
+def test_a_search_without_candidates_says_why(batch, limit, message):
+    target = plan.Topology("v5e:2x4", plan.CHIPS["v5e"], jax.devices())
+    with pytest.raises(UserError, match=message):
+        plan.search(dataclasses.replace(tiny(), batch=batch), target, limit)
 
 
 @needs_libtpu

@@ -158,7 +158,30 @@ def test_seeds_start_at_that_of_the_config():
 
 
 def test_equal_learning_rates_take_the_smaller():
-    assert sweep.best({0.1: 0.5, 0.01: 0.5, 0.03: math.nan}) == 0.01
+    results = {0.1: 0.5, 0.01: 0.5, 0.03: math.nan}
+    for metric in ("test/accuracy", "test/loss"):
+        assert sweep.best(results, metric) == 0.01
+
+
+@pytest.mark.parametrize(
+    ("metric", "learning_rate"),
+    [
+        ("test/accuracy", 0.1),
+        ("test/loss", 1.0),
+        ("calibration/ece", 1.0),
+        ("calibration/brier", 1.0),
+    ],
+)
+def test_the_best_loss_is_the_smallest(metric, learning_rate):
+    results = {0.1: 0.9, 1.0: 0.2, 0.01: 0.5, 0.03: math.nan}
+    assert sweep.best(results, metric) == learning_rate
+
+
+def test_the_home_folder_of_a_workdir_is_found(command_line, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    command_line.workdir = "~/runs"
+    assert command_line(Runs(peak)) == 0
+    assert (tmp_path / "runs" / "sweep.json").exists()
 
 
 def test_config_arguments_are_handed_on():
@@ -182,6 +205,7 @@ def test_config_arguments_are_handed_on():
         (SweepConfig(learning_rates=(0.1, 0.1)), "twice"),
         (SweepConfig(holdout=0.0), "holdout is 0.0"),
         (SweepConfig(seeds=0), "seeds is 0"),
+        (SweepConfig(metric="val/loss"), "'val/loss': the metrics of these runs begin"),
     ],
 )
 def test_bad_sweeps_are_refused(cfg, words):
@@ -192,7 +216,7 @@ def test_bad_sweeps_are_refused(cfg, words):
 
 
 def test_a_metric_that_no_run_has_is_refused_with_those_there_are(command_line):
-    cfg = Config(steps=7, sweep=SweepConfig(metric="val/accuracy"))
+    cfg = Config(steps=7, sweep=SweepConfig(metric="test/acuracy"))
     with pytest.raises(UserError, match="test/accuracy"):
         command_line(Runs(peak), cfg)
 

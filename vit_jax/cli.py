@@ -6,19 +6,22 @@ on.
 """
 
 import ctypes
+import dataclasses
 import glob
 import logging
 import os
+import re
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from vit_jax import config, distributed
 from vit_jax.errors import UserError
@@ -34,6 +37,7 @@ def define_config_flag() -> None:
     config_flags.DEFINE_config_file(
         "config", None, "Config file; --config.key=value overrides one of its fields."
     )
+    flags.FLAGS["config"].parser = _ConfigFile()
 
 
 def define_process_flags() -> None:
@@ -103,11 +107,7 @@ def read_config() -> config.Config:
         raise UserError(
             "--config is missing: give --config=configs/digits.py or your own"
         )
-    try:
-        values = dict(values.items())
-    except OSError as e:  # ml_collections tells of a missing file only here
-        raise UserError(f"--config: {str(e).splitlines()[-1].strip()}") from e
-    return config.from_dict(values)
+    return config.from_dict(dict(values.items()))
 
 
 def _log_only_our_own() -> None:
@@ -150,14 +150,65 @@ def run(main: Callable[[list[str]], Any]) -> None:
     app.run(guarded, flags_parser=_parse_flags)
 
 
+class _ConfigFile(flags.ArgumentParser):
+    """Says what is wrong with a config file in one line, where that of ml_collections
+    shows a traceback."""
+
+    def parse(self, argument: str) -> ConfigDict:
+        """What ``get_config`` of a FILE returns, or ``get_config(X)`` of FILE:X."""
+        path, *options = os.path.expanduser(argument).split(":", 1)
+        names: dict[str, Any] = {"__name__": "config", "__file__": path}
+        try:
+            source = Path(path).read_bytes()
+        except OSError as e:
+            raise UserError(f"cannot be read: {e.strerror}") from e
+        try:
+            exec(compile(source, path, "exec"), names)
+            if "get_config" not in names:
+                raise UserError("it defines no function get_config()")
+            values = names["get_config"](*options)
+        except UserError:
+            raise
+        except Exception as e:  # whatever someone's program raises
+            frames = traceback.extract_tb(e.__traceback__)
+            lines = [f"line {f.lineno}: " for f in frames if f.filename == path]
+            reason = f"{type(e).__name__}: {' '.join(str(e).split())}"
+            raise UserError("".join(lines[-1:]) + reason) from e
+        if isinstance(values, config.Config):
+            values = config.config_dict(values)
+        if not isinstance(values, ConfigDict):
+            raise UserError(
+                f"get_config() returned {values!r:.80}: it must return a "
+                "vit_jax.config.Config"
+            )
+        return values.lock()
+
+
+def _check_overrides(argv: list[str]) -> None:
+    """Refuses ``--config.key`` where a Config has no such key."""
+    for argument in argv:
+        found = re.match(r"--?config\.(\w+(\.\w+)*)", argument)
+        value: Any = config.Config()
+        path = "config"
+        for name in found[1].split(".") if found else ():
+            keys = config.to_dict(value) if dataclasses.is_dataclass(value) else {}
+            if name not in keys:
+                raise UserError(
+                    f"{argument}: unknown key {path}.{name}: "
+                    f"{config.nearest(name, keys)}{path} has {sorted(keys) or 'no keys'}"
+                )
+            value, path = getattr(value, name), f"{path}.{name}"
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
     """Parses flags; whatever is wrong with them, or with the config file, becomes one
     line."""
     try:
+        _check_overrides(argv)
         return flags.FLAGS(argv)
-    except flags.Error as e:
+    except (flags.Error, UserError) as e:
         message = str(e)
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
+    except (AttributeError, LookupError, TypeError, ValueError) as e:
         # str() of a KeyError is the repr of its message
         text = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
         message = f"{_config_argument(argv)}: {text}".replace("\n", " ")

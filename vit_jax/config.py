@@ -198,7 +198,7 @@ class SweepConfig:
     holdout: Share = 0.1
     # Final runs on the whole training set, with seed, seed + 1, ...
     seeds: Positive = 3
-    # What is compared, at the end of a run; the highest wins.
+    # What is compared, at the end of a run; the best wins.
     metric: str = "test/accuracy"
 
 
@@ -353,6 +353,11 @@ def choose(what: str, value: str, allowed: Mapping[str, Any]) -> Any:
             f"unknown {what} {value!r}: {nearest(value, allowed)}choose one of {sorted(allowed)}"
         )
     return allowed[value]
+
+
+def smaller_is_better(metric: str) -> bool:
+    """Whether the best value of a metric, such as ``test/loss``, is the smallest."""
+    return metric.endswith(("loss", "error", "ece", "mce", "brier"))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

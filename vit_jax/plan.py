@@ -26,7 +26,7 @@ from absl import flags
 from jax.experimental import topologies
 
 from vit_jax import cli, config, data, hlo, models, train
-from vit_jax.config import Config, nearest
+from vit_jax.config import Config, DataConfig, choose, nearest
 from vit_jax.errors import UserError
 
 GIB = 2**30
@@ -219,16 +219,32 @@ def plan(cfg: Config, target: Topology) -> dict[str, Any]:
 
 
 def _describe(cfg: Config) -> data.DataInfo | None:
-    """What the data say about the program; nothing is read where the config says it all."""
+    """What the data say about the program; nothing is read where the config says it
+    all, and nothing is downloaded."""
     if cfg.model.num_classes or cfg.loss == "masked_patch":
         return None
     try:
+        if cfg.data.source == "tfds":
+            return data.DataInfo(_tfds_classes(cfg.data), (), 0, 0, False)
         return data.describe(cfg.data)
     except (UserError, ImportError, OSError) as e:
         raise UserError(
             f"config.model.num_classes is 0 and the data, which would tell, cannot be read here ({e}): "
             "give --config.model.num_classes=N"
         ) from e
+
+
+def _tfds_classes(cfg: DataConfig) -> int:
+    """Known before a set is downloaded, unlike its size."""
+    from vit_jax.data import tfds_source, vtab  # imports tensorflow
+
+    if cfg.name.startswith("vtab/"):
+        task = cfg.name.removeprefix("vtab/")
+        return choose("VTAB task in data.name", task, vtab.TASKS).classes
+    names = tfds_source.class_names(tfds_source.unprepared(cfg.name, cfg.path))
+    if not names:
+        raise UserError(f"tfds set {cfg.name!r} has no class names")
+    return max(len(names), cfg.num_classes)
 
 
 def memory_of_state(state_shape: Any) -> dict[str, int]:
@@ -354,7 +370,7 @@ def _count(shape: str) -> int:
 
 def candidates(cfg: Config, chips: int) -> Iterator[Config]:
     """Configs that train the same in another way, the most promising first."""
-    per_chip = cfg.batch // chips
+    per_chip = max(cfg.batch // chips, 1)  # a batch too small is for plan() to refuse
     meshes: list[tuple[str, tuple[int, ...]]] = [
         ("replicate", ()),
         ("zero", ()),
@@ -380,7 +396,12 @@ def search(cfg: Config, target: Topology, limit: int) -> list[dict[str, Any]]:
     the others by memory.
 
     A candidate is only tried with more micro-batches where it did not fit with fewer.
+
+    Raises:
+      UserError: as :func:`plan` does, or a limit below 1.
     """
+    if limit < 1:
+        raise UserError(f"--search_limit={limit}: it must be at least 1")
     plans: list[dict[str, Any]] = []
     fitting: set[tuple[Any, ...]] = set()
     for candidate in candidates(cfg, len(target.devices)):

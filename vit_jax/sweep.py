@@ -14,6 +14,7 @@ again to continue: finished runs are recognised by their metrics.
 
 import json
 import math
+import os
 import shlex
 import signal
 import statistics
@@ -25,8 +26,8 @@ from typing import Any, NamedTuple
 from absl import flags
 from etils import epath
 
-from vit_jax import cli
-from vit_jax.config import Config
+from vit_jax import cli, evaluators
+from vit_jax.config import Config, smaller_is_better
 from vit_jax.errors import UserError
 from vit_jax.progress import read_metrics
 
@@ -94,9 +95,10 @@ def result(cfg: Config, run: Run) -> float | None:
     return found[-1] if found else None
 
 
-def best(results: dict[float, float]) -> float:
-    """The learning rate with the highest metric; of equals, the smallest."""
-    return max(sorted(results), key=lambda lr: _rank(results[lr]))
+def best(results: dict[float, float], metric: str) -> float:
+    """The learning rate with the best value of a metric; of equals, the smallest."""
+    sign = -1 if smaller_is_better(metric) else 1
+    return max(sorted(results), key=lambda lr: _rank(sign * results[lr]))
 
 
 def summary(
@@ -135,6 +137,13 @@ def check(cfg: Config, workdir: str) -> None:
         raise UserError(
             f"config.sweep.seeds is {cfg.sweep.seeds}: it must be at least 1"
         )
+    evaluators.check(cfg)
+    groups = ["train", *map(evaluators.prefix, cfg.eval.evaluators)]
+    if not cfg.sweep.metric.startswith(tuple(f"{g}/" for g in groups)):
+        raise UserError(
+            f"config.sweep.metric is {cfg.sweep.metric!r}: the metrics of these runs "
+            f"begin with {' or '.join(f'{g}/' for g in groups)}"
+        )
 
 
 def main(argv: list[str]) -> int:
@@ -142,7 +151,9 @@ def main(argv: list[str]) -> int:
         raise UserError(
             f"unexpected argument {argv[0]!r}: flags look like --workdir=DIR"
         )
-    cfg, workdir = cli.read_config(), flags.FLAGS.workdir.rstrip("/")
+    # A shell leaves the ~ of --workdir=~/run as it is.
+    cfg = cli.read_config()
+    workdir = os.path.expanduser(flags.FLAGS.workdir).rstrip("/")
     check(cfg, workdir)
     arguments = config_arguments(sys.argv[1:])
     selection = selection_runs(cfg, workdir)
@@ -156,7 +167,7 @@ def main(argv: list[str]) -> int:
         grid[run.learning_rate] = value
     if grid and all(math.isnan(v) for v in grid.values()):
         raise UserError(f"none of the {len(grid)} runs of the grid finished: see above")
-    chosen = best(grid) if grid else cfg.sweep.learning_rates[0]
+    chosen = best(grid, cfg.sweep.metric) if grid else cfg.sweep.learning_rates[0]
     final = []
     for run in final_runs(cfg, workdir, chosen):
         value, status = _finish(cfg, run, arguments)
@@ -188,7 +199,7 @@ def _list(cfg: Config, workdir: str, selection: list[Run], arguments: list[str])
     runs = [r for r in selection if grid[r.learning_rate] is None]
     if not runs:
         known = {lr: value for lr, value in grid.items() if value is not None}
-        chosen = best(known) if known else cfg.sweep.learning_rates[0]
+        chosen = best(known, cfg.sweep.metric) if known else cfg.sweep.learning_rates[0]
         runs = final_runs(cfg, workdir, chosen)
         runs = [r for r in runs if result(cfg, r) is None]
     for run in runs:

@@ -23,20 +23,12 @@ log = logging.getLogger(__name__)
 def load(cfg: DataConfig) -> Dataset:
     """The set ``cfg.name`` in ``cfg.path`` (tfds' own data_dir where that is empty)."""
     builder = prepared(cfg.name, cfg.path)
-    features = builder.info.features
-    image, label = "image", "label"
-    for key in (image, label):
-        if key not in features:
-            raise UserError(
-                f"tfds set {cfg.name!r} has no feature {key!r}, only "
-                f"{sorted(features)}: it is not an image classification set"
-            )
-    names = tuple(getattr(features[label], "names", None) or ())
+    names = class_names(builder)
 
     def split(name: str) -> Split:
         if _num_bytes(builder, name) > cfg.cache_gib * 2**30:
             return from_shards(cfg, builder, name)
-        return read(builder, name, lambda example: example[label])
+        return read(builder, name, lambda example: example["label"])
 
     train = split(cfg.train_split)
     test_split = _test_split(builder, cfg.test_split)
@@ -48,8 +40,24 @@ def load(cfg: DataConfig) -> Dataset:
     return Dataset(train, test, names, splits=split)
 
 
-def prepared(name: str, data_dir: str = "") -> Any:
-    """The tfds builder, downloaded and prepared if that is still to be done."""
+def class_names(builder: Any) -> tuple[str, ...]:
+    """Of an image classification set; () where tfds does not know them."""
+    features = builder.info.features
+    for key in ("image", "label"):
+        if key not in features:
+            raise UserError(
+                f"tfds set {builder.name!r} has no feature {key!r}, only "
+                f"{sorted(features)}: it is not an image classification set"
+            )
+    return tuple(getattr(features["label"], "names", None) or ())
+
+
+def unprepared(name: str, data_dir: str = "") -> Any:
+    """The tfds builder, which knows the classes of a set before it is downloaded.
+
+    Raises:
+      UserError: there is no such set.
+    """
     if not name:
         raise UserError(
             "data.source is 'tfds' but data.name is empty: set --config.data.name, "
@@ -59,7 +67,7 @@ def prepared(name: str, data_dir: str = "") -> Any:
     if data_dir.startswith("gs://"):
         where = {"data_dir": data_dir}
     try:
-        builder = tfds.builder(name, **where)
+        return tfds.builder(name, **where)
     except (tfds.core.DatasetNotFoundError, ValueError) as e:
         known = tfds.list_builders(with_community_datasets=False)
         near = difflib.get_close_matches(name.split("/")[0], known, n=3, cutoff=0.5)
@@ -68,6 +76,11 @@ def prepared(name: str, data_dir: str = "") -> Any:
             f"unknown tfds set {name!r} (data.name): {hint}"
             f"{str(e).splitlines()[0][:200]}"
         ) from e
+
+
+def prepared(name: str, data_dir: str = "") -> Any:
+    """The tfds builder, downloaded and prepared if that is still to be done."""
+    builder = unprepared(name, data_dir)
     if not _is_prepared(builder):
         if name.split(":")[0] == "imagenet2012":
             check_imagenet_archives(Path(str(builder._data_dir_root)))
