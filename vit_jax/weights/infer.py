@@ -28,7 +28,8 @@ def infer(
       arrays: under the released names.
       known: ModelConfig fields that the file's metadata or the caller states, for
         example the GELU, which no array shows.
-      image_size: the caller's, used where the arrays show no size; (0, 0): none.
+      image_size: the caller's, used where the arrays show no size and a position table
+        is no square; (0, 0): none.
       report: told what had to be assumed and what cannot be.
     """
     fields = _resnet(arrays, report)
@@ -226,11 +227,8 @@ def _image_size(
         )
         return (unit, unit)
     n = shape[1]
-    if wanted != (0, 0) and wanted[0] != wanted[1]:
-        # A number of rows that is square by chance: the caller knows better.
-        rows, columns = variants.token_grid(cfg, wanted)
-        if n == rows * columns + ("cls" in arrays):
-            return wanted
+    # Square wins, because the released files are: the images that the caller wants may
+    # have as many patches by chance (24 x 24 and 18 x 32).
     for patches in (n - 1, n) if "cls" in arrays else (n, n - 1):
         side = int(patches**0.5)
         if patches and side * side == patches:
