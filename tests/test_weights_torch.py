@@ -235,6 +235,19 @@ def test_pooler_is_pre_logits(tmp_path):
     assert found.cfg.pre_logits
 
 
+def test_pooler_beside_a_classifier_is_ignored(tmp_path):
+    """``ViTForImageClassification`` has no pooler: it drops the arrays."""
+    folder, model, flat = hf_folder(tmp_path)
+    arrays = safetensors.load_file(folder / "model.safetensors")
+    arrays |= {"vit.pooler.dense.weight": np.ones((16, 16), np.float32)}
+    arrays |= {"vit.pooler.dense.bias": np.ones(16, np.float32)}
+    safetensors.save_file(arrays, folder / "model.safetensors")
+    found = weights.read(folder)
+    assert_same(found.params, flat)
+    assert found.cfg == model.cfg
+    assert sum("ignored: vit.pooler" in line for line in found.report.lines) == 2
+
+
 def test_several_files(tmp_path):
     folder, _, flat = hf_folder(tmp_path)
     arrays = safetensors.load_file(folder / "model.safetensors")

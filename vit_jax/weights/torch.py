@@ -133,7 +133,8 @@ def hf_pairs(depth: int, prefix: str = "vit.") -> Iterator[Pair]:
         yield from _layer(f"{torch}.intermediate.dense", f"{mlp}/Dense_0", "dense")
         yield from _layer(f"{torch}.output.dense", f"{mlp}/Dense_1", "dense")
     yield from _norm(f"{prefix}layernorm", "Transformer/encoder_norm")
-    # A dense layer and tanh on the class token, which is what pre_logits is.
+    # A dense layer and tanh on the class token, which is what pre_logits is; read by a
+    # bare ViTModel only.
     yield from _layer(f"{prefix}pooler.dense", "pre_logits", "dense")
     yield from _layer("classifier", "head", "dense")
 
@@ -291,10 +292,13 @@ def from_torch(
         pairs = timm_pairs(depth, _timm_stages(arrays))
     else:
         pairs = hf_pairs(depth, vit)
-        name = f"{vit}embeddings.mask_token"
-        if name in arrays:
-            del arrays[name]
-            notes.append(f"ignored: {name} (masked image modelling only)")
+        unused = {f"{vit}embeddings.mask_token": "masked image modelling only"}
+        if "classifier.weight" in arrays:
+            for part in ("weight", "bias"):
+                unused[f"{vit}pooler.dense.{part}"] = "the classifier does not read it"
+        for name, why in unused.items():
+            if arrays.pop(name, None):
+                notes.append(f"ignored: {name} ({why})")
     # The published defaults: both use exact GELU; epsilon is timm's, or BERT's for hf.
     eps = {"timm": 1e-6, "hf": 1e-12}[layout]
     fields = {"gelu": "exact", "layer_norm_eps": eps, **facts}
