@@ -26,7 +26,15 @@ import numpy as np
 from vit_jax import config, models
 from vit_jax.config import ModelConfig
 from vit_jax.errors import UserError
-from vit_jax.weights import catalogue, export, fit, infer, layout, sources
+from vit_jax.weights import (
+    catalogue,
+    export,
+    fit,
+    infer,
+    layout,
+    preprocessing,
+    sources,
+)
 from vit_jax.weights.contents import Array, Contents, Metadata
 from vit_jax.weights.report import Report
 
@@ -241,6 +249,10 @@ def _read(
             convert=convert,
         )
     about = contents.metadata
+    resized = preprocessing.rescaled(
+        about.transforms, stored.image_size, wanted.image_size
+    )
+    about = dataclasses.replace(about, transforms=resized)
     if new_head:
         about = dataclasses.replace(about, class_names=())
     elif about.class_names and len(about.class_names) != wanted.num_classes:
