@@ -53,6 +53,12 @@ def infer(
             )
     if "depth" in fields:
         fields["head"] = _head(arrays, known.get("head", ""))
+        if known.get("head", fields["head"]) != fields["head"]:
+            report.problem(
+                f"model.head is stated as {known['head']!r}, but the arrays "
+                f"{'with' if 'cls' in arrays else 'without'} a class token are those of "
+                f"{fields['head']!r}"
+            )
         fields |= _positions(arrays, known.get("positions", ""), report)
     stated = {k: v for k, v in known.items() if k not in fields and k != "name"}
     cfg = ModelConfig(**{"name": "", **fields, **stated})
