@@ -49,6 +49,11 @@ def damaged_header(path):
         archive.writestr("a.npy", data)
 
 
+def nameless_member(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(zipfile.ZipInfo(""), b"")
+
+
 def zip_of_the_future(path):
     np.savez(path, a=np.zeros(3))
     data = bytearray(path.read_bytes())
@@ -74,6 +79,7 @@ FILES = {
     "truncated safetensors": (truncated_safetensors, "truncated"),
     "truncated msgpack": (b"\x82\xa6params\x82\xa4head", "msgpack file, is truncated"),
     "header of an array": (damaged_header, "array a is truncated or damaged"),
+    "member without a name": (nameless_member, "truncated or damaged"),
     "zip of the future": (zip_of_the_future, "damaged.*version 9.9"),
     "one array": (b"\x93NUMPY\x01\x00", "single .npy"),
     "gzip": (b"\x1f\x8b\x08\x00", "gunzip"),

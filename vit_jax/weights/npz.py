@@ -34,7 +34,7 @@ def read(path: Path, where: str, stack: ExitStack) -> dict[str, Array]:
     """
     with parsing(where):
         archive = stack.enter_context(zipfile.ZipFile(path))
-    members = [m for m in archive.infolist() if not m.is_dir()]
+        members = [m for m in archive.infolist() if not m.is_dir()]
     strange = [m.filename for m in members if not m.filename.endswith(".npy")]
     if strange or not members:
         what = f"holds {strange[0]!r}" if strange else "is empty"
