@@ -188,11 +188,17 @@ def test_renaming_is_idempotent(token):
 
 @pytest.mark.parametrize(
     ("positions", "at"),
-    [("learned2d", "stem"), ("relative", "stem"), ("learned", "every")],
+    [
+        ("learned2d", "stem"),
+        ("learned2d", "every"),
+        ("relative", "stem"),
+        ("learned", "every"),
+    ],
 )
 def test_other_positions(tmp_path, positions, at):
-    model, flat = small_model(positions=positions, position_at=at)
-    found = weights.read(save_npz(tmp_path / "x.npz", flat), 16)
+    size = (16, 24) if positions == "learned2d" else 16
+    model, flat = small_model(size, positions=positions, position_at=at)
+    found = weights.read(save_npz(tmp_path / "x.npz", flat))
     assert found.cfg == model.cfg
     assert_same(found.params, flat)
 

@@ -16,6 +16,7 @@ report.py      what happened to each array
 """
 
 import dataclasses
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -276,12 +277,14 @@ def _checked(overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pair(size: Any) -> tuple[int, int]:
-    if isinstance(size, int):
-        size = (size, size)
-    size = tuple(size)
-    if len(size) != 2 or any(type(s) is not int or s < 0 for s in size):
+    try:
+        pair = tuple(size) if hasattr(size, "__iter__") else (size, size)
+        height, width = map(operator.index, pair)  # numpy's integers as well
+    except (TypeError, ValueError):
+        height = width = -1
+    if min(height, width) < 0:
         raise UserError(f"image_size is {size!r}: it must be a side or (height, width)")
-    return size
+    return height, width
 
 
 def _to_device(values: np.ndarray) -> jax.Array:

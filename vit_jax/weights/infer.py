@@ -213,13 +213,15 @@ def _image_size(
     unit = max(cfg.patch, 1)
     if cfg.resnet_width:
         unit *= 4 * 2 ** max(len(cfg.resnet) - 1, 0)
-    y, x = (f"Transformer/posembed_input/pos_embedding_{a}" for a in "yx")
-    if y in arrays and x in arrays:
-        return arrays[y].shape[0] * unit, arrays[x].shape[1] * unit
-    name = POSITIONS
-    if name not in arrays:
-        name = f"{_BLOCK}/posembed_input/pos_embedding"
-    if name not in arrays:
+    for table in (POSITIONS, f"{_BLOCK}/posembed_input/pos_embedding"):
+        y, x = arrays.get(f"{table}_y"), arrays.get(f"{table}_x")
+        if y and x and len(y.shape) == len(x.shape) == 3:
+            return y.shape[0] * unit, x.shape[1] * unit
+    relative = rf"{_BLOCK}/MultiHead\w+/\w+/pos_embedding"
+    names = [POSITIONS, f"{_BLOCK}/posembed_input/pos_embedding"]
+    names += [name for name in arrays if re.fullmatch(relative, name)]
+    name = next((name for name in names if name in arrays), "")
+    if not name:
         if wanted == (0, 0) and cfg.depth:
             report.change(
                 "assumed: no array shows the image size, so image_size=224; pass "
@@ -227,6 +229,8 @@ def _image_size(
             )
         return wanted if wanted != (0, 0) else (224, 224)
     shape = arrays[name].shape
+    if cfg.positions == "relative" and len(shape) == 2:
+        shape = (1, (shape[0] + 1) // 2, shape[1])  # from offsets -(n - 1) to n - 1
     if len(shape) != 3 or shape[0] != 1 or shape[1] < 1:
         report.problem(
             f"{arrays[name].name} has shape {shape}: it must be (1, n, width)"
