@@ -213,6 +213,28 @@ def test_destinations(tmp_path, dest, layout, message):
         convert.convert(str(file), str(tmp_path / dest), layout)
 
 
+@pytest.mark.parametrize("dest", ["dir.npz", "start.npz/x", "start.npz/x.npz"])
+def test_destinations_that_cannot_be_written(tmp_path, dest):
+    file, _, _ = start(tmp_path)
+    (tmp_path / "dir.npz").mkdir()
+    with pytest.raises(UserError, match=f"{dest} cannot be written"):
+        convert.convert(str(file), str(tmp_path / dest))
+    assert list((tmp_path / "dir.npz").iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["[1]", "no JSON", '{"name": "other"}'])
+def test_file_of_a_stranger_is_not_replaced(tmp_path, text):
+    file, _, _ = start(tmp_path)
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError, match=r"x.json exists"):
+        convert.convert(str(file), str(tmp_path / "x.npz"))
+    assert (tmp_path / "x.json").read_text() == text
+    assert not (tmp_path / "x.npz").exists()
+    (tmp_path / "x.json").unlink()
+    for _ in range(2):  # our own is
+        convert.convert(str(file), str(tmp_path / "x.npz"))
+
+
 def test_failure_leaves_nothing(tmp_path):
     flat = start(tmp_path)[2]
     flat["Transformer/encoder_norm/bias"][:] = np.nan

@@ -97,6 +97,19 @@ def test_preprocessing_comes_from_the_checkpoint(checkpoint, images, tmp_path):
     assert result["top"][0]["class"] == str(logits.argmax())
 
 
+def test_preprocessing_follows_the_image_size(checkpoint, images, tmp_path):
+    _, model, params = checkpoint
+    about = Metadata(
+        transforms=(
+            {"op": "resize_small", "size": 20},
+            {"op": "central_crop", "size": 16},
+        )
+    )
+    weights.save(tmp_path / "x.npz", model.cfg, params, about)
+    image = str(images / "b.png")
+    assert list(predict.predict(str(tmp_path / "x.npz"), [image], 1, image_size=48))
+
+
 def test_several_labels(checkpoint, images, tmp_path):
     _, model, params = checkpoint
     weights.save(tmp_path / "x.npz", model.cfg, params, Metadata(multilabel=True))

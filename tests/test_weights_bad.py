@@ -3,15 +3,17 @@
 
 import json
 import pickle
+import shutil
 import zipfile
 
 import numpy as np
 import pytest
 from weights_files import save_npz, small_model
 
-from vit_jax import weights
+from vit_jax import checkpoint, weights
+from vit_jax.config import CheckpointConfig
 from vit_jax.errors import UserError
-from vit_jax.weights import contents
+from vit_jax.weights import contents, fit
 
 
 class Bomb:
@@ -40,6 +42,25 @@ def truncated_safetensors(path):
     path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + b"123")
 
 
+def damaged_header(path):
+    header = b"{'descr': (" + b" " * 53 + b"\n"
+    data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.npy", data)
+
+
+def nameless_member(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(zipfile.ZipInfo(""), b"")
+
+
+def zip_of_the_future(path):
+    np.savez(path, a=np.zeros(3))
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\x01\x02") + 6] = 99  # the version that is needed to read it
+    path.write_bytes(bytes(data))
+
+
 FILES = {
     "html": (b"<!DOCTYPE html><title>Access denied</title>", "web page.*Access denied"),
     "bucket error": (
@@ -56,7 +77,10 @@ FILES = {
     "pickled arrays": (pickled_npz, "pickled Python objects"),
     "truncated zip": (truncated_npz, "truncated"),
     "truncated safetensors": (truncated_safetensors, "truncated"),
-    "truncated msgpack": (b"\x82\xa6params\x82\xa4head", "truncated.*msgpack"),
+    "truncated msgpack": (b"\x82\xa6params\x82\xa4head", "msgpack file, is truncated"),
+    "header of an array": (damaged_header, "array a is truncated or damaged"),
+    "member without a name": (nameless_member, "truncated or damaged"),
+    "zip of the future": (zip_of_the_future, "damaged.*version 9.9"),
     "one array": (b"\x93NUMPY\x01\x00", "single .npy"),
     "gzip": (b"\x1f\x8b\x08\x00", "gunzip"),
     "keras": (b"\x89HDF\r\n\x1a\n", "HDF5"),
@@ -137,6 +161,62 @@ def test_flipped_bit(tmp_path):
     file.write_bytes(bytes(data))
     with pytest.raises(UserError, match="damaged"):
         weights.read(file)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("checkpoints/3/params/manifest.ocdbt", None),
+        ("checkpoints/3/params/manifest.ocdbt", b""),
+        ("checkpoints/3/params/_METADATA", b"{"),
+        ("checkpoints/3/params/_METADATA", b"\xff\xfe"),
+        ("checkpoints/3/params/d", None),
+    ],
+)
+def test_damaged_workdir(workdir, tmp_path, file, damage):
+    shutil.copytree(workdir, tmp_path / "run")
+    file = tmp_path / "run" / file
+    if damage is not None:
+        file.write_bytes(damage)
+    elif file.is_dir():
+        shutil.rmtree(file)
+    else:
+        file.unlink()
+    with pytest.raises(UserError, match=r"run.* damaged"):
+        weights.read(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("workdir")
+    saver = checkpoint.Checkpointer(str(folder), CheckpointConfig())
+    params = fit.unflatten(small_model()[1])
+    saver.save(checkpoint.State(params, {}, np.int32(3), {}), 3, {})
+    saver.wait()
+    saver.close()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('["cat", "dog"]', ""),  # a stranger's file
+        ("{", ""),
+        ('{"format": "vit_jax", "class_names": 5}', "x.json: class_names is 5"),
+        ('{"format": "vit_jax", "transforms": ["x"]}', "transforms is .*operations"),
+        ('{"format": "vit_jax", "transforms": null}', ""),
+        ('{"format": "vit_jax", "model": 3}', "model is 3"),
+        ('{"format": "vit_jax", "model": {"head": "gap"}}', "head is stated as 'gap'"),
+    ],
+)
+def test_file_beside_an_npz(tmp_path, text, message):
+    file = save_npz(tmp_path / "x.npz", small_model()[1])
+    (tmp_path / "x.json").write_text(text)
+    if message:
+        with pytest.raises(UserError, match=message):
+            weights.read(file)
+    else:
+        assert weights.read(file).metadata.class_names == ()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -54,9 +54,11 @@ def test_parser():
         catalogue.parse_name("ViT-B_16.npz")
 
 
-def test_command(capsys, tmp_path):
+def test_command(capsys, tmp_path, monkeypatch):
     assert command.main(["list", "b/16", "384"]) == 0
     out = capsys.readouterr().out
+    assert command.main(["list", "B/16 384"]) == 0
+    assert capsys.readouterr().out == out
     assert "vit_b16_augreg_i21k_ft_i1k_384" in out
     assert "ViT-L" not in out
     assert "refused anonymous readers" in out
@@ -68,5 +70,9 @@ def test_command(capsys, tmp_path):
     assert "weight_decay         0.1" in capsys.readouterr().out
     with pytest.raises(UserError, match="did you mean 'vit_b16_i21k'"):
         command.main(["show", "vit_b16_i21"])
+    (tmp_path / "RUN").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="RUN holds no checkpoint"):
+        command.main(["show", "RUN"])
     with pytest.raises(UserError, match="unknown command"):
         command.main(["lst"])

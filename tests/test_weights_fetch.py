@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from weights_files import assert_same, small_model
 
-from vit_jax import weights
+from vit_jax import checkpoint, weights
 from vit_jax.errors import UserError
 from vit_jax.weights import catalogue, fetch
 
@@ -136,7 +136,7 @@ def test_resumes_where_the_line_broke(site, npz, tmp_path):
     assert_same(weights.read(f"{site.url}/x.npz").params, flat)
     ranges = [h.get("Range") for path, h in site.requests if path == "/x.npz"]
     assert ranges == [None, "bytes=1000-", "bytes=1500-"]
-    assert site.requests[1][1]["If-Range"] == '"v1"'
+    assert site.requests[-1][1]["If-Range"] == '"v1"'
 
 
 def test_resumes_in_the_next_run(site, npz, tmp_path):
@@ -149,7 +149,7 @@ def test_resumes_in_the_next_run(site, npz, tmp_path):
     assert in_cache(tmp_path) == []
     site.cuts = []
     assert_same(weights.read(url).params, flat)
-    assert site.requests[-2][1]["Range"] == "bytes=1000-"
+    assert site.requests[-1][1]["Range"] == "bytes=1000-"
     assert leftovers(tmp_path) == []
 
 
@@ -183,6 +183,7 @@ def test_busy_server_is_asked_again(site, npz, tmp_path):
         (b"<html><title>Sign in</title></html>", "web page.*Sign in"),
         (b"version https://git-lfs.github.com/spec/v1\nsize 12\n", "git-lfs"),
         (b"PK\x03\x04 and then nothing", "truncated zip"),
+        (b"\x02" + b"\x00" * 7 + b"{}" + b"more than it says", "download is truncated"),
     ],
 )
 def test_nothing_wrong_stays_in_the_cache(site, tmp_path, content, message):
@@ -205,6 +206,60 @@ def test_checksums(site, npz, tmp_path):
     site.files["/y.npz"] = data
     with pytest.raises(UserError, match="md5"):
         fetch.download(f"{site.url}/y.npz")
+
+
+def test_checksum_of_what_is_cached(site, npz):
+    site.files["/x.npz"] = npz[0]
+    cached = fetch.download(f"{site.url}/x.npz")
+    with pytest.raises(UserError, match=f"{cached}, has sha256.*delete it"):
+        weights.read(f"{site.url}/x.npz#sha256={'0' * 64}")
+    good = hashlib.sha256(npz[0]).hexdigest()
+    weights.read(f"{site.url}/x.npz#sha256={good}")
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flip"])
+def test_damage_in_the_cache_is_located(site, npz, damage):
+    data = bytearray(npz[0])
+    site.files["/x.npz"] = npz[0]
+    cached = fetch.download(f"{site.url}/x.npz")
+    data[len(data) // 2] ^= 1
+    cached.write_bytes({"cut": data[:-99], "empty": b"", "flip": data}[damage])
+    with pytest.raises(
+        UserError, match=f"x.npz.*Delete the cached copy first: {cached}"
+    ):
+        weights.read(f"{site.url}/x.npz")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("https://example.com", "names no file"),
+        ("https://example.com/folder/", "names no file"),
+        ("https://[::1/x.npz", "is no address"),
+        ("https:///x.npz", "names no file"),
+        ("hf://", "write hf://OWNER/NAME"),
+        ("hf://me", "write hf://OWNER/NAME"),
+    ],
+)
+def test_addresses_that_name_nothing(site, source, message):
+    with pytest.raises(UserError, match=message) as e:
+        weights.read(source)
+    assert source in str(e.value)
+
+
+def test_unusable_cache(site, monkeypatch):
+    monkeypatch.setenv("VIT_JAX_CACHE", "/dev/null/x")
+    with pytest.raises(UserError, match=r"/dev/null/x cannot be.*VIT_JAX_CACHE"):
+        weights.read(f"{site.url}/x.npz")
+
+
+def test_folder_in_a_bucket_that_cannot_be_read(monkeypatch):
+    def refuse(path):
+        raise RuntimeError("no route to host\nand more")
+
+    monkeypatch.setattr(checkpoint, "load_params", refuse)
+    with pytest.raises(UserError, match=r"gs://b/run is.*\(no route to host\).*gcsfs"):
+        weights.read("gs://b/run")
 
 
 def test_no_network(site, tmp_path):
@@ -243,6 +298,55 @@ def test_hub_repository(site, npz, tmp_path, monkeypatch):
     assert_same(weights.read("hf://me/vit").params, flat)  # from the cache
 
 
+@pytest.mark.parametrize("status", [403, 503])
+def test_config_of_the_hub_is_only_absent_if_the_hub_says_so(
+    site, tmp_path, monkeypatch, status
+):
+    """Otherwise heads and GELU would be guessed, and stay so once all is cached."""
+    monkeypatch.setattr(fetch, "_ATTEMPTS", 1)
+    model, flat = small_model(gelu="tanh", layer_norm_eps=1e-5)
+    weights.save(tmp_path / "hf", model.cfg, _nested(flat))
+    folder = "/me/vit/resolve/main"
+    for file in (tmp_path / "hf").iterdir():
+        site.files[f"{folder}/{file.name}"] = file.read_bytes()
+    site.status[f"{folder}/config.json"] = status
+    with pytest.raises(UserError, match=f"config.json.*{status}"):
+        weights.read("hf://me/vit")
+    site.status.clear()
+    assert weights.read("hf://me/vit").cfg == model.cfg
+
+
+def test_names_beside_an_npz_are_only_absent_if_the_server_says_so(site, npz):
+    site.files["/x.npz"] = npz[0]
+    about = {"format": "vit_jax", "class_names": list("vwxyz")}
+    site.files["/x.json"] = json.dumps(about).encode()
+    site.status["/x.json"] = 500
+    with pytest.raises(UserError, match=r"x.json.*500"):
+        weights.read(f"{site.url}/x.npz")
+    site.status.clear()
+    assert weights.read(f"{site.url}/x.npz").metadata.class_names == tuple("vwxyz")
+    site.files["/y.npz"], site.status["/y.json"] = npz[0], 403  # an unlistable bucket
+    assert weights.read(f"{site.url}/y.npz").metadata.class_names == ()
+
+
+def test_hub_repository_in_parts(site, tmp_path):
+    model, flat = small_model(gelu="exact")
+    weights.save(tmp_path / "hf", model.cfg, _nested(flat))
+    folder = "/me/vit/resolve/main"
+    for file in (tmp_path / "hf").iterdir():
+        site.files[f"{folder}/{file.name}"] = file.read_bytes()
+    site.files[f"{folder}/a.safetensors"] = site.files.pop(
+        f"{folder}/model.safetensors"
+    )
+    index = {"weight_map": {"classifier.bias": "a.safetensors"}}
+    name = f"{folder}/model.safetensors.index.json"
+    site.files[name] = json.dumps(index).encode()
+    assert weights.read("hf://me/vit").cfg == model.cfg
+    count = len(site.requests)
+    assert_same(weights.read("hf://me/vit").params, flat)
+    assert len(site.requests) == count  # all from the cache
+
+
 def test_hub_checksum_of_the_redirect_counts(site, npz):
     site.files["/storage/x.npz"] = npz[0]
     stated = {"X-Linked-Etag": f'"{"0" * 64}"'}
@@ -257,6 +361,9 @@ def test_hub_repository_with_another_file(site, npz):
     site.files["/api/models/me/vit"] = json.dumps(listing).encode()
     site.files["/me/vit/resolve/main/x.npz"] = data
     assert_same(weights.read("hf://me/vit").params, flat)
+    count = len(site.requests)
+    assert_same(weights.read("hf://me/vit").params, flat)
+    assert len(site.requests) == count  # all from the cache
     listing = {"siblings": [{"rfilename": "pytorch_model.bin"}]}
     site.files["/api/models/me/old"] = json.dumps(listing).encode()
     with pytest.raises(UserError, match=r"pytorch_model.bin.*never unpickled"):

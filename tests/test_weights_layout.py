@@ -10,7 +10,7 @@ from weights_files import POSITIONS, SMALL, assert_same, save_npz, small_model
 import vit_jax
 from vit_jax import weights
 from vit_jax.errors import UserError
-from vit_jax.weights import fit, layout
+from vit_jax.weights import fit, layout, positions
 
 
 def linen(flat):
@@ -188,11 +188,17 @@ def test_renaming_is_idempotent(token):
 
 @pytest.mark.parametrize(
     ("positions", "at"),
-    [("learned2d", "stem"), ("relative", "stem"), ("learned", "every")],
+    [
+        ("learned2d", "stem"),
+        ("learned2d", "every"),
+        ("relative", "stem"),
+        ("learned", "every"),
+    ],
 )
 def test_other_positions(tmp_path, positions, at):
-    model, flat = small_model(positions=positions, position_at=at)
-    found = weights.read(save_npz(tmp_path / "x.npz", flat), 16)
+    size = (16, 24) if positions == "learned2d" else 16
+    model, flat = small_model(size, positions=positions, position_at=at)
+    found = weights.read(save_npz(tmp_path / "x.npz", flat))
     assert found.cfg == model.cfg
     assert_same(found.params, flat)
 
@@ -214,9 +220,22 @@ def test_names_of_the_table_are_found(tmp_path):
 
 
 def test_not_square(tmp_path):
-    for size in [(24, 32), (24, 40)]:  # 3 x 5 patches and the class token are 16 rows
-        _, flat = small_model(image_size=size)
-        file = save_npz(tmp_path / f"{size[1]}.npz", flat)
-        assert_same(weights.read(file, size).params, flat)
+    _, flat = small_model(image_size=(24, 32))
+    file = save_npz(tmp_path / "x.npz", flat)
+    assert_same(weights.read(file, (24, 32)).params, flat)
     with pytest.raises(UserError, match="image_size="):
-        weights.read(tmp_path / "32.npz")
+        weights.read(file)
+
+
+def test_square_table_for_other_images_of_as_many_patches(tmp_path):
+    """2 x 2 and 1 x 4 patches: only metadata can say that a table is no square."""
+    model, flat = small_model(image_size=16)
+    found = weights.read(save_npz(tmp_path / "x.npz", flat), (8, 32))
+    want = positions.resize_table(
+        flat[POSITIONS], (2, 2), (1, 4), stored_row=True, wanted_row=True
+    )
+    assert_same(found.params, flat | {POSITIONS: want})
+    assert "from 2 x 2 to 1 x 4" in found.report.lines[0]
+    model, flat = small_model(image_size=(8, 32))
+    weights.save(tmp_path / "y.npz", model.cfg, fit.unflatten(flat))
+    assert_same(weights.read(tmp_path / "y.npz", (8, 32)).params, flat)

@@ -100,6 +100,15 @@ def test_load_never_touches_the_head(files, head, image_size):
     assert len([x for x in found.report.lines if "resized" in x]) == len(changed)
 
 
+def test_image_size_is_one_integer_or_two(files):
+    path, _ = files["token", False]
+    for size in (np.int64(24), [24, np.int32(24)], (24, 24)):
+        assert weights.read(path, size).cfg.image_size == (24, 24)
+    for size in (3.5, (24, 24, 3), (24.0, 24), "24", -8, (24, None)):
+        with pytest.raises(UserError, match="must be a side"):
+            weights.read(path, size)
+
+
 def test_load_without_a_head_gives_features(files, tmp_path):
     _, flat = files["token", True]
     body = {k: v for k, v in flat.items() if k not in HEAD}

@@ -12,7 +12,7 @@ from weights_files import assert_same, save_npz, small_model
 
 from vit_jax import weights
 from vit_jax.errors import UserError
-from vit_jax.weights import fit
+from vit_jax.weights import fit, preprocessing
 
 # Of timm.models.vision_transformer, block 0 standing for all; D 16, M 24, K 5.
 TIMM = {
@@ -136,6 +136,115 @@ def test_timm_folder(exported, tmp_path):
     assert found.metadata.transforms[0]["size"] == 20
 
 
+def timm_folder(folder, arrays, pretrained=None, **fields):
+    about = {
+        "architecture": "vit_tiny",
+        "model_args": {"num_heads": 2},
+        "pretrained_cfg": {"input_size": [3, 16, 16], **(pretrained or {})},
+        **fields,
+    }
+    (folder / "config.json").write_text(json.dumps(about))
+    save_timm(folder / "model.safetensors", arrays)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("stated", "op", "size"),
+    [
+        ({"crop_pct": 1.0, "crop_mode": "center"}, "resize_small", 16),
+        ({"crop_pct": 0.8}, "resize_small", 20),
+        ({"crop_pct": 1.0, "crop_mode": "squash"}, "resize", [16, 16]),
+        ({"crop_pct": 0.8, "crop_mode": "squash"}, "resize", [20, 20]),
+        ({"input_size": None, "crop_pct": None}, "resize_small", None),
+    ],
+)
+def test_crops_of_timm(exported, tmp_path, stated, op, size):
+    found = weights.read(timm_folder(tmp_path, exported[3], stated))
+    first, second, _ = found.metadata.transforms
+    assert (first["op"], first.get("size")) == (op, size)
+    assert second == {"op": "central_crop"}
+
+
+def test_sizes_of_the_preprocessing_grow_with_the_images(exported, tmp_path):
+    folder = timm_folder(tmp_path, exported[3], {"crop_pct": 0.8})
+    assert weights.read(folder, 32).metadata.transforms[0]["size"] == 40
+    assert weights.read(folder, (32, 48)).metadata.transforms[0]["size"] == 60
+    folder = timm_folder(
+        tmp_path, exported[3], {"crop_pct": 0.8, "crop_mode": "squash"}
+    )
+    assert weights.read(folder, (32, 48)).metadata.transforms[0]["size"] == [40, 60]
+
+
+def test_pooling_that_no_model_here_has(exported, tmp_path):
+    arrays = exported[3]
+    assert weights.read(timm_folder(tmp_path, arrays, global_pool="token"))
+    with pytest.raises(UserError, match=r"head is stated as 'gap'.*with a class token"):
+        weights.read(timm_folder(tmp_path, arrays, global_pool="avg"))
+    with pytest.raises(UserError, match="unknown global_pool"):
+        weights.read(timm_folder(tmp_path, arrays, global_pool="max"))
+
+
+HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
+
+
+@pytest.mark.parametrize(
+    ("stated", "ops"),
+    [
+        ({}, [{"op": "resize", "method": "bilinear"}, HALF]),
+        ({"resample": 3}, [{"op": "resize", "method": "bicubic"}, HALF]),
+        ({"do_resize": False}, [HALF]),
+        ({"size": {"shortest_edge": 20}}, [{"op": "resize_small", "size": 20}, HALF]),
+        (
+            {"size": 20, "do_center_crop": True, "crop_size": 16},
+            [
+                {"op": "resize", "size": [20, 20]},
+                {"op": "central_crop", "size": [16, 16]},
+                HALF,
+            ],
+        ),
+        ({"do_normalize": False}, [{}, {"mean": [0] * 3, "std": [1] * 3}]),
+        ({"image_mean": 0.25, "image_std": 1}, [{}, {"mean": [0.25] * 3}]),
+    ],
+)
+def test_preprocessor_of_hugging_face(tmp_path, stated, ops):
+    folder, _, _ = hf_folder(tmp_path)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"a": 1} | stated))
+    found = weights.read(folder).metadata.transforms
+    for got, want in zip(found, ops, strict=True):
+        assert want.items() <= got.items()
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"do_rescale": False},
+        {"rescale_factor": 1},
+        {"resample": 1},
+        {"size": {"longest_edge": 20}},
+    ],
+)
+def test_preprocessing_that_is_refused_where_it_is_needed(tmp_path, stated):
+    folder, _, _ = hf_folder(tmp_path)
+    (folder / "preprocessor_config.json").write_text(json.dumps(stated))
+    found = weights.read(folder)
+    ((key, _),) = stated.items()
+    image = np.zeros((16, 16, 3), np.uint8)
+    with pytest.raises(UserError, match=f"{key}=.* of .*preprocessor_config.json"):
+        preprocessing.prepare(image, found.metadata.transforms, (16, 16))
+
+
+@pytest.mark.parametrize(
+    "stated", [{"image_mean": ["a"]}, {"crop_size": {"height": 3}}, {"size": [1, 2, 3]}]
+)
+def test_damaged_preprocessor(tmp_path, stated):
+    folder, _, _ = hf_folder(tmp_path)
+    ((key, _),) = stated.items()
+    text = json.dumps({"do_center_crop": True, **stated})
+    (folder / "preprocessor_config.json").write_text(text)
+    with pytest.raises(UserError, match=f"preprocessor_config.json: {key} is"):
+        weights.read(folder)
+
+
 def test_layer_scale_is_folded(exported, tmp_path):
     _, _, flat, arrays = exported
     gamma = np.linspace(0.5, 2, 16, dtype=np.float32)
@@ -216,12 +325,49 @@ def test_config_of_hugging_face_is_honoured(tmp_path):
         ({"model_type": "deit"}, "model_type 'deit'"),
         ({"hidden_act": "relu"}, "hidden_act"),
         ({"num_attention_heads": 3}, "heads=3 does not divide"),
+        ({"num_attention_heads": "x"}, "num_attention_heads is 'x'"),
+        ({"layer_norm_eps": []}, "layer_norm_eps is"),
+        ({"image_size": [3, 16, 16]}, r"config.json: image_size is \[3, 16, 16\]"),
+        ({"id2label": ["a"]}, "id2label is"),
+        ({"id2label": {"a": "b"}}, "id2label is"),
     ],
 )
 def test_config_that_no_model_here_fits(tmp_path, change, message):
     folder, _, _ = hf_folder(tmp_path, **change)
     with pytest.raises(UserError, match=message):
         weights.read(folder)
+
+
+def test_null_is_not_stated(tmp_path):
+    nothing = dict.fromkeys(["layer_norm_eps", "id2label", "image_size"])
+    folder, model, _ = hf_folder(tmp_path, **nothing)
+    assert weights.read(folder).cfg == model.cfg
+
+
+@pytest.mark.parametrize("text", ["garbage", "[]"])
+def test_header_of_another_kind(exported, tmp_path, text):
+    file = save_timm(tmp_path / "x.safetensors", exported[3], vit_jax=text)
+    with pytest.raises(UserError, match=r"header of .*x.safetensors .*JSON"):
+        weights.read(file, heads=2)
+
+
+@pytest.mark.parametrize("heads", [{}, {"heads": 2}])
+@pytest.mark.parametrize("shape", [(), (3,)])
+@pytest.mark.parametrize("name", ["norm.weight", "head.bias", "blocks.0.ls1.gamma"])
+def test_array_of_another_shape(exported, tmp_path, name, shape, heads):
+    arrays = dict(exported[3]) | {name: np.ones(shape, np.float32)}
+    with pytest.raises(UserError, match=f"heads=|{name}"):
+        weights.read(save_timm(tmp_path / "x.safetensors", arrays), **heads)
+
+
+def test_index_without_files(tmp_path):
+    for text, message in [('{"weight_map": null}', "neither"), ("{}", "neither")]:
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            weights.read(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+    with pytest.raises(UserError, match=r"index.json: weight_map is \[1\]"):
+        weights.read(tmp_path)
 
 
 def test_pooler_is_pre_logits(tmp_path):
@@ -233,6 +379,19 @@ def test_pooler_is_pre_logits(tmp_path):
     found = weights.read(tmp_path / "hf")
     assert_same(found.params, flat)
     assert found.cfg.pre_logits
+
+
+def test_pooler_beside_a_classifier_is_ignored(tmp_path):
+    """``ViTForImageClassification`` has no pooler: it drops the arrays."""
+    folder, model, flat = hf_folder(tmp_path)
+    arrays = safetensors.load_file(folder / "model.safetensors")
+    arrays |= {"vit.pooler.dense.weight": np.ones((16, 16), np.float32)}
+    arrays |= {"vit.pooler.dense.bias": np.ones(16, np.float32)}
+    safetensors.save_file(arrays, folder / "model.safetensors")
+    found = weights.read(folder)
+    assert_same(found.params, flat)
+    assert found.cfg == model.cfg
+    assert sum("ignored: vit.pooler" in line for line in found.report.lines) == 2
 
 
 def test_several_files(tmp_path):

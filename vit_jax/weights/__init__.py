@@ -16,6 +16,7 @@ report.py      what happened to each array
 """
 
 import dataclasses
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,15 @@ import numpy as np
 from vit_jax import config, models
 from vit_jax.config import ModelConfig
 from vit_jax.errors import UserError
-from vit_jax.weights import catalogue, export, fit, infer, layout, sources
+from vit_jax.weights import (
+    catalogue,
+    export,
+    fit,
+    infer,
+    layout,
+    preprocessing,
+    sources,
+)
 from vit_jax.weights.contents import Array, Contents, Metadata
 from vit_jax.weights.report import Report
 
@@ -241,6 +250,10 @@ def _read(
             convert=convert,
         )
     about = contents.metadata
+    resized = preprocessing.rescaled(
+        about.transforms, stored.image_size, wanted.image_size
+    )
+    about = dataclasses.replace(about, transforms=resized)
     if new_head:
         about = dataclasses.replace(about, class_names=())
     elif about.class_names and len(about.class_names) != wanted.num_classes:
@@ -264,12 +277,14 @@ def _checked(overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pair(size: Any) -> tuple[int, int]:
-    if isinstance(size, int):
-        size = (size, size)
-    size = tuple(size)
-    if len(size) != 2 or any(type(s) is not int or s < 0 for s in size):
+    try:
+        pair = tuple(size) if hasattr(size, "__iter__") else (size, size)
+        height, width = map(operator.index, pair)  # numpy's integers as well
+    except (TypeError, ValueError):
+        height = width = -1
+    if min(height, width) < 0:
         raise UserError(f"image_size is {size!r}: it must be a side or (height, width)")
-    return size
+    return height, width
 
 
 def _to_device(values: np.ndarray) -> jax.Array:

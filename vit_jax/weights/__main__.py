@@ -7,6 +7,7 @@ parse FILENAME       the hyper-parameters in an AugReg file name
 """
 
 import dataclasses
+from pathlib import Path
 
 from vit_jax import cli
 from vit_jax.errors import UserError
@@ -16,7 +17,7 @@ from vit_jax.weights import catalogue
 def main(arguments: list[str]) -> int:
     command, *rest = arguments or ["list"]
     if command == "list":
-        _list([word.lower() for word in rest])
+        _list(" ".join(rest).lower().split())
     elif command == "show" and len(rest) == 1:
         _show(rest[0])
     elif command == "parse" and len(rest) == 1:
@@ -61,7 +62,7 @@ def _show(name: str) -> None:
             text = ", ".join(value) if isinstance(value, tuple) else value
             print(f"{key:<14} {text}")
         return
-    if "/" not in name and "." not in name:
+    if "/" not in name and "." not in name and not Path(name).exists():
         catalogue.find(name)
     from vit_jax import weights
 

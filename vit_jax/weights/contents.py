@@ -58,6 +58,27 @@ class Contents:
     notes: tuple[str, ...] = ()  # lines for the report
 
 
+class Damaged(UserError):
+    """The bytes are not those that were written: only another copy of them helps."""
+
+
+@contextmanager
+def parsing(what: str) -> Iterator[None]:
+    """Turns all that a parser may trip over in damaged bytes into :class:`Damaged`.
+
+    Only around calls of foreign parsers: no list of what they raise would be complete.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        why = str(e).partition("\n")[0] or type(e).__name__
+        raise Damaged(
+            f"{what} is truncated or damaged ({why}): download or copy it again"
+        ) from e
+
+
 def in_memory(name: str, values: Any) -> Array:
     """An array that has been read already."""
     values = np.asarray(values)

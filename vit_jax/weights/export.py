@@ -32,7 +32,10 @@ def save(
         raise UserError("model.image_size is (0, 0): say which images the model takes")
     flat = dict(unstacked(params))
     cfg = dataclasses.replace(cfg, layers="loop")
-    return write(path, cfg, flat, about)
+    try:
+        return write(path, cfg, flat, about)
+    except OSError as e:
+        raise UserError(f"{path} cannot be written: {e.strerror or e}") from e
 
 
 def layout_of(path: Path) -> str:
@@ -68,6 +71,7 @@ def unstacked(params: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
 def _npz(
     path: Path, cfg: ModelConfig, flat: dict[str, np.ndarray], about: Metadata
 ) -> list[str]:
+    metadata.check_sidecar(path)
     npz.write(path, sorted(flat.items()))
     metadata.write_json(metadata.sidecar(path), metadata.to_dict(cfg, about))
     return [f"class names and preprocessing: {metadata.sidecar(path)}"]

@@ -47,7 +47,7 @@ def cache_folder() -> Path:
 
 def cached(url: str) -> Path:
     """Where ``url`` is, or will be: folders are unique per URL without its last part."""
-    parent, name = to_https(url).split("#")[0].rsplit("/", 1)
+    parent, name = to_https(url.split("#")[0]).rsplit("/", 1)
     digest = hashlib.sha256(parent.encode()).hexdigest()[:12]
     slug = re.sub(r"[^A-Za-z0-9.+-]+", "_", parent.split("://")[1])[-60:].strip("_")
     name = re.sub(r"[^A-Za-z0-9._+=,-]+", "_", urllib.parse.unquote(name))
@@ -55,7 +55,11 @@ def cached(url: str) -> Path:
 
 
 def to_https(url: str) -> str:
-    """The address that ``gs://`` and ``hf://owner/name[@revision]/file`` stand for."""
+    """The address that ``gs://`` and ``hf://owner/name[@revision]/file`` stand for.
+
+    Raises:
+      UserError: it names no file, or is not safe.
+    """
     scheme, _, rest = url.partition("://")
     if scheme == "gs":
         return f"{GS_ENDPOINT}/{urllib.parse.quote(rest)}"
@@ -66,7 +70,15 @@ def to_https(url: str) -> str:
         repo, revision, file = match.groups()
         file = urllib.parse.quote(file)
         return f"{_hub()}/{repo}/resolve/{revision or 'main'}/{file}"
-    host = urllib.parse.urlsplit(url).hostname
+    try:
+        host, path = (
+            urllib.parse.urlsplit(url).hostname,
+            urllib.parse.urlsplit(url).path,
+        )
+    except ValueError as e:
+        raise UserError(f"{url} is no address: {e}") from e
+    if not host or not path.rpartition("/")[2]:
+        raise UserError(f"{url} names no file: write https://HOST/FOLDER/FILE")
     if scheme == "http" and host not in ("localhost", "127.0.0.1", "::1"):
         raise UserError(f"{url}: http can be altered on the way; use https://")
     return url
@@ -81,15 +93,26 @@ def download(url: str, check: Callable[[Path], None] = lambda path: None) -> Pat
         is not what was asked for.
 
     Raises:
-      UserError: no network, 403, 404, a wrong size or checksum, or by ``check``.
+      Refused: 403, 404 and the like.
+      UserError: no network, a wrong size or checksum, an unusable cache, or by
+        ``check``.
     """
     target = cached(url)
-    if target.exists():
+    stated = _stated(url)
+    if target.is_file():
+        _verify(target, stated, f"the cached copy of {url}, {target},", "delete it")
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = _partial(target)
+        waiting = partial.open("ab")
+    except OSError as e:
+        raise UserError(
+            f"the cache {cache_folder()} cannot be written ({e.strerror}): set "
+            "VIT_JAX_CACHE to a folder where it can"
+        ) from e
     # Several processes of one machine may ask for the same file: one downloads.
-    with partial.open("ab") as file:
+    with waiting as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         if target.exists():
             partial.unlink(missing_ok=True)
@@ -97,7 +120,8 @@ def download(url: str, check: Callable[[Path], None] = lambda path: None) -> Pat
         tag = partial.with_name(partial.name + ".tag")
         keep = False
         try:
-            _transfer(url, file, tag)
+            stated = _transfer(url, file, tag) | stated
+            _verify(partial, stated, f"{url}: the download", "it is deleted; try again")
             check(partial)
             os.replace(partial, target)
         except (_Interrupted, KeyboardInterrupt):
@@ -125,6 +149,14 @@ def repository_files(url: str) -> list[str]:
         return [s["rfilename"] for s in listing.get("siblings", [])]
     except (OSError, ValueError, KeyError):
         return []
+
+
+class Refused(UserError):
+    """The server answered that it does not give the file; ``status`` is its reason."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
 
 
 class _Interrupted(UserError):
@@ -173,16 +205,17 @@ def _partial(target: Path) -> Path:
     return target.with_name(f".{target.name}.partial")
 
 
-def _transfer(url: str, file: Any, tag: Path) -> None:
-    """Appends to ``file`` until it is complete; retries what may pass."""
-    address, _, fragment = url.partition("#")
-    address = to_https(address)
+def _transfer(url: str, file: Any, tag: Path) -> dict[str, str]:
+    """Appends to ``file`` until it is complete; retries what may pass.
+
+    Returns the checksums that the server states.
+    """
+    address = to_https(url.split("#")[0])
     attempt = 0
     while True:
         before = file.seek(0, os.SEEK_END)
         try:
-            stated = _receive(address, url, file, tag)
-            break
+            return _receive(address, url, file, tag)
         except urllib.error.HTTPError as e:
             e.close()
             if e.code not in (408, 429, 500, 502, 503, 504):
@@ -198,9 +231,6 @@ def _transfer(url: str, file: Any, tag: Path) -> None:
                 f"kept, run the command again to resume. {_ALTERNATIVES}"
             )
         time.sleep(min(30, 0.5 * 2**attempt))
-    if fragment.startswith("sha256="):
-        stated["sha256"] = fragment.removeprefix("sha256=").lower()
-    _verify(url, file, stated)
 
 
 def _receive(address: str, url: str, file: Any, tag: Path) -> dict[str, str]:
@@ -255,25 +285,33 @@ def _receive(address: str, url: str, file: Any, tag: Path) -> dict[str, str]:
         return checksums
 
 
-def _verify(url: str, file: Any, stated: dict[str, str]) -> None:
+def _stated(url: str) -> dict[str, str]:
+    """The checksum that an address ends with."""
+    fragment = url.partition("#")[2]
+    if not fragment.startswith("sha256="):
+        return {}
+    return {"sha256": fragment.removeprefix("sha256=").lower()}
+
+
+def _verify(path: Path, stated: dict[str, str], what: str, advice: str) -> None:
     import base64
 
     for name, expected in stated.items():
         digest = hashlib.new(name, usedforsecurity=False)
-        with open(file.name, "rb") as again:
-            while chunk := again.read(_CHUNK):
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
                 digest.update(chunk)
         found = digest.hexdigest()
         if name == "md5":
             found = base64.b64encode(digest.digest()).decode()
         if found != expected:
             raise UserError(
-                f"{url}: the download has {name} {found}, but {expected} was stated; it is "
-                "deleted. Try again, or get the file in another way"
+                f"{what} has {name} {found}, but {expected} was stated: {advice}, or get "
+                "the file in another way"
             )
 
 
-def _refused(url: str, code: int) -> UserError:
+def _refused(url: str, code: int) -> Refused:
     if code in (401, 403):
         why = f"access is denied (status {code}): the file is private, gone or blocked"
         if "hf://" in url or url.startswith(_hub()):
@@ -282,7 +320,7 @@ def _refused(url: str, code: int) -> UserError:
         why = f"there is no such file (status {code}): check the spelling"
     else:
         why = f"the server answers {code}"
-    return UserError(f"{url}: {why}. {_ALTERNATIVES}")
+    return Refused(f"{url}: {why}. {_ALTERNATIVES}", code)
 
 
 def _show(url: str, done: int, total: int, last: bool = False) -> None:

@@ -28,7 +28,8 @@ def infer(
       arrays: under the released names.
       known: ModelConfig fields that the file's metadata or the caller states, for
         example the GELU, which no array shows.
-      image_size: the caller's, used where the arrays show no size; (0, 0): none.
+      image_size: the caller's, used where the arrays show no size and a position table
+        is no square; (0, 0): none.
       report: told what had to be assumed and what cannot be.
     """
     fields = _resnet(arrays, report)
@@ -52,6 +53,12 @@ def infer(
             )
     if "depth" in fields:
         fields["head"] = _head(arrays, known.get("head", ""))
+        if known.get("head", fields["head"]) != fields["head"]:
+            report.problem(
+                f"model.head is stated as {known['head']!r}, but the arrays "
+                f"{'with' if 'cls' in arrays else 'without'} a class token are those of "
+                f"{fields['head']!r}"
+            )
         fields |= _positions(arrays, known.get("positions", ""), report)
     stated = {k: v for k, v in known.items() if k not in fields and k != "name"}
     cfg = ModelConfig(**{"name": "", **fields, **stated})
@@ -206,13 +213,15 @@ def _image_size(
     unit = max(cfg.patch, 1)
     if cfg.resnet_width:
         unit *= 4 * 2 ** max(len(cfg.resnet) - 1, 0)
-    y, x = (f"Transformer/posembed_input/pos_embedding_{a}" for a in "yx")
-    if y in arrays and x in arrays:
-        return arrays[y].shape[0] * unit, arrays[x].shape[1] * unit
-    name = POSITIONS
-    if name not in arrays:
-        name = f"{_BLOCK}/posembed_input/pos_embedding"
-    if name not in arrays:
+    for table in (POSITIONS, f"{_BLOCK}/posembed_input/pos_embedding"):
+        y, x = arrays.get(f"{table}_y"), arrays.get(f"{table}_x")
+        if y and x and len(y.shape) == len(x.shape) == 3:
+            return y.shape[0] * unit, x.shape[1] * unit
+    relative = rf"{_BLOCK}/MultiHead\w+/\w+/pos_embedding"
+    names = [POSITIONS, f"{_BLOCK}/posembed_input/pos_embedding"]
+    names += [name for name in arrays if re.fullmatch(relative, name)]
+    name = next((name for name in names if name in arrays), "")
+    if not name:
         if wanted == (0, 0) and cfg.depth:
             report.change(
                 "assumed: no array shows the image size, so image_size=224; pass "
@@ -220,17 +229,16 @@ def _image_size(
             )
         return wanted if wanted != (0, 0) else (224, 224)
     shape = arrays[name].shape
+    if cfg.positions == "relative" and len(shape) == 2:
+        shape = (1, (shape[0] + 1) // 2, shape[1])  # from offsets -(n - 1) to n - 1
     if len(shape) != 3 or shape[0] != 1 or shape[1] < 1:
         report.problem(
             f"{arrays[name].name} has shape {shape}: it must be (1, n, width)"
         )
         return (unit, unit)
     n = shape[1]
-    if wanted != (0, 0) and wanted[0] != wanted[1]:
-        # A number of rows that is square by chance: the caller knows better.
-        rows, columns = variants.token_grid(cfg, wanted)
-        if n == rows * columns + ("cls" in arrays):
-            return wanted
+    # Square wins, because the released files are: the images that the caller wants may
+    # have as many patches by chance (24 x 24 and 18 x 32).
     for patches in (n - 1, n) if "cls" in arrays else (n, n - 1):
         side = int(patches**0.5)
         if patches and side * side == patches:

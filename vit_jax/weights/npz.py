@@ -7,7 +7,6 @@ memory beside the parameters.
 
 import math
 import zipfile
-import zlib
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +15,14 @@ from typing import Any
 import numpy as np
 
 from vit_jax.errors import UserError
-from vit_jax.weights.contents import Array, atomic, require_memory, to_float32
+from vit_jax.weights.contents import (
+    Array,
+    Damaged,
+    atomic,
+    parsing,
+    require_memory,
+    to_float32,
+)
 
 
 def read(path: Path, where: str, stack: ExitStack) -> dict[str, Array]:
@@ -26,14 +32,9 @@ def read(path: Path, where: str, stack: ExitStack) -> dict[str, Array]:
       UserError: truncated, encrypted or compressed beyond memory, pickled members, or a
         member whose header contradicts its size.
     """
-    try:
+    with parsing(where):
         archive = stack.enter_context(zipfile.ZipFile(path))
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as e:
-        raise UserError(
-            f"{where} is a truncated or damaged zip ({e}): download it again; "
-            f"it has {path.stat().st_size} bytes"
-        ) from e
-    members = [m for m in archive.infolist() if not m.is_dir()]
+        members = [m for m in archive.infolist() if not m.is_dir()]
     strange = [m.filename for m in members if not m.filename.endswith(".npy")]
     if strange or not members:
         what = f"holds {strange[0]!r}" if strange else "is empty"
@@ -71,25 +72,15 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> Arra
     name = info.filename.removesuffix(".npy")
     if info.flag_bits & 1:
         raise UserError(f"{where} is encrypted: {name}")
-    try:
-        with archive.open(info) as file:
-            version = np.lib.format.read_magic(file)
-            header = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
-            shape, _, dtype = header(file)
-            offset = file.tell()
-    except (
-        ValueError,
-        OSError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-        NotImplementedError,
-    ) as e:
-        raise UserError(f"{where}: the array {name} is damaged ({e})") from e
+    with parsing(f"{where}: the array {name}"), archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        header = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = header(file)
+        offset = file.tell()
     if dtype.hasobject:
         raise UserError(
             f"{where} holds pickled Python objects ({name}), which are never loaded "
@@ -100,18 +91,13 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> Arra
         raise UserError(f"{where}: the array {name} has type {dtype}, not a number")
     size = math.prod(shape) * dtype.itemsize
     if offset + size != info.file_size:
-        raise UserError(
+        raise Damaged(
             f"{where}: the array {name} claims shape {shape} of {dtype} ({size} bytes) "
             f"but the file holds {info.file_size - offset}: it is damaged"
         )
 
     def values() -> np.ndarray:
-        try:
-            with archive.open(info) as file:
-                return to_float32(np.lib.format.read_array(file, allow_pickle=False))
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-            raise UserError(
-                f"{where}: the array {name} is damaged ({e}): download the file again"
-            ) from e
+        with parsing(f"{where}: the array {name}"), archive.open(info) as file:
+            return to_float32(np.lib.format.read_array(file, allow_pickle=False))
 
     return Array(name, tuple(shape), values)

@@ -95,6 +95,25 @@ def prepare(
     return ((image.astype(np.float32) / 255 - mean) / std).astype(np.float32)
 
 
+def rescaled(
+    transforms: Sequence[dict[str, Any]], old: tuple[int, int], new: tuple[int, int]
+) -> tuple[dict[str, Any], ...]:
+    """The operations for a model that takes images of another (height, width): sizes in
+    pixels grow along, so that the same part of an image is seen."""
+    y, x = new[0] / old[0], new[1] / old[1]
+    result = []
+    for transform in transforms:
+        if (size := transform.get("size")) and old != new:
+            if transform["op"] == "resize_small":  # its one side must cover both
+                size = round(size * max(y, x))
+            else:
+                height, width = _pair(size)
+                size = [round(height * y), round(width * x)]
+            transform = {**transform, "size": size}
+        result.append(transform)
+    return tuple(result)
+
+
 def resize(
     image: np.ndarray,
     size: tuple[int, int],

@@ -7,14 +7,21 @@ what it is and what to do.
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from vit_jax.errors import UserError
 from vit_jax.weights import fetch, metadata, npz, torch
-from vit_jax.weights.contents import Contents, Metadata, in_memory, require_memory
+from vit_jax.weights.contents import (
+    Contents,
+    Damaged,
+    Metadata,
+    in_memory,
+    parsing,
+    require_memory,
+)
 
 _TORCH_WAY_OUT = (
     "never unpickled here, because unpickling runs code. Write it as safetensors where "
@@ -42,8 +49,14 @@ def open_source(
     with ExitStack() as stack:
         if source.startswith("gs://") and not re.search(r"\.\w{2,11}(#|$)", source):
             yield _open_bucket(source), tree
-        else:
-            yield _open(local(source), source, stack, facts or {}), tree
+            return
+        path = local(source)
+        try:
+            yield _open(path, source, stack, facts or {}), tree
+        except Damaged as e:
+            if not fetch.is_remote(source):
+                raise
+            raise UserError(f"{e}. Delete the cached copy first: {path}") from e
 
 
 def split(source: str) -> tuple[str, str]:
@@ -65,19 +78,22 @@ def local(source: str) -> Path:
         if not path.exists():
             raise UserError(_missing(source))
         return path
-    if source.startswith("hf://") and source.count("/") <= 3 + source.endswith("/"):
+    if re.fullmatch(r"hf://[^/]+/[^/]+/?", source):
         return _repository(source.rstrip("/"))
     path = fetch.cached(source)
-    if not path.exists():
-        path = fetch.download(source, check_file)
-        if path.suffix == ".npz":  # class names and preprocessing travel beside it
-            _optional(re.sub(r"\.npz(#.*)?$", ".json", source))
-    return path
+    if path.suffix == ".npz" and not path.exists():
+        # Class names and preprocessing travel beside it. They come first: beside cached
+        # weights nobody looks for them again. Buckets that may not be listed answer 403
+        # for what they do not have.
+        _optional(re.sub(r"\.npz(#.*)?$", ".json", source), absent=(403, 404, 410))
+    return path if path.is_dir() else fetch.download(source, check_file)
 
 
 def check_file(path: Path) -> None:
     """Raises: UserError: the file is certainly no checkpoint, or is truncated."""
     kind = sniff(path, "the download")
+    if kind == "safetensors":
+        torch.header(path, "the download")
     if kind == "zip":
         import zipfile
 
@@ -95,7 +111,7 @@ def sniff(path: Path, where: str) -> str:
         start = file.read(512)
     text = start.lstrip().lower()
     if not start:
-        raise UserError(f"{where} is empty: the download or copy failed, get it again")
+        raise Damaged(f"{where} is empty: the download or copy failed, get it again")
     if start.startswith(b"PK\x03\x04") or start.startswith(b"PK\x05\x06"):
         return "zip"
     if text.startswith(
@@ -164,8 +180,7 @@ def _open_folder(
     names = {p.name for p in path.iterdir()}
     index = path / "model.safetensors.index.json"
     if index.exists():
-        parts = sorted(set(metadata.read_json(index).get("weight_map", {}).values()))
-        files = [path / part for part in parts]
+        files = [path / part for part in metadata.parts(index)]
         if lost := [f.name for f in files if not f.exists()]:
             raise UserError(f"{where}: {index.name} names {lost}, which are missing")
         return _open_torch(files, path / "config.json", where, facts, True)
@@ -215,7 +230,7 @@ def _open_torch(
         part, found = torch.read(file, where)
         arrays |= part
         header |= found
-    about = metadata.of_safetensors(header)
+    about = metadata.of_safetensors(header, where)
     if config.exists() and not about.model:
         try:
             about = metadata.of_torch_folder(config, where)
@@ -235,12 +250,8 @@ def _open_msgpack(path: Path, where: str) -> Contents:
     from flax import serialization
 
     require_memory(2 * path.stat().st_size, where)
-    try:
+    with parsing(f"{where}, a Flax msgpack file,"):
         tree = serialization.msgpack_restore(path.read_bytes())
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(
-            f"{where} is a truncated or damaged Flax msgpack file ({e}): copy it again"
-        ) from e
     if not isinstance(tree, dict):
         raise UserError(f"{where} is msgpack but holds no parameters: {type(tree)}")
     return Contents(where, _in_memory(tree), metadata.of_npz(path))
@@ -248,6 +259,11 @@ def _open_msgpack(path: Path, where: str) -> Contents:
 
 def _open_orbax(path: Any, where: str) -> Contents:
     """A workdir of this code, its ``checkpoints/``, or one Orbax checkpoint."""
+    with parsing(where):
+        return _orbax(path, where)
+
+
+def _orbax(path: Any, where: str) -> Contents:
     from vit_jax import checkpoint
 
     arrays = _in_memory(checkpoint.load_params(str(path)))
@@ -264,11 +280,14 @@ def _open_bucket(url: str) -> Contents:
     from etils import epath
 
     try:
-        return _open_orbax(epath.Path(url), url)
-    except (ImportError, OSError) as e:
+        return _orbax(epath.Path(url), url)
+    except UserError:
+        raise
+    except Exception as e:  # of gcsfs, TensorStore, and all that these call
+        what = str(e).partition("\n")[0] or type(e).__name__
         raise UserError(
-            f"{url} is a folder in a bucket, which cannot be read here ({e}): install gcsfs "
-            f"and log in, or copy it (gsutil -m cp -r {url} .) and give the local path"
+            f"{url} is a folder in a bucket, which cannot be read here ({what}): install "
+            f"gcsfs and log in, or copy it (gsutil -m cp -r {url} .) and give the local path"
         ) from e
 
 
@@ -280,7 +299,7 @@ def _in_memory(tree: Any) -> dict[str, Any]:
             name = f"{prefix}{key}"
             if hasattr(value, "items"):
                 walk(value, f"{name}/")
-            elif hasattr(value, "shape") and value.dtype != object:
+            elif hasattr(value, "shape") and value.dtype.kind in "fiubV":
                 arrays[name] = in_memory(name, value)
 
     walk(tree, "")
@@ -302,11 +321,8 @@ def _is_orbax(path: Path) -> bool:
 def _refuse_torch_zip(path: Path, where: str) -> None:
     import zipfile
 
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError):
-        return  # npz.read says it better
+    with parsing(where), zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
     if any(name.endswith("/data.pkl") or name == "data.pkl" for name in names):
         raise UserError(f"{where} is a torch.save file, a pickle: {_TORCH_WAY_OUT}")
     if any(name.endswith(("saved_model.pb", ".h5", "model.json")) for name in names):
@@ -328,52 +344,60 @@ def _missing(source: str) -> str:
     )
 
 
-def _optional(url: str) -> Path | None:
-    """A small file that need not exist."""
+def _optional(
+    url: str,
+    check: Callable[[Path], Any] = lambda path: None,
+    absent: tuple[int, ...] = (404, 410),
+) -> Path | None:
+    """A file that need not exist; None if the server says that it does not."""
     try:
-        return fetch.download(url, _check_json)
-    except UserError:
+        return fetch.download(url, check)
+    except fetch.Refused as e:
+        if e.status not in absent:
+            raise
         return None
 
 
-def _check_json(path: Path) -> None:
-    metadata.read_json(path)
+def _optional_json(url: str) -> Path | None:
+    return _optional(url, lambda path: metadata.read_json(path, url))
 
 
 def _repository(url: str) -> Path:
-    """A Hugging Face repository, downloaded as far as it is needed, as a folder."""
-    weights = f"{url}/model.safetensors"
+    """A Hugging Face repository, downloaded as far as it is needed: a folder or file.
+
+    The small files come before the weights: where weights are cached, nobody asks
+    whether there are others.
+    """
+    weights, index = f"{url}/model.safetensors", f"{url}/model.safetensors.index.json"
+    only = fetch.cached(f"{url}/.only")  # a link to the one file that can be loaded
     if fetch.cached(weights).exists():
         return fetch.cached(weights).parent
-    index = f"{url}/model.safetensors.index.json"
-    _optional(f"{url}/config.json")
-    _optional(f"{url}/preprocessor_config.json")
-    try:
-        return fetch.download(weights, check_file).parent
-    except UserError as e:
-        if "status 404" not in str(e):
-            raise
-        if found := _optional(index):
-            parts = set(metadata.read_json(found).get("weight_map", {}).values())
-            for part in sorted(parts):
-                fetch.download(f"{url}/{part}", check_file)
+    if only.exists():
+        return only.resolve()
+    if not fetch.cached(index).exists():
+        _optional_json(f"{url}/config.json")
+        _optional_json(f"{url}/preprocessor_config.json")
+        if found := _optional(weights, check_file):
             return found.parent
-        files = fetch.repository_files(url)
-        usable = [f for f in files if f.endswith((".npz", ".safetensors", ".msgpack"))]
-        if len(usable) == 1:
-            return local(f"{url}/{usable[0]}")
-        if usable:
-            raise UserError(f"{url} has {usable}: name one as {url}/FILE") from e
-        raise UserError(
-            f"{url} has no model.safetensors"
-            + (f" but {files[:8]}" if files else "")
-            + (
-                f"; a .bin file is a pickle, {_TORCH_WAY_OUT}"
-                if _has_bin(files)
-                else ""
-            )
-            + f". {str(e).split(': ', 1)[-1]}"
-        ) from e
+    if found := _optional_json(index):
+        for part in metadata.parts(found):
+            fetch.download(f"{url}/{part}", check_file)
+        return found.parent
+    files = fetch.repository_files(url)
+    usable = [f for f in files if f.endswith((".npz", ".safetensors", ".msgpack"))]
+    if len(usable) == 1:
+        path = local(f"{url}/{usable[0]}")
+        only.parent.mkdir(parents=True, exist_ok=True)
+        only.unlink(missing_ok=True)  # it may point to a file that was deleted
+        only.symlink_to(path)
+        return path
+    if usable:
+        raise UserError(f"{url} has {usable}: name one as {url}/FILE")
+    raise UserError(
+        f"{url} has no model.safetensors"
+        + (f" but {files[:8]}" if files else ": check the spelling")
+        + (f"; a .bin file is a pickle, {_TORCH_WAY_OUT}" if _has_bin(files) else "")
+    )
 
 
 def _has_bin(files: list[str]) -> bool:

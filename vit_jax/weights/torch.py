@@ -21,6 +21,7 @@ from vit_jax.models import variants
 from vit_jax.weights.contents import (
     Array,
     atomic,
+    parsing,
     require_memory,
     to_float32,
 )
@@ -133,7 +134,8 @@ def hf_pairs(depth: int, prefix: str = "vit.") -> Iterator[Pair]:
         yield from _layer(f"{torch}.intermediate.dense", f"{mlp}/Dense_0", "dense")
         yield from _layer(f"{torch}.output.dense", f"{mlp}/Dense_1", "dense")
     yield from _norm(f"{prefix}layernorm", "Transformer/encoder_norm")
-    # A dense layer and tanh on the class token, which is what pre_logits is.
+    # A dense layer and tanh on the class token, which is what pre_logits is; read by a
+    # bare ViTModel only.
     yield from _layer(f"{prefix}pooler.dense", "pre_logits", "dense")
     yield from _layer("classifier", "head", "dense")
 
@@ -199,19 +201,17 @@ _UNSUPPORTED = {
 }
 
 
-def read(path: Path, where: str) -> tuple[dict[str, Array], dict[str, str]]:
-    """Arrays and the text header of a safetensors file.
+def header(path: Path, where: str) -> tuple[dict[str, str], dict[str, Any], int]:
+    """Text header of a safetensors file, table of its arrays, and where they begin.
 
-    The package checks the file; values are read here, because its memory map would
-    count every page that was read on top of the arrays.
+    The package checks the file, also that it is as long as the table says.
 
     Raises:
-      UserError: truncated, damaged, or an array of a type that no weights have.
+      Damaged: it is not.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    require_memory(path.stat().st_size, where)
-    try:
+    with parsing(where):
         # A type checker cannot see into the compiled module.
         opened: Any = safe_open(str(path), framework="numpy")
         with opened as file:
@@ -219,10 +219,20 @@ def read(path: Path, where: str) -> tuple[dict[str, Array], dict[str, str]]:
         with path.open("rb") as raw:
             length = int.from_bytes(raw.read(8), "little")
             table = json.loads(raw.read(length))
-    except (SafetensorError, OSError, ValueError) as e:
-        raise UserError(
-            f"{where} is a truncated or damaged safetensors file ({e}): download it again"
-        ) from e
+    return about, table, 8 + length
+
+
+def read(path: Path, where: str) -> tuple[dict[str, Array], dict[str, str]]:
+    """Arrays and the text header of a safetensors file.
+
+    Values are read here rather than by the package, because its memory map would count
+    every page that was read on top of the arrays.
+
+    Raises:
+      UserError: truncated, damaged, or an array of a type that no weights have.
+    """
+    require_memory(path.stat().st_size, where)
+    about, table, begin = header(path, where)
     arrays = {}
     for name, entry in table.items():
         kind = entry.get("dtype", "")
@@ -230,7 +240,7 @@ def read(path: Path, where: str) -> tuple[dict[str, Array], dict[str, str]]:
             continue  # counters and position ids are no parameters
         if kind not in _DTYPES:
             raise UserError(f"{where}: the array {name} has type {kind}: not supported")
-        start = 8 + length + entry["data_offsets"][0]
+        start = begin + entry["data_offsets"][0]
         arrays[name] = _stored(path, name, tuple(entry["shape"]), kind, start)
     return arrays, about
 
@@ -287,14 +297,17 @@ def from_torch(
     )
     depth = 1 + max((int(m[1]) for k in arrays if (m := block.match(k))), default=-1)
     if layout == "timm":
-        arrays = _fold_layer_scale(arrays, notes)
+        arrays = _fold_layer_scale(arrays, notes, where)
         pairs = timm_pairs(depth, _timm_stages(arrays))
     else:
         pairs = hf_pairs(depth, vit)
-        name = f"{vit}embeddings.mask_token"
-        if name in arrays:
-            del arrays[name]
-            notes.append(f"ignored: {name} (masked image modelling only)")
+        unused = {f"{vit}embeddings.mask_token": "masked image modelling only"}
+        if "classifier.weight" in arrays:
+            for part in ("weight", "bias"):
+                unused[f"{vit}pooler.dense.{part}"] = "the classifier does not read it"
+        for name, why in unused.items():
+            if arrays.pop(name, None):
+                notes.append(f"ignored: {name} ({why})")
     # The published defaults: both use exact GELU; epsilon is timm's, or BERT's for hf.
     eps = {"timm": 1e-6, "hf": 1e-12}[layout]
     fields = {"gelu": "exact", "layer_norm_eps": eps, **facts}
@@ -315,7 +328,7 @@ def _split(array: Array, pair: Pair, heads: int, where: str) -> dict[str, Array]
     rank = _RANKS.get(pair.kind, len(array.shape))
     width = array.shape[0] // count if array.shape else 0
     through_heads = array.shape[-1] if pair.kind == "heads_out" else width
-    bad = len(array.shape) != rank or width * count != array.shape[0]
+    bad = not array.shape or len(array.shape) != rank or array.shape[0] % count
     if bad or (pair.kind.startswith("heads") and through_heads % heads):
         raise UserError(
             f"{where}: {array.name} has shape {array.shape}, which {count * rank} axes "
@@ -349,7 +362,9 @@ def _timm_stages(arrays: dict[str, Array]) -> list[int] | None:
     return None
 
 
-def _fold_layer_scale(arrays: dict[str, Array], notes: list[str]) -> dict[str, Array]:
+def _fold_layer_scale(
+    arrays: dict[str, Array], notes: list[str], where: str
+) -> dict[str, Array]:
     """Layer scale multiplies a branch's output: fold it into the branch's last layer."""
     scales = {k: v for k, v in arrays.items() if re.search(r"\.ls[12]\.gamma$", k)}
     result = {k: v for k, v in arrays.items() if k not in scales}
@@ -362,6 +377,10 @@ def _fold_layer_scale(arrays: dict[str, Array], notes: list[str]) -> dict[str, A
             full = f"{block}.{last}.{part}"
             if full in result:
                 old = result[full]
+                if gamma.shape != old.shape[:1]:
+                    raise UserError(
+                        f"{where}: {name} has shape {gamma.shape}, not {old.shape[:1]}"
+                    )
 
                 def scaled(x: np.ndarray, gamma: Array = gamma) -> np.ndarray:
                     return x * gamma.read().reshape(-1, *(1,) * (x.ndim - 1))
@@ -388,7 +407,8 @@ def _guess_heads(
     )
     if norm not in arrays or f"{fc1}.weight" not in arrays:
         raise UserError(f"{where} is incomplete: {norm} or {fc1}.weight is missing")
-    width, mlp_dim = arrays[norm].shape[0], arrays[f"{fc1}.weight"].shape[0]
+    rows = lambda name: math.prod(arrays[name].shape[:1])
+    width, mlp_dim = rows(norm), rows(f"{fc1}.weight")
     for name, size in variants.SIZES.items():
         if (size.depth, size.width, size.mlp_dim) == (depth, width, mlp_dim):
             notes.append(
