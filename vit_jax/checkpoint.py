@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preserve
 
-from vit_jax.config import CheckpointConfig
+from vit_jax.config import CheckpointConfig, smaller_is_better
 from vit_jax.errors import UserError
 
 FOLDER = "checkpoints"
@@ -41,11 +41,10 @@ class Checkpointer:
         keep: list[Any] = [preserve.LatestN(max(cfg.keep, 1))]
         metric = lambda m: m[cfg.keep_best]
         if cfg.keep_best:
-            smaller = cfg.keep_best.endswith(("loss", "error"))
             keep.append(
                 preserve.BestN(
                     get_metric_fn=metric,
-                    reverse=smaller,
+                    reverse=smaller_is_better(cfg.keep_best),
                     n=1,
                     keep_checkpoints_without_metrics=False,
                 )

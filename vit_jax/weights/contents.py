@@ -70,7 +70,7 @@ def parsing(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as e:
         why = str(e).partition("\n")[0] or type(e).__name__
