@@ -211,12 +211,36 @@ def test_names_carry_the_prefix(fake):
         (({},), "choose one of"),
         (
             ({"type": "knn", "kk": 3},),
-            "unknown option 'kk' of config.eval.evaluators.0.",
+            "evaluators.0. has the unknown option 'kk'",
         ),
         (({"type": "accuracy"},) * 2, "another 'prefix'"),
+        (({"type": 5},), "unknown config.eval.evaluators.0. type '5'"),
+        (({"type": "accuracy", "data": 5},), "evaluators.0..data is 5.* group of keys"),
+        (
+            ({"type": "accuracy", "data": {"imagesize": 3}},),
+            "config.data.imagesize: did you mean 'image_size'",
+        ),
+        (({"type": "objectnet"},), "evaluators.0. needs the option 'mapping'"),
+        (({"type": "calibration", "bins": 0},), "bins is 0: it must be at least 1"),
+        (({"type": "fewshot", "shots": 5},), "shots is 5: it must be a list"),
+        (({"type": "fewshot", "shots": ()},), "shots is .*at least one entry"),
+        (({"type": "fewshot", "shots": (0,)},), "shots.0. is 0: .* at least 1"),
+        (({"type": "fewshot", "seeds": -1},), "seeds is -1: .* at least 1"),
+        (({"type": "fewshot", "seeds": 0},), "seeds is 0: .* at least 1"),
+        (({"type": "fewshot", "l2": -3},), "l2 is -3.0: it must be above 0"),
+        (({"type": "fewshot", "order": "random"},), "choose one of .*'shuffled'"),
+        (({"type": "knn", "k": 10},), "k is 10: it must be a list"),
+        (({"type": "knn", "k": ()},), "k is .*at least one entry"),
+        (({"type": "knn", "temperature": 0},), "temperature is 0.0: .*above 0"),
+        (({"type": "knn", "temperature": -1},), "temperature is -1.0: .*above 0"),
+        (({"type": "linear_probe", "l2": 0.01},), "l2 is 0.01: it must be a list"),
+        *(
+            (({"type": "linear_probe", "held_out": x},), "above 0 and at most 0.5")
+            for x in (0.0, 0.9, 1.0)
+        ),
     ],
 )
-def test_bad_entries_are_refused_by_name(entries, message):
+def test_bad_entries_are_refused_before_the_first_evaluation(entries, message):
     with pytest.raises(UserError, match=message):
         evaluators.check(Config(eval=EvalConfig(evaluators=entries)))
 
@@ -227,9 +251,8 @@ def test_bad_entries_are_refused_by_name(entries, message):
         ("accuracy", {"data": {"imagesize": 3}}, "config.data.imagesize: did you mean 'image_size'"),
         ("accuracy", {"split": "empty"}, "split 'empty' .* has no examples"),
         ("accuracy", {"split": "unlabelled"}, "no example .* has a label"),
-        ("calibration", {"bins": 0}, "bins is 0"),
         ("calibration", {"split": "unlabelled"}, "no example .* has a label"),
-        ("knn", {"k": (100,)}, "k is .100,.: choose numbers from 1 to the 37 training"),
+        ("knn", {"k": (100,)}, "k is .100,.: choose at most the 37 training examples"),
         ("knn", {"train_split": "several"}, "several labels per image"),
         ("per_class", {"split": "several"}, "several"),
         ("knn", {"train_split": "empty"}, "has no examples"),
@@ -242,6 +265,36 @@ def test_bad_input_has_one_message(name, options, message):
     }  # fmt: skip
     with pytest.raises(UserError, match=message):
         EVALUATORS[name](context(splits, EYE), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("fewshot", "train"),
+        ("fewshot", "test"),
+        ("knn", "train"),
+        ("knn", "test"),
+        ("linear_probe", "test"),
+        ("per_class", "test"),
+    ],
+)
+def test_outputs_that_are_not_finite_are_refused(name, split):
+    bad = X.copy()
+    bad[3], bad[20, 2] = np.nan, np.inf
+    labels = np.arange(37) % K
+    splits = {"train": (X, labels), "test": (X, labels)} | {split: (bad, labels)}
+    options = {"fewshot": {"shots": (1,)}, "linear_probe": {"l2": (1.0,)}}.get(name, {})
+    with pytest.raises(UserError, match=f"not finite for 2 images of .*'{split}'"):
+        EVALUATORS[name](context(splits, EYE), **options)
+
+
+def test_a_loss_that_is_not_finite_is_shown():
+    """So that a run in training goes on."""
+    bad = X.copy()
+    bad[3] = np.nan
+    fake = context({"test": (bad, Y)}, EYE)
+    assert np.isnan(EVALUATORS["accuracy"](fake)["loss"])
+    assert np.isnan(EVALUATORS["calibration"](fake)["brier"])
 
 
 def test_masked_patch_models_have_no_accuracy():
