@@ -95,6 +95,22 @@ def test_stated_normalisation_and_transforms_are_applied(npz, tmp_path):
     assert abs(losses[1] - expected) > 1e-4
 
 
+def test_stored_sizes_follow_the_resolution_of_the_evaluation(npz, tmp_path):
+    found = weights.read(npz)
+    cut = lambda side: (
+        {"op": "resize", "size": side * 5 // 4},
+        {"op": "central_crop", "size": side},
+    )
+    about = dataclasses.replace(found.metadata, transforms=cut(16))
+    path = str(tmp_path / "sizes.npz")
+    weights.save(path, found.cfg, found.params, about)
+    cfg = with_evaluators({"type": "knn", "k": (1,)})
+    cfg = config.replace(cfg, data__source="digits", data__image_size=24)
+    cfg = config.replace(cfg, data__num_classes=10)
+    expected = evaluate(npz, config.replace(cfg, data__eval_transforms=cut(24)))
+    assert evaluate(path, cfg) == expected
+
+
 def test_a_number_that_is_not_finite_is_nan_in_text_and_null_in_json(
     npz, tmp_path, monkeypatch
 ):

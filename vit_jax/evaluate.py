@@ -101,7 +101,7 @@ def _context(source: str, cfg: Config, out: str) -> evaluators.Context:
     rows = sharding.batch_sharding(mesh)
     params = jax.device_put(found.params, sharding.replicated(mesh))
     if about.transforms and not cfg.data.eval_transforms:
-        ops = tuple(t for t in about.transforms if t["op"] != "normalize")
+        ops = tuple(_square(t) for t in about.transforms if t["op"] != "normalize")
         cfg = config.replace(cfg, data__eval_transforms=ops)
 
     @jax.jit
@@ -160,6 +160,15 @@ def _normalize(images: jax.Array, transforms: tuple[dict[str, Any], ...]) -> jax
     mean, std = (np.reshape(stated[k], (1, 1, 1, -1)) for k in ("mean", "std"))
     scaled = images.astype(jnp.float32) / 255.0
     return (scaled - mean.astype(np.float32)) / std.astype(np.float32)
+
+
+def _square(transform: dict[str, Any]) -> dict[str, Any]:
+    """The same with one number for a (height, width) of equal sides: the images of a
+    data set are squares, and its operations take the side."""
+    size = transform.get("size")
+    if isinstance(size, (list, tuple)) and len(set(size)) == 1:
+        return {**transform, "size": size[0]}
+    return transform
 
 
 def _stored_config(source: str) -> Config:
