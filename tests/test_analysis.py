@@ -197,8 +197,12 @@ def test_uint8_and_float_images_are_the_same(looped):
 
 def test_no_attention_in_a_resnet():
     model = models.create(ModelConfig(name="R50x1", num_classes=3))
-    with pytest.raises(UserError, match="'R50x1' is a ResNet: it has no attention"):
+    with pytest.raises(
+        UserError, match="the checkpoint is a ResNet: it has no attention"
+    ):
         attention.capture(model, {}, np.zeros((1, 32, 32, 3)))
+    with pytest.raises(UserError, match="the checkpoint is a ResNet: it has no pos"):
+        embeddings.position_table(model, {}, (32, 32))
     with pytest.raises(UserError, match="no images"):
         attention.summarize(models.create(TINY), {}, [])
 

@@ -84,6 +84,7 @@ def test_a_file_and_photos_give_all_that_needs_no_run(npz, photos, tmp_path, cap
     omitted = analyse(npz, str(tmp_path / "out"), places=(photos,))
     assert set(omitted) == {"curves", "confusion", "errors"}
     assert "left out curves: the source is not a workdir" in capsys.readouterr().out
+    assert "needs images with labels" in omitted["confusion"]
     shown = np.load(tmp_path / "out" / "rollout.npz")
     assert shown["images"].shape == (3, 16, 16, 3)
     taken = shown["maps"].sum((1, 2))  # the class token keeps the rest
@@ -189,6 +190,11 @@ def test_errors_are_the_most_and_the_least_confident(count):
         assert shown == order[:half] + order[half:][::-1]
     np.testing.assert_allclose(wrong["confidence"], p.max(1)[shown])
     assert wrong["true"].tolist() == [*np.array(list("abcd"))[label[shown]]]
+
+
+def test_captions_hold_for_models_without_class_token():
+    assert "without one of the mean patch" in figures.caption("heads")
+    assert not any("output token" in figures.caption(name) for name in figures.FIGURES)
 
 
 def test_enlarging_is_bilinear():

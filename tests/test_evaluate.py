@@ -95,6 +95,43 @@ def test_stated_normalisation_and_transforms_are_applied(npz, tmp_path):
     assert abs(losses[1] - expected) > 1e-4
 
 
+def test_stored_sizes_follow_the_resolution_of_the_evaluation(npz, tmp_path):
+    found = weights.read(npz)
+    cut = lambda side: (
+        {"op": "resize", "size": side * 5 // 4},
+        {"op": "central_crop", "size": side},
+    )
+    about = dataclasses.replace(found.metadata, transforms=cut(16))
+    path = str(tmp_path / "sizes.npz")
+    weights.save(path, found.cfg, found.params, about)
+    cfg = with_evaluators({"type": "knn", "k": (1,)})
+    cfg = config.replace(cfg, data__source="digits", data__image_size=24)
+    cfg = config.replace(cfg, data__num_classes=10)
+    expected = evaluate(npz, config.replace(cfg, data__eval_transforms=cut(24)))
+    assert evaluate(path, cfg) == expected
+
+
+def test_a_number_that_is_not_finite_is_nan_in_text_and_null_in_json(
+    npz, tmp_path, monkeypatch
+):
+    numbers = {"test/loss": float("nan"), "a": float("inf"), "test/count": 1234.0}
+    monkeypatch.setattr("vit_jax.evaluators.run", lambda context: numbers)
+    evaluate(npz, TINY, out=str(tmp_path))
+    lines = (tmp_path / "evaluation.txt").read_text().splitlines()
+    assert [x.split()[1] for x in lines] == ["nan", "inf", "1,234"]
+    saved = (tmp_path / "evaluation.json").read_text()
+    metrics = json.loads(saved, parse_constant=lambda name: pytest.fail(name))
+    assert metrics["metrics"] == dict(numbers, **{"test/loss": None, "a": None})
+
+
+def test_what_fails_leaves_the_results_of_before(npz, tmp_path):
+    (tmp_path / "evaluation.txt").write_text("old")
+    with pytest.raises(UserError, match="has 7 classes"):
+        evaluate(npz, config.replace(TINY, data__num_classes=7), out=str(tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["evaluation.txt"]
+    assert (tmp_path / "evaluation.txt").read_text() == "old"
+
+
 def test_names_of_the_outputs():
     own, data = ("a", "b"), ("b", "a")
     assert _class_names(own, own, 2) == own

@@ -2,6 +2,7 @@
 """Accuracy, calibration, per-class, kNN and linear probe against numpy, on eight
 devices."""
 
+import dataclasses
 import json
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from fake_context import context
 
 from vit_jax import evaluators
-from vit_jax.config import Config, EvalConfig
+from vit_jax.config import Config, DataConfig, EvalConfig
 from vit_jax.errors import UserError
 from vit_jax.evaluators import EVALUATORS
 from vit_jax.evaluators.context import _add, _start
@@ -211,12 +212,36 @@ def test_names_carry_the_prefix(fake):
         (({},), "choose one of"),
         (
             ({"type": "knn", "kk": 3},),
-            "unknown option 'kk' of config.eval.evaluators.0.",
+            "evaluators.0. has the unknown option 'kk'",
         ),
         (({"type": "accuracy"},) * 2, "another 'prefix'"),
+        (({"type": 5},), "unknown config.eval.evaluators.0. type '5'"),
+        (({"type": "accuracy", "data": 5},), "evaluators.0..data is 5.* group of keys"),
+        (
+            ({"type": "accuracy", "data": {"imagesize": 3}},),
+            "config.data.imagesize: did you mean 'image_size'",
+        ),
+        (({"type": "objectnet"},), "evaluators.0. needs the option 'mapping'"),
+        (({"type": "calibration", "bins": 0},), "bins is 0: it must be at least 1"),
+        (({"type": "fewshot", "shots": 5},), "shots is 5: it must be a list"),
+        (({"type": "fewshot", "shots": ()},), "shots is .*at least one entry"),
+        (({"type": "fewshot", "shots": (0,)},), "shots.0. is 0: .* at least 1"),
+        (({"type": "fewshot", "seeds": -1},), "seeds is -1: .* at least 1"),
+        (({"type": "fewshot", "seeds": 0},), "seeds is 0: .* at least 1"),
+        (({"type": "fewshot", "l2": -3},), "l2 is -3.0: it must be above 0"),
+        (({"type": "fewshot", "order": "random"},), "choose one of .*'shuffled'"),
+        (({"type": "knn", "k": 10},), "k is 10: it must be a list"),
+        (({"type": "knn", "k": ()},), "k is .*at least one entry"),
+        (({"type": "knn", "temperature": 0},), "temperature is 0.0: .*above 0"),
+        (({"type": "knn", "temperature": -1},), "temperature is -1.0: .*above 0"),
+        (({"type": "linear_probe", "l2": 0.01},), "l2 is 0.01: it must be a list"),
+        *(
+            (({"type": "linear_probe", "held_out": x},), "above 0 and at most 0.5")
+            for x in (0.0, 0.9, 1.0)
+        ),
     ],
 )
-def test_bad_entries_are_refused_by_name(entries, message):
+def test_bad_entries_are_refused_before_the_first_evaluation(entries, message):
     with pytest.raises(UserError, match=message):
         evaluators.check(Config(eval=EvalConfig(evaluators=entries)))
 
@@ -227,9 +252,8 @@ def test_bad_entries_are_refused_by_name(entries, message):
         ("accuracy", {"data": {"imagesize": 3}}, "config.data.imagesize: did you mean 'image_size'"),
         ("accuracy", {"split": "empty"}, "split 'empty' .* has no examples"),
         ("accuracy", {"split": "unlabelled"}, "no example .* has a label"),
-        ("calibration", {"bins": 0}, "bins is 0"),
         ("calibration", {"split": "unlabelled"}, "no example .* has a label"),
-        ("knn", {"k": (100,)}, "k is .100,.: choose numbers from 1 to the 37 training"),
+        ("knn", {"k": (100,)}, "k is .100,.: choose at most the 37 training examples"),
         ("knn", {"train_split": "several"}, "several labels per image"),
         ("per_class", {"split": "several"}, "several"),
         ("knn", {"train_split": "empty"}, "has no examples"),
@@ -242,6 +266,36 @@ def test_bad_input_has_one_message(name, options, message):
     }  # fmt: skip
     with pytest.raises(UserError, match=message):
         EVALUATORS[name](context(splits, EYE), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("fewshot", "train"),
+        ("fewshot", "test"),
+        ("knn", "train"),
+        ("knn", "test"),
+        ("linear_probe", "test"),
+        ("per_class", "test"),
+    ],
+)
+def test_outputs_that_are_not_finite_are_refused(name, split):
+    bad = X.copy()
+    bad[3], bad[20, 2] = np.nan, np.inf
+    labels = np.arange(37) % K
+    splits = {"train": (X, labels), "test": (X, labels)} | {split: (bad, labels)}
+    options = {"fewshot": {"shots": (1,)}, "linear_probe": {"l2": (1.0,)}}.get(name, {})
+    with pytest.raises(UserError, match=f"not finite for 2 images of .*'{split}'"):
+        EVALUATORS[name](context(splits, EYE), **options)
+
+
+def test_a_loss_that_is_not_finite_is_shown():
+    """So that a run in training goes on."""
+    bad = X.copy()
+    bad[3] = np.nan
+    fake = context({"test": (bad, Y)}, EYE)
+    assert np.isnan(EVALUATORS["accuracy"](fake)["loss"])
+    assert np.isnan(EVALUATORS["calibration"](fake)["brier"])
 
 
 def test_masked_patch_models_have_no_accuracy():
@@ -284,7 +338,8 @@ def named(monkeypatch):
     """Replaces the data set behind the fake batches: its file and class names."""
 
     def patch(files=(), classes=()):
-        info = context({"test": (X, Y)}, EYE, class_names=tuple(classes)).info
+        weights = np.zeros((K, len(classes) or K))
+        info = context({}, weights, class_names=tuple(classes)).info
         monkeypatch.setattr("vit_jax.data.describe", lambda cfg: info)
         monkeypatch.setattr(
             "vit_jax.evaluators.label_maps._file_names", lambda cfg, split: list(files)
@@ -330,6 +385,72 @@ def test_imagenet_v2_folders_sort_as_text(named):
     assert EVALUATORS["accuracy"](fake)["accuracy"] < 0.5
 
 
+@pytest.mark.parametrize(
+    ("of_set", "of_model", "expected"),
+    [
+        (("b", "a", "c"), ("a", "b", "c"), [1, 0, 2]),
+        (("0", "10", "2"), ("0", "10", "2"), [0, 1, 2]),
+        (("0", "2", "1"), ("a", "b", "c"), [0, 2, 1]),
+        (("n00000001", "n00000002"), ("tench", "goldfish"), [0, 1]),
+        (("n00000001", "n00000002"), ("0", "1"), [0, 1]),
+        (("x", "y"), ("a", "b"), "has the class 'x', which the model lacks"),
+        (("1", "2"), ("a", "b"), "has the class '1', which the model lacks"),
+        (("a",), ("a", "b"), "has 1 classes and the model 2"),
+    ],
+)
+def test_imagenet_v2_needs_the_classes_of_the_model(named, of_set, of_model, expected):
+    named(classes=of_set)
+    labels = np.arange(37) % len(of_set)
+    k = len(of_model)
+    x = np.zeros((37, k), np.float32)
+    fake = context({"test": (x, labels)}, np.eye(k), class_names=of_model)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            EVALUATORS["imagenet_v2"](fake)
+        return
+    x[np.arange(37), np.take(expected, labels)] = 1
+    assert EVALUATORS["imagenet_v2"](fake)["accuracy"] == 1
+
+
+@pytest.mark.parametrize("path", ["", "/tfds"])
+def test_other_data_sets_keep_only_how_the_run_reads_images(
+    tmp_path, monkeypatch, path
+):
+    """Splits, subsets, held-out shares and folders are of the run's own set."""
+    read = {}
+
+    def describe(cfg):
+        read[cfg.name] = cfg
+        return context({}, EYE).info
+
+    monkeypatch.setattr("vit_jax.data.describe", describe)
+    own = DataConfig(
+        source="tfds" if path else "folder", path=path or "photos/", image_size=48,
+        train_split="train[:98%]", test_split="train[98%:]", test_share=0.5,
+        holdout=0.1, subset=0.5, subset_balanced=False, num_classes=K, cache_gib=3.0,
+        eval_transforms=({"op": "central_crop"},),
+    )  # fmt: skip
+    labels = np.arange(37) % K
+    splits = {"train": (X, labels), "test": (X, labels)}
+    fake = context(splits, EYE, cfg=Config(data=own))
+    EVALUATORS["fewshot"](fake, datasets=("dtd",), shots=(1,), seeds=1)
+    EVALUATORS["vtab"](fake, tasks=("pets",), l2=(0.1,))
+    EVALUATORS["imagenet_v2"](fake, data={"name": "v2"})
+    mapping = write(tmp_path / "map.json", {"class1": [0]})
+    EVALUATORS["objectnet"](fake, mapping=mapping, data={"source": "folder"})
+    fresh = DataConfig(source="tfds", path=path, image_size=48, cache_gib=3.0)
+    crop = own.eval_transforms
+    fewshot = ({"op": "resize", "size": 55}, {"op": "central_crop", "size": 48})
+    expected = {
+        "dtd": {"eval_transforms": fewshot},
+        "vtab/pets": {},
+        "v2": {"eval_transforms": crop, "train_split": "test"},
+        "": {"eval_transforms": crop, "source": "folder", "path": ""},
+    }
+    for name, fields in expected.items():
+        assert read[name] == dataclasses.replace(fresh, name=name, **fields)
+
+
 @pytest.mark.parametrize("restrict", [False, True])
 def test_objectnet_maps_many_classes_to_one(tmp_path, named, restrict):
     """7 classes of the model; a, b and c of the test set; nothing maps to b."""
@@ -347,13 +468,18 @@ def test_objectnet_maps_many_classes_to_one(tmp_path, named, restrict):
     hit = to_set[order] == (Y % 3)[:, None]
     assert got["accuracy"] == hit[known, 0].mean()
     assert got["top5"] == hit[known, :5].any(1).mean()
+    every = write(tmp_path / "every.json", {"a": [0, 1, 2], "b": 3, "c": [4, 5, 6]})
+    assert EVALUATORS["objectnet"](fake, mapping=every)["classes"] == 3
 
 
 @pytest.mark.parametrize(
     ("name", "option", "value", "message"),
     [
         ("real", "labels", [[1]] * 36, "labels for 36 images, but .* has 37"),
-        ("real", "labels", [[7]] * 37, "names class 7, but the model has 7 classes"),
+        ("real", "labels", [[7]] * 37, "names class 7 for 0, but the model has 7"),
+        ("real", "labels", [[1]] * 5 + [["a"]] * 32, "names class 'a' for 5, but"),
+        ("real", "labels", [None] * 37, "has None for 0: it must be a list"),
+        ("real", "labels", 5, "must be a JSON list of lists of classes"),
         ("real", "labels", {"x": [1]}, "no labels for 37 of the 37 images"),
         ("objectnet", "mapping", [[1]], "must be a JSON object"),
         (
@@ -363,7 +489,17 @@ def test_objectnet_maps_many_classes_to_one(tmp_path, named, restrict):
             "maps 'cat', which the test set does not",
         ),
         ("objectnet", "mapping", {"class1": ["clas1"]}, "did you mean 'class1'"),
-        ("objectnet", "mapping", {"class1": [70]}, "class 70, but the model has 7"),
+        ("objectnet", "mapping", {"class1": [70]}, "class 70 for 'class1', but"),
+        ("objectnet", "mapping", {"class1": [1.5]}, "class 1.5 for 'class1', but"),
+        ("objectnet", "mapping", {"class1": [True]}, "class True for 'class1', but"),
+        ("objectnet", "mapping", {"class1": None}, "has None for 'class1': it must"),
+        ("objectnet", "mapping", {"class1": {"a": 1}}, "for 'class1': it must be"),
+        (
+            "objectnet",
+            "mapping",
+            {"class1": [0, 1], "class2": "class1"},
+            "maps class 1 of the model to both 'class1' and 'class2'",
+        ),
     ],
 )
 def test_bad_label_maps(tmp_path, named, name, option, value, message):

@@ -157,7 +157,6 @@ def test_several_data_sets(monkeypatch):
     [
         ({"shots": (25,)}, "class 0 of .* has 10 training examples, fewer than 25 shots"),
         ({"datasets": ("cifar10O",)}, "unknown fewshot data set 'cifar10O': did you mean 'cifar100'"),
-        ({"order": "random"}, "choose 'shuffled' or 'first'"),
     ],
 )  # fmt: skip
 def test_bad_input(options, message):

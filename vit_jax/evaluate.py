@@ -11,6 +11,8 @@ one per VTAB task.
 """
 
 import json
+import math
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,13 +56,14 @@ def evaluate(source: str, cfg: Config | None = None, out: str = "") -> dict[str,
             "--config.eval.evaluators=\"({'type':'fewshot'},)\""
         )
     if out:
-        _write(out, "evaluation.txt", "")  # fails before the work, not after it
+        _write(out, {})  # fails before the work, not after it
     context = _context(source, cfg, out)
     metrics = evaluators.run(context)
     if out:
-        text = json.dumps({"source": source, "metrics": metrics}, indent=2)
-        _write(out, "evaluation.json", text + "\n")
-        _write(out, "evaluation.txt", table(metrics) + "\n")
+        values = {"source": source, "metrics": _nullable(metrics)}
+        text = json.dumps(values, indent=2) + "\n"
+        numbers = table(metrics) + "\n"
+        _write(out, {"evaluation.json": text, "evaluation.txt": numbers})
     return metrics
 
 
@@ -70,13 +73,18 @@ def table(metrics: Mapping[str, float]) -> str:
     rest = {k: v for k, v in metrics.items() if not (tasks and k.startswith("vtab/"))}
     width = max(map(len, rest), default=0)
     lines = [
-        f"{k:<{width}}  {v:>12,.0f}" if v == int(v) and abs(v) > 1 else f"{k:<{width}}  {v:>12.5f}"
+        f"{k:<{width}}  {v:>12,.0f}" if v % 1 == 0 and abs(v) > 1 else f"{k:<{width}}  {v:>12.5f}"
         for k, v in rest.items()
     ]  # fmt: skip
     if tasks:
         lines.append("VTAB-1k, linear probe on frozen features; the paper fine-tunes:")
         lines.append(vtab.table(tasks))
     return "\n".join(lines)
+
+
+def _nullable(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """For JSON, which has no nan: such a number becomes null."""
+    return {k: v if math.isfinite(v) else None for k, v in metrics.items()}
 
 
 def _context(source: str, cfg: Config, out: str) -> evaluators.Context:
@@ -93,7 +101,7 @@ def _context(source: str, cfg: Config, out: str) -> evaluators.Context:
     rows = sharding.batch_sharding(mesh)
     params = jax.device_put(found.params, sharding.replicated(mesh))
     if about.transforms and not cfg.data.eval_transforms:
-        ops = tuple(t for t in about.transforms if t["op"] != "normalize")
+        ops = tuple(_square(t) for t in about.transforms if t["op"] != "normalize")
         cfg = config.replace(cfg, data__eval_transforms=ops)
 
     @jax.jit
@@ -154,25 +162,37 @@ def _normalize(images: jax.Array, transforms: tuple[dict[str, Any], ...]) -> jax
     return (scaled - mean.astype(np.float32)) / std.astype(np.float32)
 
 
+def _square(transform: dict[str, Any]) -> dict[str, Any]:
+    """The same with one number for a (height, width) of equal sides: the images of a
+    data set are squares, and its operations take the side."""
+    size = transform.get("size")
+    if isinstance(size, (list, tuple)) and len(set(size)) == 1:
+        return {**transform, "size": size[0]}
+    return transform
+
+
 def _stored_config(source: str) -> Config:
     path = Path(source) / "config.json"
     if not path.is_file():
         raise UserError(
             f"{source} brings no config.json: say what to measure with --config=configs/X.py"
         )
-    return config.from_dict(json.loads(path.read_text()))
+    return config.read(path)
 
 
-def _write(folder: str, name: str, text: str) -> None:
+def _write(folder: str, texts: Mapping[str, str]) -> None:
+    """Writes files of these names; none: only finds out whether it could."""
     if jax.process_index():
         return
-    path = Path(folder) / name
+    path = Path(folder)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+        for name, text in texts.items():
+            (path / name).write_text(text)
     except OSError as e:
         raise UserError(
-            f"cannot write {path}: {e.strerror}; choose another --out"
+            f"cannot write to {folder}: {e.strerror}; choose another --out"
         ) from e
 
 
@@ -186,13 +206,13 @@ def main(arguments: list[str]) -> int:
     if options.vtab:
         found = vtab.read(arguments[0])
         metrics = {f"vtab/{k}": v for k, v in (found | vtab.means(found)).items()}
-        print(json.dumps(metrics) if options.json else vtab.table(found))
+        print(json.dumps(_nullable(metrics)) if options.json else vtab.table(found))
         return 0
     cli.connect()
     cfg = None if options.config is None else cli.read_config()
     metrics = evaluate(arguments[0], cfg, options.out)
     if not jax.process_index():
-        print(json.dumps(metrics) if options.json else table(metrics))
+        print(json.dumps(_nullable(metrics)) if options.json else table(metrics))
     return 0
 
 

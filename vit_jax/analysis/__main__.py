@@ -10,7 +10,6 @@ line that says why.
 """
 
 import dataclasses
-import json
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -56,8 +55,7 @@ class Analysis:
         self.about = found.metadata
         self.workdir = Path(self.source) if _is_workdir(self.source) else None
         if self.data is None and self.workdir:
-            values = json.loads((self.workdir / "config.json").read_text())
-            self.data = config.from_dict(values).data
+            self.data = config.read(self.workdir / "config.json").data
         size = self.model.cfg.image_size
         if size == (0, 0):
             side = self.data.image_size if self.data else 224
@@ -76,6 +74,10 @@ class Analysis:
             for start in range(0, len(paths), BATCH):
                 yield np.stack([self._read(p) for p in paths[start : start + BATCH]])
             return
+        if self.data is None:
+            raise UserError(
+                "needs images: name photos with --images, or a data set with --config"
+            )
         batches = self.labelled()
         passed, chosen = 0, self._random_positions()
         for batch in batches:
@@ -114,9 +116,7 @@ class Analysis:
     def labelled(self) -> Iterator[dict[str, np.ndarray]]:
         """Test images with labels, of the data set that belongs to the checkpoint."""
         if self.data is None:
-            raise UserError(
-                "needs images: name photos with --images, or a data set with --config"
-            )
+            raise UserError("needs images with labels: name a data set with --config")
         if self.size != (self.data.image_size,) * 2:
             raise UserError(
                 f"the images of the data set are {self.data.image_size} pixels wide, but the "

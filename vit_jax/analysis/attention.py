@@ -176,9 +176,7 @@ def unrolled(model: Any, params: Any) -> tuple[Any, Any]:
       UserError: the model has no attention.
     """
     if models.is_resnet(model.cfg):
-        raise UserError(
-            f"{model.cfg.name!r} is a ResNet: it has no attention to look at"
-        )
+        raise UserError("the checkpoint is a ResNet: it has no attention to look at")
     if model.cfg.layers == "loop":
         return model, params
     encoder = dict(params["Transformer"])

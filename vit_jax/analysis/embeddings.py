@@ -60,7 +60,7 @@ def position_table(model: Any, params: Any, image_size: tuple[int, int]) -> np.n
     """
     cfg = model.cfg
     if models.is_resnet(cfg):
-        raise UserError(f"{cfg.name!r} is a ResNet: it has no position embeddings")
+        raise UserError("the checkpoint is a ResNet: it has no position embeddings")
     if cfg.positions not in POSITIONS:
         what = {
             "none": "the model has none (model.positions='none')",

@@ -113,7 +113,7 @@ def distance(distance: np.ndarray, uniform: float, images: int) -> Figure:
 
 
 def rollout(images: np.ndarray, maps: np.ndarray) -> Figure:
-    """Attention rollout from the output token to the input image, beside the image."""
+    """Attention rollout from the output to the input image, beside the image."""
     pairs = min(3, len(images))
     rows = -(-len(images) // pairs)
     figure = Figure((WIDTH * pairs / 3, WIDTH / 6 * rows + 0.3), layout="compressed")
@@ -132,7 +132,7 @@ def rollout(images: np.ndarray, maps: np.ndarray) -> Figure:
 
 
 def rollout_grid(images: np.ndarray, maps: np.ndarray) -> Figure:
-    """Attention rollout over random images: what the output token takes is left bright."""
+    """Attention rollout over random images: what the output takes is left bright."""
     columns = min(16, 2 * math.ceil(math.sqrt(len(images) / 2)))
     rows = -(-2 * len(images) // columns)
     figure = Figure((WIDTH, WIDTH / columns * rows), layout="compressed")
@@ -146,7 +146,7 @@ def rollout_grid(images: np.ndarray, maps: np.ndarray) -> Figure:
 
 
 def heads(image: np.ndarray, maps: np.ndarray) -> Figure:
-    """Attention of the class token to the patches of one image, for each layer and head."""
+    """Attention of the class token, without one of the mean patch, by layer and head."""
     layers, count = maps.shape[:2]
     cell = min(0.6, WIDTH / (count + 1))
     figure = Figure((cell * count + 1.6, cell * layers + 0.5), layout="constrained")

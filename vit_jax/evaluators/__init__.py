@@ -7,11 +7,10 @@ here, and a line in ``EVALUATORS``. ``config.eval.evaluators`` chooses them, dur
 training and for ``python -m vit_jax.evaluate``.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vit_jax.config import Config, choose, nearest
+from vit_jax.config import Config, arguments, choose
 from vit_jax.errors import UserError
 from vit_jax.evaluators import (
     accuracy,
@@ -23,7 +22,7 @@ from vit_jax.evaluators import (
     per_class,
     vtab,
 )
-from vit_jax.evaluators.context import Context
+from vit_jax.evaluators.context import Context, changed
 
 __all__ = ["EVALUATORS", "Context", "check", "prefix", "run"]
 
@@ -43,10 +42,9 @@ EVALUATORS: dict[str, Callable[..., dict[str, float]]] = {
 
 def run(context: Context) -> dict[str, float]:
     """Runs every evaluator of the config; names are ``prefix/name``."""
-    check(context.cfg)
     metrics = {}
-    for entry in context.cfg.eval.evaluators:
-        options = {k: v for k, v in entry.items() if k != "type"}
+    entries = context.cfg.eval.evaluators
+    for entry, options in zip(entries, check(context.cfg), strict=True):
         numbers = EVALUATORS[entry["type"]](context, **options)
         metrics |= {f"{prefix(entry)}/{k}": v for k, v in numbers.items()}
     return metrics
@@ -66,29 +64,26 @@ def prefix(entry: Mapping[str, Any]) -> str:
     return "clean_train" if split == "train" else split
 
 
-def check(cfg: Config) -> None:
-    """Refuses evaluators, options and clashing names that would fail hours later.
+def check(cfg: Config) -> list[dict[str, Any]]:
+    """The options of each evaluator; refuses what would fail hours later.
 
     Raises:
-      UserError: names the entry of ``config.eval.evaluators``.
+      UserError: an unknown evaluator, a wrong option or a clashing name; it names the
+        entry of ``config.eval.evaluators``.
     """
     seen: set[str] = set()
+    result = []
     for i, entry in enumerate(cfg.eval.evaluators):
         knob = f"config.eval.evaluators[{i}]"
-        function = choose(f"{knob} type", entry.get("type", ""), EVALUATORS)
-        allowed = [
-            p.name
-            for p in inspect.signature(function).parameters.values()
-            if p.kind is p.KEYWORD_ONLY
-        ]
-        for key in set(entry) - {"type"} - set(allowed):
-            raise UserError(
-                f"unknown option {key!r} of {knob} ({entry['type']}): "
-                f"{nearest(key, allowed)}choose among {sorted(allowed)}"
-            )
+        function = choose(f"{knob} type", str(entry.get("type", "")), EVALUATORS)
+        given = {k: v for k, v in entry.items() if k != "type"}
+        options = arguments(function, given, knob)
+        changed(cfg.data, options.get("data"))
+        result.append(options)
         if prefix(entry) in seen:
             raise UserError(
                 f"{knob} writes its numbers under {prefix(entry)!r}, as an entry before it "
                 f"does: give one of them another 'prefix'"
             )
         seen.add(prefix(entry))
+    return result

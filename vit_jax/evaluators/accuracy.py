@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from vit_jax import objectives
 from vit_jax.config import DataConfig
 from vit_jax.errors import UserError
-from vit_jax.evaluators.context import Batch, Context
-from vit_jax.evaluators.features import name_of, num_classes
+from vit_jax.evaluators.context import Batch, Context, name_of
+from vit_jax.evaluators.features import num_classes
 
 
 def accuracy(
@@ -31,6 +31,7 @@ def accuracy(
     """``accuracy``, ``top5`` (from 6 classes on), ``loss`` and ``count`` over a split.
 
     Exact on any number of devices and processes: padding is masked, nothing is dropped.
+    ``loss`` is nan if an output is.
     """
     del prefix  # belongs to the name under which the caller writes the numbers
     config = context.data(data)
@@ -40,8 +41,7 @@ def accuracy(
     def step(outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
         return _step(outputs["logits"], batch["label"], batch["mask"], loss=loss)
 
-    sums = context.sum(step, config, split)
-    return means(sums)
+    return means(context.sum(step, config, split, finite=False))
 
 
 def means(sums: Mapping[str, Any]) -> dict[str, float]:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vit_jax.config import Positive
 from vit_jax.errors import UserError
 from vit_jax.evaluators.accuracy import check_classes, class_loss, correct, counted
 from vit_jax.evaluators.context import Batch, Context
@@ -25,7 +26,7 @@ def calibration(
     *,
     split: str = "test",
     data: Mapping[str, Any] | None = None,
-    bins: int = 15,
+    bins: Positive = 15,
     prefix: str = "",
 ) -> dict[str, float]:
     """``ece``, ``mce`` (the worst bin), ``brier``, mean ``confidence`` and
@@ -35,8 +36,6 @@ def calibration(
     are written to ``calibration.npz`` where the run has a folder for them.
     """
     del prefix
-    if bins < 1:
-        raise UserError(f"calibration bins is {bins}: choose 1 or more (15 is usual)")
     config = context.data(data)
     loss = class_loss(context)
     check_classes(context, config)
@@ -45,7 +44,7 @@ def calibration(
         args = (outputs["logits"], batch["label"], batch["mask"])
         return _step(*args, bins=bins, loss=loss)
 
-    s = context.sum(step, config, split)
+    s = context.sum(step, config, split, finite=False)
     count = np.asarray(s["count"], np.float64)
     total = count.sum()
     if not total:

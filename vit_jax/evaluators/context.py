@@ -7,9 +7,9 @@ Dimension letters: B batch (global, padded), K classes, D width.
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,30 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vit_jax import config
-from vit_jax.config import Config, DataConfig
+from vit_jax.config import Amount, Config, DataConfig, Positive
 from vit_jax.errors import UserError
 
 if TYPE_CHECKING:
     from vit_jax.data import DataInfo
 
 Batch = dict[str, jax.Array]
+
+
+class _Filled:
+    """Beside the type of an option that is a list: it has at least one entry."""
+
+    def __contains__(self, value: Any) -> bool:
+        return len(value) > 0
+
+    def __str__(self) -> str:
+        return "a list with at least one entry"
+
+
+Counts = Annotated[Sequence[Positive], _Filled()]
+Amounts = Annotated[Sequence[Amount], _Filled()]
+
+# Of a run's data, what another data set has as well.
+_READING = ("image_size", "eval_transforms", "cache_gib", "max_bad")
 
 
 @dataclass(frozen=True)
@@ -47,11 +64,20 @@ class Context:
     out: str = ""  # folder for the arrays behind a number (confusion matrix, ...); "": none are written
 
     def data(self, override: Mapping[str, Any] | None) -> DataConfig:
-        """``cfg.data`` with some fields changed, which is how an evaluator brings its
-        own data set."""
-        if not override:
-            return self.cfg.data
-        values = config.to_dict(self.cfg.data) | dict(override)
+        """``cfg.data`` with some fields changed."""
+        return changed(self.cfg.data, override)
+
+    def other_data(self, fields: Mapping[str, Any]) -> DataConfig:
+        """Another data set than the run's, by default of tfds.
+
+        Of ``cfg.data`` it has what says how images are read. Splits, subsets and the
+        hold-out share are of the run's own set and would cut this one short.
+        """
+        own = self.cfg.data
+        kept = {k: getattr(own, k) for k in _READING}
+        values = {"source": "tfds"} | kept | dict(fields)
+        if values["source"] == own.source == "tfds":
+            values = {"path": own.path} | values  # tfds' data_dir
         return config.from_dict({"data": values}).data
 
     def outputs(
@@ -66,15 +92,29 @@ class Context:
         step: Callable[[Mapping[str, jax.Array], Batch], dict[str, jax.Array]],
         data: DataConfig,
         split: str,
+        *,
+        finite: bool = True,
     ) -> dict[str, Any]:
         """Sums ``step(outputs, batch)`` over a data set; fetches once, at the end.
 
         Integers are summed exactly, floats with a compensated sum, so that 10,000
         batches do not lose digits.
+
+        Args:
+          step: what is summed.
+          data: the data set.
+          split: of it.
+          finite: refuse outputs that are not; False where the numbers themselves become
+            nan, for then a run in training may go on.
+
+        Raises:
+          UserError: no examples, or outputs that are not finite.
         """
         total: Any = None
         for outputs, batch in self.outputs(data, split):
             part = step(outputs, batch)
+            if finite:
+                part["broken"] = _broken(outputs, batch["mask"])
             before = total
             total = _start(part) if before is None else _add(before, part)
             # Dispatch runs ahead of the device; without this line whole data sets of
@@ -83,10 +123,11 @@ class Context:
                 jax.block_until_ready(before)
         if total is None:
             raise UserError(
-                f"the split {split!r} of {data.name or data.path or data.source} has no "
-                "examples to evaluate"
+                f"the split {split!r} of {name_of(data)!r} has no examples to evaluate"
             )
-        return fetch(total[0])
+        sums = fetch(total[0])
+        check_finite(int(sums.pop("broken", 0)), data, split)
+        return sums
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -128,6 +169,37 @@ class Context:
             ) from e
 
 
+def changed(data: DataConfig, fields: Mapping[str, Any] | None) -> DataConfig:
+    """``data`` with some fields changed.
+
+    Raises:
+      UserError: an unknown field, or a wrong value.
+    """
+    if not fields:
+        return data
+    values = config.to_dict(data) | dict(fields)
+    return config.from_dict({"data": values}).data
+
+
+def check_finite(broken: int, data: DataConfig, split: str) -> None:
+    """Refuses features that are not finite, of which every comparison is false and the
+    largest is the first: the numbers would look plausible.
+
+    Raises:
+      UserError: there are any.
+    """
+    if broken:
+        raise UserError(
+            f"the model gives outputs that are not finite for {broken} images of the split "
+            f"{split!r} of {name_of(data)!r}: the checkpoint or its preprocessing is broken"
+        )
+
+
+def name_of(data: DataConfig) -> str:
+    """What a message calls a data set."""
+    return data.name or data.path or data.source
+
+
 def fetch(tree: Any) -> Any:
     """Global arrays as numpy arrays, complete on every process."""
     return jax.device_get(jax.tree.map(replicate, tree))
@@ -144,6 +216,15 @@ def replicate(x: jax.Array) -> jax.Array:
 @functools.cache
 def _replicator(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
     return jax.jit(lambda x: x, out_shardings=sharding)
+
+
+@jax.jit
+def _broken(outputs: Mapping[str, jax.Array], mask: jax.Array) -> jax.Array:
+    """How many images of a batch have an output that is not finite."""
+    bad = [
+        ~jnp.isfinite(x.reshape(len(x), -1)).all(1) for x in jax.tree.leaves(outputs)
+    ]
+    return jnp.sum(jnp.any(jnp.stack(bad), 0) & (mask > 0), dtype=jnp.int32)
 
 
 @jax.jit

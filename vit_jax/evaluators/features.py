@@ -10,7 +10,7 @@ import numpy as np
 from vit_jax import data as datasets
 from vit_jax.config import DataConfig
 from vit_jax.errors import UserError
-from vit_jax.evaluators.context import Batch, Context, fetch
+from vit_jax.evaluators.context import Batch, Context, check_finite, fetch, name_of
 
 
 def collect(
@@ -23,7 +23,7 @@ def collect(
     concatenation would need the memory twice.
 
     Raises:
-      UserError: the labels are multi-hot.
+      UserError: the labels are multi-hot, or features are not finite.
     """
     features = np.empty((0, 0), np.float32)
     labels = np.empty((0,), np.int32)
@@ -60,6 +60,8 @@ def collect(
         raise UserError(f"the {split} split of {name_of(data)!r} has no examples")
     features.resize((size, features.shape[1]), refcheck=False)
     labels.resize(size, refcheck=False)
+    broken = sum(int((~np.isfinite(x).all(1)).sum()) for x in _pieces(features))
+    check_finite(broken, data, split)
     return features, labels
 
 
@@ -68,11 +70,6 @@ def representation(outputs: Mapping[str, jax.Array]) -> jax.Array:
     its tokens."""
     x = outputs["pre_logits"]
     return x if x.ndim == 2 else x.mean(1)
-
-
-def name_of(data: DataConfig) -> str:
-    """What a message calls a data set."""
-    return data.name or data.path or data.source
 
 
 def num_classes(context: Context, data: DataConfig) -> int:

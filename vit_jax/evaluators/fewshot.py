@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.config import DataConfig, choose
+from vit_jax.config import Above0, DataConfig, Positive, choose
 from vit_jax.errors import UserError
-from vit_jax.evaluators.context import Context
-from vit_jax.evaluators.features import collect, name_of, num_classes, representation
+from vit_jax.evaluators.context import Context, Counts, name_of
+from vit_jax.evaluators.features import collect, num_classes, representation
 
 CONSTANT = 100.0  # the appended feature: a bias that is nearly free of regularisation
 EPS = 1e-5
@@ -55,10 +55,10 @@ def fewshot(
     *,
     datasets: Sequence[str] | Mapping[str, Mapping[str, Any]] = (),
     data: Mapping[str, Any] | None = None,
-    shots: Sequence[int] = (1, 5, 10, 25),
-    seeds: int = 3,
+    shots: Counts = (1, 5, 10, 25),
+    seeds: Positive = 3,
     order: Literal["shuffled", "first"] = "shuffled",
-    l2: float = L2,
+    l2: Above0 = L2,
     choose_l2: bool = False,
     prefix: str = "",
 ) -> dict[str, float]:
@@ -67,9 +67,9 @@ def fewshot(
 
     Args:
       context: the model; its ``pre_logits`` are the features.
-      datasets: keys of ``DATASETS``, or names with the fields of DataConfig they
-        change; (): the run's own data. With several, names become ``cifar100/5shot``
-        and ``average/5shot``.
+      datasets: keys of ``DATASETS``, or names with their fields of DataConfig; (): the
+        run's own data. With several, names become ``cifar100/5shot`` and
+        ``average/5shot``.
       data: fields of DataConfig to change for the run's own data.
       shots: examples per class; those of a smaller number are among those of a larger
         one.
@@ -87,9 +87,7 @@ def fewshot(
         unknown names.
     """
     del prefix
-    if order not in ("shuffled", "first"):
-        raise UserError(f"fewshot order is {order!r}: choose 'shuffled' or 'first'")
-    grid = L2_GRID if choose_l2 else (float(l2),)
+    grid = L2_GRID if choose_l2 else (l2,)
     accuracies = {
         name: _one(context, config, shots, seeds if order == "shuffled" else 0, grid)
         for name, config in _configs(context, datasets, data).items()
@@ -254,8 +252,8 @@ def _configs(
         {"op": "resize", "size": round(size * 256 / 224)},
         {"op": "central_crop", "size": size},
     )
-    own = {"source": "tfds", "eval_transforms": transforms}
-    return {name: context.data(own | dict(d)) for name, d in datasets.items()}
+    own = {"eval_transforms": transforms}
+    return {name: context.other_data(own | dict(d)) for name, d in datasets.items()}
 
 
 def _one(

@@ -8,7 +8,7 @@ cosine; neighbours vote with weight exp(similarity / temperature), as in DINO
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,13 +16,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from vit_jax.config import Above0
 from vit_jax.errors import UserError
-from vit_jax.evaluators.context import Batch, Context
+from vit_jax.evaluators.context import Batch, Context, Counts, name_of
 from vit_jax.evaluators.features import (
     Bank,
     bank,
     collect,
-    name_of,
     num_classes,
     representation,
 )
@@ -32,8 +32,8 @@ def knn(
     context: Context,
     *,
     data: Mapping[str, Any] | None = None,
-    k: Sequence[int] = (10, 20),
-    temperature: float = 0.07,
+    k: Counts = (10, 20),
+    temperature: Above0 = 0.07,
     train_split: str = "train",
     split: str = "test",
     prefix: str = "",
@@ -50,10 +50,10 @@ def knn(
     config = context.data(data)
     classes = num_classes(context, config)
     x, y = collect(context, config, train_split)
-    if not k or min(k) < 1 or max(k) > len(x):
+    if max(k) > len(x):
         raise UserError(
-            f"knn k is {tuple(k)}: choose numbers from 1 to the {len(x)} training "
-            f"examples of {name_of(config)!r}"
+            f"knn k is {tuple(k)}: choose at most the {len(x)} training examples of "
+            f"{name_of(config)!r}"
         )
     neighbours = bank(context, x, y)
     del x, y

@@ -9,6 +9,7 @@ says what the labels mean; nothing is downloaded.
 import functools
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,9 +21,8 @@ from vit_jax import data as datasets
 from vit_jax.config import DataConfig, nearest
 from vit_jax.data import sources
 from vit_jax.errors import UserError
-from vit_jax.evaluators.accuracy import correct, counted, means
-from vit_jax.evaluators.context import Batch, Context
-from vit_jax.evaluators.features import name_of
+from vit_jax.evaluators.accuracy import check_classes, correct, counted, means
+from vit_jax.evaluators.context import Batch, Context, name_of
 
 
 def real(
@@ -53,8 +53,8 @@ def real(
     del prefix
     config = context.data(data)
     k = len(context.class_names)
-    lists = _by_position(labels, _file_names(config, split), name_of(config))
-    _check_classes(labels, (c for row in lists for c in row), k)
+    files = _file_names(config, split)
+    lists = _by_position(labels, files, name_of(config), context.class_names)
     start = 0
 
     def step(outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
@@ -63,7 +63,7 @@ def real(
         multi_hot = np.zeros((size, k), np.float32)
         # Batches hold the data in order, whatever the number of processes.
         for row, chosen in enumerate(lists[start : start + size]):
-            multi_hot[row, list(chosen)] = 1
+            multi_hot[row, chosen] = 1
         start += size
         new = context.put(multi_hot, context.mesh.axis_names)
         sums = _sums(outputs["logits"], new, batch["mask"])
@@ -82,21 +82,27 @@ def imagenet_v2(
     data: Mapping[str, Any] | None = None,
     prefix: str = "",
 ) -> dict[str, float]:
-    """``accuracy`` and ``top5`` on ImageNet-V2; ``data`` chooses the variant.
+    """``accuracy`` and ``top5`` on ImageNet-V2.
 
     The released folders are named 0 to 999: as text they sort 0, 1, 10, 100, which is
     why this is not the plain accuracy.
+
+    Args:
+      context: the model, with the classes of ImageNet.
+      split: the images.
+      data: where they are: fields of DataConfig, by default
+        ``{"name": "imagenet_v2/matched-frequency"}`` of tfds.
+      prefix: belongs to the caller.
+
+    Raises:
+      UserError: another number of classes than the model, or other names.
     """
     del prefix
-    tfds = {"source": "tfds", "name": "imagenet_v2/matched-frequency"}
-    config = context.data(data or tfds)
+    data = data or {"name": "imagenet_v2/matched-frequency"}
+    config = context.other_data({"train_split": "test"} | dict(data))  # all it has
+    check_classes(context, config)
     names = datasets.describe(config).class_names
-    if all(n.isdigit() for n in names):
-        to_model = np.array([int(n) for n in names], np.int32)
-    else:
-        to_model = np.arange(len(names), dtype=np.int32)
-    _check_classes(name_of(config), to_model, len(context.class_names))
-    lookup = context.put(to_model)
+    lookup = context.put(_one_to_one(names, context.class_names, name_of(config)))
 
     def step(outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
         return _sums_of_mapped(outputs["logits"], batch["label"], batch["mask"], lookup)
@@ -126,24 +132,27 @@ def objectnet(
         model, ...]}``; a string of names separated by ";" does as well.
       split: the images.
       data: where they are, for example ``{"source": "folder", "path":
-        "objectnet/images"}``.
+        "objectnet/images"}``; None: they are the run's own data.
       restrict: choose among the mapped classes of the model only.
       prefix: belongs to the caller.
 
     Raises:
-      UserError: a class that the model or the test set does not have.
+      UserError: a class that the model or the test set does not have, or one of the
+        model that is mapped twice.
     """
     del prefix
-    config = context.data(data)
+    config = context.other_data(data) if data else context.cfg.data
     names = datasets.describe(config).class_names
-    to_set = context.put(_many_to_one(mapping, names, context.class_names))
+    of_model = _many_to_one(mapping, names, context.class_names)
+    to_set = context.put(of_model)
 
     def step(outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
         args = (outputs["logits"], batch["label"], batch["mask"], to_set)
         return _mapped_step(*args, restrict=restrict)
 
     sums = context.sum(step, config, split)
-    return means(sums) | {"classes": float(len(np.unique(jax.device_get(to_set))) - 1)}
+    known = np.unique(of_model[of_model >= 0])
+    return means(sums) | {"classes": float(len(known))}
 
 
 @jax.jit
@@ -202,8 +211,10 @@ def _file_names(config: DataConfig, split: str) -> list[str]:
     return [os.path.basename(chosen.name(int(i))) for i in numbers]
 
 
-def _by_position(path: str, names: Sequence[str], where: str) -> list[Sequence[int]]:
-    """The labels of each example."""
+def _by_position(
+    path: str, names: Sequence[str], where: str, classes: Sequence[str]
+) -> list[list[int]]:
+    """The labels of each example, as classes of the model."""
     labels = _read_json(path)
     if isinstance(labels, dict):
         missing = [n for n in names if n not in labels]
@@ -212,13 +223,42 @@ def _by_position(path: str, names: Sequence[str], where: str) -> list[Sequence[i
                 f"{path} has no labels for {len(missing)} of the {len(names)} images of "
                 f"{where!r}, for example {missing[0]!r}"
             )
-        return [labels[n] for n in names]
+        return _numbers(path, {n: labels[n] for n in names}, classes)
+    if not isinstance(labels, list):
+        raise UserError(
+            f"{path} must be a JSON list of lists of classes, or {{file name: [class, ...]}}"
+        )
     if len(labels) != len(names):
         raise UserError(
             f"{path} has labels for {len(labels)} images, but {where!r} has {len(names)}"
         )
     rank = np.argsort(np.argsort(np.array(names), kind="stable"))
-    return [labels[r] for r in rank]
+    lists = _numbers(path, dict(enumerate(labels)), classes)
+    return [lists[r] for r in rank]
+
+
+def _one_to_one(names: Sequence[str], classes: Sequence[str], where: str) -> np.ndarray:
+    """int32 (K,): the class of the model that each class of the test set is."""
+    index = {n: i for i, n in enumerate(classes)}
+    if set(names) == set(index):
+        return np.array([index[n] for n in names], np.int32)
+    numbered = _kind(names) == "number"
+    if numbered and {int(n) for n in names} == set(range(len(classes))):
+        return np.array([int(n) for n in names], np.int32)
+    if numbered or _kind(names) == _kind(classes):
+        strange = next(n for n in names if n not in index)
+        raise UserError(
+            f"{where!r} has the class {strange!r}, which the model lacks: "
+            f"{nearest(strange, index)}the test set must have the classes of the model"
+        )
+    return np.arange(len(classes), dtype=np.int32)
+
+
+def _kind(names: Sequence[str]) -> str:
+    """Names of one kind can be compared: numbers, WordNet's ids, or words."""
+    if all(n.isdecimal() for n in names):
+        return "number"
+    return "id" if all(re.fullmatch(r"n\d{8}", n) for n in names) else "words"
 
 
 def _many_to_one(path: str, names: Sequence[str], classes: Sequence[str]) -> np.ndarray:
@@ -229,32 +269,53 @@ def _many_to_one(path: str, names: Sequence[str], classes: Sequence[str]) -> np.
         raise UserError(
             f"{path} must be a JSON object: {{class: [class of the model, ...]}}"
         )
-    to_set = np.full(len(classes), -1, np.int32)
-    index = {n: i for i, n in enumerate(classes)}
-    for name, targets in mapping.items():
+    for name in mapping:
         if name not in names:
             raise UserError(
                 f"{path} maps {name!r}, which the test set does not have: "
                 f"{nearest(name, names)}it has {len(names)} classes such as {names[0]!r}"
             )
-        if isinstance(targets, str):
-            targets = [t.strip() for t in targets.split(";")]
-        for target in [targets] if isinstance(targets, int) else targets:
-            if isinstance(target, str) and target not in index:
+    to_set = np.full(len(classes), -1, np.int32)
+    for name, numbers in zip(mapping, _numbers(path, mapping, classes), strict=True):
+        for number in numbers:
+            if to_set[number] not in (-1, names.index(name)):
                 raise UserError(
-                    f"{path} maps {name!r} to {target!r}, which is no class of the model: "
-                    f"{nearest(target, index)}give its name or its number"
+                    f"{path} maps class {number} of the model to both "
+                    f"{names[to_set[number]]!r} and {name!r}: leave it at one of them"
                 )
-            number = index[target] if isinstance(target, str) else target
-            _check_classes(path, [number], len(classes))
             to_set[number] = names.index(name)
     return to_set
 
 
-def _check_classes(path: str, classes: Any, k: int) -> None:
-    for c in classes:
-        if not 0 <= c < k:
-            raise UserError(f"{path} names class {c}, but the model has {k} classes")
+def _numbers(
+    path: str, entries: Mapping[Any, Any], classes: Sequence[str]
+) -> list[list[int]]:
+    """The classes of the model in each entry of a label map, as numbers: they are given
+    as a list of numbers or names, as one number, or as names with ";" between them.
+
+    Raises:
+      UserError: another form, or no class of the model.
+    """
+    index = {n: i for i, n in enumerate(classes)}
+    result = []
+    for entry, value in entries.items():
+        if isinstance(value, str):
+            value = [t.strip() for t in value.split(";")]
+        given = [value] if type(value) is int else value
+        if not isinstance(given, list):
+            raise UserError(
+                f"{path} has {value!r} for {entry!r}: it must be a list of classes"
+            )
+        numbers = [index.get(c, -1) if isinstance(c, str) else c for c in given]
+        for c, n in zip(given, numbers, strict=True):
+            if type(n) is not int or not 0 <= n < len(classes):
+                near = nearest(c, index) if isinstance(c, str) else ""
+                raise UserError(
+                    f"{path} names class {c!r} for {entry!r}, but the model has "
+                    f"{len(classes)} classes: {near}give the number or name of one"
+                )
+        result.append(numbers)
+    return result
 
 
 def _read_json(path: str) -> Any:

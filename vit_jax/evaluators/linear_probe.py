@@ -7,15 +7,16 @@ of the regularisation, chosen on held-out training examples.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vit_jax.evaluators.context import Batch, Context
+from vit_jax.config import Positive, Range
+from vit_jax.evaluators.context import Amounts, Batch, Context
 from vit_jax.evaluators.features import (
     Bank,
     bank,
@@ -32,9 +33,9 @@ def linear_probe(
     context: Context,
     *,
     data: Mapping[str, Any] | None = None,
-    l2: Sequence[float] = L2_GRID,
-    iterations: int = 100,
-    held_out: float = 0.2,
+    l2: Amounts = L2_GRID,
+    iterations: Positive = 100,
+    held_out: Annotated[float, Range(0, 0.5, above=True)] = 0.2,
     train_split: str = "train",
     split: str = "test",
     prefix: str = "",
@@ -60,7 +61,7 @@ def linear_probe(
     x, y = collect(context, config, train_split)
     scale = tuple(map(context.put, moments(x)))
     zeros = context.put(np.zeros((x.shape[1] + 1, classes), np.float32))
-    kept = np.arange(len(x)) % max(2, round(1 / held_out)) != 0
+    kept = np.arange(len(x)) % round(1 / held_out) != 0
     examples = bank(context, x, y)
     del x, y
     fit_on = functools.partial(_fit, examples, scale, iterations=iterations)

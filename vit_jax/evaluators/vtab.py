@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from vit_jax import config
 from vit_jax.config import choose
 from vit_jax.errors import UserError
-from vit_jax.evaluators.context import Context
+from vit_jax.evaluators.context import Amounts, Context
 from vit_jax.evaluators.linear_probe import L2_GRID, linear_probe
 from vit_jax.progress import read_metrics
 
@@ -58,7 +59,7 @@ def vtab(
     context: Context,
     *,
     tasks: Sequence[str] = (),
-    l2: Sequence[float] = L2_GRID,
+    l2: Amounts = L2_GRID,
     prefix: str = "",
 ) -> dict[str, float]:
     """Linear probe on each task: accuracy per task, mean per group and over all tasks.
@@ -75,8 +76,9 @@ def vtab(
         choose("VTAB task", task, TASKS)
     found = {}
     for task in tasks or TASKS:
-        data = {"source": "tfds", "name": f"vtab/{task}", "eval_transforms": ()}
-        found[task] = linear_probe(context, data=data, l2=l2)["accuracy"]
+        data = context.other_data({"name": f"vtab/{task}", "eval_transforms": ()})
+        probe = linear_probe(context, data=config.to_dict(data), l2=l2)
+        found[task] = probe["accuracy"]
     return found | means(found)
 
 
