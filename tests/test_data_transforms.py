@@ -94,9 +94,10 @@ def test_flip_is_fair_and_mirrors(noise):
 def test_resize_is_bilinear_without_antialiasing(noise):
     expected = tf.image.resize(noise, [16, 16], "bilinear", antialias=False).numpy()
     np.testing.assert_allclose(resize_to(tf.constant(noise), 16), expected, atol=0.5001)
-    area = tf.image.resize(noise, [16, 16], "area").numpy()
-    made = resize_to(tf.constant(noise), 16, method="area")
-    np.testing.assert_allclose(made, area, atol=0.5001)
+    for method in ("area", "nearest"):
+        expected = tf.image.resize(noise, [16, 16], method).numpy()
+        made = resize_to(tf.constant(noise), 16, method=method)
+        np.testing.assert_allclose(made, expected, atol=0.5001)
 
 
 @pytest.mark.parametrize("size", [16, 300])
@@ -188,8 +189,30 @@ def test_operations_draw_apart_however_many_there_are(noise):
             ({"op": "flop"},),
             r"unknown transform in data.train_transforms 'flop': did you mean 'flip'",
         ),
-        (({"op": "flip", "q": 1},), r"unknown option 'q' of transform 'flip'"),
+        (({"op": "flip", "q": 1},), r"\[0\] \(flip\) has the unknown option 'q'"),
         (({"size": 3},), r"needs the key 'op'"),
+        (({"op": 3},), r"needs the key 'op'"),
+        (({"op": "resize", "method": "bilin"},), r"did you mean 'bilinear'"),
+        (({"op": "resize", "size": "8"},), r"size is '8' of type str"),
+        (({"op": "resize", "size": 0},), r"size is 0: it must be at least 1"),
+        (({"op": "inception_crop", "area": 0.5},), r"area is 0.5: it must be a list"),
+        (({"op": "inception_crop", "area": (0.5, 2)},), r"area\[1\] is 2.0"),
+        (({"op": "inception_crop", "area": (0, 1)},), r"area\[0\] is 0.0: .* above 0"),
+        (
+            ({"op": "inception_crop", "area": (1, 0.05)},),
+            r"must be \(lowest, highest\)",
+        ),
+        (({"op": "inception_crop", "ratio": (2, 1)},), r"must be \(lowest, highest\)"),
+        (({"op": "inception_crop", "exact": "no"},), r"exact is 'no' of type str"),
+        (({"op": "flip", "p": "half"},), r"p is 'half' of type str"),
+        (({"op": "flip", "p": 2},), r"p is 2.0: it must be at least 0 and at most 1"),
+        (({"op": "randaugment", "n": -1},), r"n is -1: it must be at least 0"),
+        (({"op": "randaugment", "m": 40},), r"m is 40.0: it must be .* at most 20"),
+        (
+            ({"op": "value_range"}, {"op": "flip"}),
+            r"\[0\] is value_range, .* come last",
+        ),
+        (({"op": "value_range"},) * 2, r"\[0\] is value_range, .* come last"),
     ],
 )
 def test_what_a_pipeline_may_not_say(ops, message):
@@ -201,6 +224,14 @@ def test_what_a_pipeline_may_not_say(ops, message):
 def test_images_of_another_size_are_refused(ops, noise):
     with pytest.raises(UserError, match=r"but data.image_size is 16"):
         compose(*ops)(tf.constant(noise), seeds(1)[0])
+
+
+@pytest.mark.parametrize("op", ["central_crop", "random_crop"])
+def test_crops_of_more_than_there_is_are_refused(op, noise):
+    with pytest.raises(UserError, match=rf"{op}: the images have 8 x 8 .* size is 16"):
+        compose({"op": "resize", "size": 8}, {"op": op})(
+            tf.constant(noise), seeds(1)[0]
+        )
 
 
 def test_fused_decoding_equals_decoding_and_cutting():

@@ -9,6 +9,7 @@ Three pipelines over the same JPEG files and as many threads, timed in turns in 
 """
 
 import dataclasses
+import logging
 import statistics
 import tempfile
 import time
@@ -22,6 +23,11 @@ from vit_jax.config import DataConfig
 from vit_jax.data import folders, graph, order, pipeline, transforms
 from vit_jax.data.sources import Labels
 from vit_jax.data.tensorflow_cpu import tf
+from vit_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+MOST = 10_000  # images of a folder that are used
 
 
 def run(
@@ -36,22 +42,27 @@ def run(
 
     Args:
       cfg: ``image_size``, ``train_transforms`` and ``decode`` are used, and with source
-        "folder" the files under ``path``; otherwise ``photos`` pictures of 500 x 375
-        pixels are cut from the two photographs that ship with scikit-learn.
+        "folder" the JPEG files under ``path``, at most ``MOST`` evenly among them;
+        otherwise ``photos`` pictures of 500 x 375 pixels are cut from the two
+        photographs that ship with scikit-learn.
       rounds: turns each pipeline gets, ``steps`` batches each. Other programs share the
         machine: medians are reported, and a ratio is the median of those within a round.
 
     Returns:
       ``images_per_second`` and ``cpu_ms_per_image`` of each pipeline, the two ratios that
       the targets are about, and the ``pixel_difference`` to the exact path.
+
+    Raises:
+      UserError: the folder holds no JPEG file, or the config is wrong.
     """
+    crop = _crop(cfg)
     with tempfile.TemporaryDirectory() as scratch:
         if cfg.source == "folder" and cfg.path:
             split = pipeline.split_of(cfg, "train")
-            paths = [str(p) for p in split.fetch(split.index(np.arange(len(split))))]
+            chosen = np.arange(0, len(split), -(-len(split) // MOST))
+            paths = _jpegs([str(p) for p in split.fetch(split.index(chosen))], cfg.path)
         else:
             paths = write_photos(Path(scratch), photos)
-        crop = _crop(cfg)
         makers = {
             "obvious": lambda: _obvious(paths, cfg.image_size, batch, crop),
             "decode_only": lambda: _decode_only(paths, batch, crop),
@@ -145,12 +156,37 @@ def _timed(
 
 def _crop(cfg: DataConfig) -> dict[str, Any]:
     """How large the config's crops are: what is decoded depends on it."""
-    chosen = cfg.train_transforms or transforms.DEFAULT_TRAIN
-    crop = next((t for t in chosen if t["op"] == "inception_crop"), {})
-    return {
-        "area": tuple(crop.get("area", (0.05, 1.0))),
-        "ratio": tuple(crop.get("ratio", (0.75, 1.33))),
-    }
+    for ops in (cfg.train_transforms, transforms.DEFAULT_TRAIN):
+        run = transforms.compose(
+            ops, size=cfg.image_size, exact=False, knob="data.train_transforms"
+        )
+        for function, options in run.steps:
+            if function is transforms.inception_crop:
+                return {k: options[k] for k in ("area", "ratio")}
+    raise AssertionError("the default has a crop")
+
+
+def _jpegs(paths: list[str], folder: str) -> list[str]:
+    """Those that all three pipelines can read."""
+
+    def decoded(path: Any) -> tuple[Any, Any]:
+        data = tf.io.read_file(path)
+        shape = tf.image.extract_jpeg_shape(data)  # fails for all but JPEG
+        window = tf.concat([[0, 0], shape[:2]], 0)
+        pixels = tf.image.decode_and_crop_jpeg(data, window, channels=3)
+        return path, pixels[0, 0, 0]  # or tensorflow would not decode at all
+
+    dataset = tf.data.Dataset.from_tensor_slices(paths)
+    dataset = dataset.map(decoded, num_parallel_calls=graph.THREADS).ignore_errors()
+    good = [path.decode() for path, _ in dataset.as_numpy_iterator()]
+    if not good:
+        raise UserError(
+            f"none of {len(paths)} images in data.path {folder!r} is a JPEG file that can "
+            "be decoded: the benchmark compares ways to read those"
+        )
+    if len(good) < len(paths):
+        log.warning("left out %d files that are no good JPEG", len(paths) - len(good))
+    return good
 
 
 def _obvious(

@@ -107,6 +107,7 @@ def resize_to(
         result = tf.cast(resized + 0.5, tf.uint8)
     else:
         resized = tf.image.resize(image, [height, width], method, antialias=antialias)
+        resized = tf.cast(resized, tf.float32)  # it is uint8 after "nearest"
         result = tf.cast(tf.clip_by_value(resized + 0.5, 0, 255), tf.uint8)
     if isinstance(size, int):
         return tf.ensure_shape(result, (size, size, 3))

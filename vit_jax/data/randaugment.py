@@ -19,6 +19,7 @@ from vit_jax.data.tensorflow_cpu import tf
 
 GREY = 128  # fills what a geometric operation uncovers
 MAX_LEVEL = 10.0
+HIGHEST = 20.0  # the magnitude up to which the operations are defined
 
 Image = Any  # tf.Tensor: uint8 (H, W, 3)
 

@@ -8,6 +8,7 @@ see records.py). To add a source, add a function and its line in ``SOURCES``.
 """
 
 import dataclasses
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -135,7 +136,8 @@ def load(cfg: DataConfig) -> Dataset:
                 f"data.num_classes is {cfg.num_classes}, but {_where(cfg)} has "
                 f"{len(names)} classes: leave it at 0 to use what the data holds"
             )
-        extra = tuple(str(i) for i in range(len(names), cfg.num_classes))
+        # Not the bare number: a class of the data may be called that.
+        extra = tuple(f"unused {i}" for i in range(len(names), cfg.num_classes))
         dataset = dataclasses.replace(dataset, class_names=names + extra)
     return dataset
 
@@ -268,7 +270,7 @@ def check_class_names(names: Sequence[str], where: str) -> tuple[str, ...]:
     """The names, refused where two are the same to a reader or a file system."""
     seen: dict[str, str] = {}
     for name in names:
-        key = name.strip().casefold()
+        key = unicodedata.normalize("NFC", name.strip().casefold())
         if key in seen:
             raise UserError(
                 f"{where} has two classes of the same name, {seen[key]!r} and "

@@ -6,23 +6,30 @@
 An image is a scalar string (an encoded file, not decoded yet) or uint8 (H, W, 3). Crops
 that come first are fused with decoding: pixels outside the crop are never computed.
 Every random choice follows from ``seed``, int64 (2,), and nothing else. To add one,
-write a function ``name(image, seed, *, options)`` and add it to ``TRANSFORMS``; an
-option called ``size`` defaults to ``data.image_size`` and one called ``exact`` to the
-config's choice.
+write a function ``name(image, seed, *, options)`` and add it to ``TRANSFORMS``; the
+annotations of its options are what they are checked against. An option called ``size``
+defaults to ``data.image_size`` and one called ``exact`` to the config's choice.
 """
 
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from vit_jax.config import choose, nearest
+from vit_jax.config import Above0, Count, Positive, Range, Share, arguments, choose
 from vit_jax.data import randaugment as ra
 from vit_jax.data.decode import Image, decode, decode_crop, resize_many, resize_to
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 
 Seed = Any  # tf.Tensor: int64 (2,)
+# Of tf.image.resize.
+Method = Literal[
+    "area", "bicubic", "bilinear", "gaussian", "lanczos3", "lanczos5", "mitchellcubic",
+    "nearest",
+]  # fmt: skip
+Shares = tuple[Annotated[float, Range(0, 1, above=True)], Share]  # (lowest, highest)
+Ratios = tuple[Above0, Above0]  # (lowest, highest) width / height
 
 DEFAULT_TRAIN = ({"op": "inception_crop"}, {"op": "flip"})
 DEFAULT_EVAL = ({"op": "resize"},)
@@ -32,9 +39,9 @@ def inception_crop(
     image: Image,
     seed: Seed,
     *,
-    size: int,
-    area: tuple[float, float] = (0.05, 1.0),
-    ratio: tuple[float, float] = (0.75, 1.33),
+    size: Positive,
+    area: Shares = (0.05, 1.0),
+    ratio: Ratios = (0.75, 1.33),
     exact: bool = False,
 ) -> Image:
     """A random part of the image, resized to a square without anti-aliasing.
@@ -50,8 +57,8 @@ def _inception_cut(
     image: Image,
     seed: Seed,
     size: int,
-    area: tuple[float, float],
-    ratio: tuple[float, float],
+    area: Shares,
+    ratio: Ratios,
     exact: bool,
 ) -> Image:
     def place(shape: Any) -> Any:
@@ -64,8 +71,8 @@ def inception_window(
     shape: Any,
     seed: Seed,
     *,
-    area: tuple[float, float] = (0.05, 1.0),
-    ratio: tuple[float, float] = (0.75, 1.33),
+    area: Shares = (0.05, 1.0),
+    ratio: Ratios = (0.75, 1.33),
 ) -> Any:
     """Where ``inception_crop`` cuts: (top, left, height, width), int32."""
     begin, extent, _ = tf.raw_ops.StatelessSampleDistortedBoundingBox(
@@ -85,8 +92,8 @@ def resize(
     image: Image,
     seed: Seed,
     *,
-    size: int,
-    method: str = "bilinear",
+    size: Positive,
+    method: Method = "bilinear",
     antialias: bool = False,
 ) -> Image:
     """The whole image as a square; the aspect ratio is not kept."""
@@ -98,8 +105,8 @@ def resize_small(
     image: Image,
     seed: Seed,
     *,
-    size: int,
-    method: str = "area",
+    size: Positive,
+    method: Method = "area",
     antialias: bool = False,
 ) -> Image:
     """Resized so that the shorter side has ``size`` pixels; aspect ratio kept."""
@@ -118,7 +125,7 @@ def resize_small(
     )
 
 
-def random_crop(image: Image, seed: Seed, *, size: int) -> Image:
+def random_crop(image: Image, seed: Seed, *, size: Positive) -> Image:
     """A square of ``size`` pixels from anywhere in the image."""
 
     def offset(free: Any) -> Any:
@@ -129,13 +136,13 @@ def random_crop(image: Image, seed: Seed, *, size: int) -> Image:
     return _square(image, offset, size, "random_crop")
 
 
-def central_crop(image: Image, seed: Seed, *, size: int) -> Image:
+def central_crop(image: Image, seed: Seed, *, size: Positive) -> Image:
     """The square of ``size`` pixels in the middle."""
     del seed
     return _square(image, lambda free: free // 2, size, "central_crop")
 
 
-def flip(image: Image, seed: Seed, *, p: float = 0.5) -> Image:
+def flip(image: Image, seed: Seed, *, p: Share = 0.5) -> Image:
     """Mirrored left to right with probability ``p``."""
     image = decode(image)
     return tf.cond(_is_mirrored(seed, p), lambda: tf.reverse(image, [1]), lambda: image)
@@ -155,7 +162,12 @@ def value_range(
 
 
 def randaugment(
-    image: Image, seed: Seed, *, n: int = 2, m: float = 10.0, corrected: bool = False
+    image: Image,
+    seed: Seed,
+    *,
+    n: Count = 2,
+    m: Annotated[float, Range(0, ra.HIGHEST)] = 10.0,
+    corrected: bool = False,
 ) -> Image:
     """``n`` of 16 random operations at magnitude ``m``; see randaugment.py."""
     return ra.randaugment(decode(image), seed, n=n, m=m, corrected=corrected)
@@ -179,32 +191,38 @@ def compose(
     """The list of operations as one function.
 
     Raises:
-      UserError: unknown operation or option. The function, when traced, raises one for
-        images that do not all end up with the side ``size``.
+      UserError: unknown operation or option, or a value that is not allowed. The
+        function, when traced, raises one for images that do not all end up with the
+        side ``size``.
     """
     steps = []
     for position, op in enumerate(ops):
-        options = dict(op)
+        options, where = dict(op), f"{knob}[{position}]"
         name = options.pop("op", None)
-        if name is None:
+        if not isinstance(name, str):
             raise UserError(
-                f"{knob}[{position}] is {dict(op)!r}: it needs the key 'op', one of "
+                f"{where} is {dict(op)!r}: it needs the key 'op', one of "
                 f"{sorted(TRANSFORMS)}"
             )
         function = choose(f"transform in {knob}", name, TRANSFORMS)
+        if function is value_range and position + 1 < len(ops):
+            raise UserError(
+                f"{where} is {name}, which makes floats of the pixels: it must come last"
+            )
         parameters = inspect.signature(function).parameters
-        allowed = list(parameters)[2:]
-        for option in options:
-            if option not in allowed:
+        decided = {"size": size, "exact": exact}
+        options = {k: v for k, v in decided.items() if k in parameters} | options
+        options = arguments(function, options, f"{where} ({name})")
+        for pair in ("area", "ratio"):
+            low, high = options.get(pair, (0, 0))
+            if low > high:
                 raise UserError(
-                    f"unknown option {option!r} of transform {name!r} in {knob}: "
-                    f"{nearest(option, allowed)}it takes {sorted(allowed)}"
+                    f"{where} ({name}).{pair} is {options[pair]}: it must be "
+                    "(lowest, highest)"
                 )
-        if "size" in allowed:
-            options.setdefault("size", size)
-        if "exact" in allowed:
-            options.setdefault("exact", exact)
-        defaults = {k: p.default for k, p in parameters.items() if k in allowed}
+        defaults = {
+            k: p.default for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY
+        }
         steps.append((function, defaults | options))
     return Pipeline(tuple(steps), size, knob)
 
@@ -290,6 +308,12 @@ _STREAM = 0x632BE59BD9B4E019  # an odd constant: distinct seeds for every positi
 
 def _square(image: Image, offset: Callable[[Any], Any], size: int, name: str) -> Image:
     """A square at ``offset(free)``, where ``free`` says how far it could move."""
+
+    if image.dtype != tf.string and any(s and s < size for s in image.shape[:2]):
+        raise UserError(
+            f"{name}: the images have {_sides(image)} pixels when it is their turn, and "
+            f"its size is {size}: resize them to more before it"
+        )
 
     def place(shape: Any) -> Any:
         free = shape[:2] - size

@@ -65,7 +65,8 @@ def write(
       The index of each split, which is also in ``dest/SPLIT.json``.
 
     Raises:
-      UserError: the source is no data set, or the disk is full.
+      UserError: the source is no data set or has a file that cannot be read, ``dest``
+        is no folder, or the disk is full.
     """
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}: choose one of {list(FORMATS)}")
@@ -73,8 +74,13 @@ def write(
         cfg = DataConfig(source="tfds", name=source.removeprefix("tfds:"))
     else:
         cfg = DataConfig(source="folder", path=source)
+    if workers < 0:
+        raise UserError(f"--workers is {workers}: it must be at least 0 (one per CPU)")
     dataset = sources.load(cfg)
-    tf.io.gfile.makedirs(dest)
+    try:
+        tf.io.gfile.makedirs(dest)
+    except tf.errors.OpError as e:
+        raise UserError(f"cannot make the folder {dest}: {e.message}") from e
     result = {}
     for name in (split,) if split else ("train", "test"):
         part = sources.evaluation_split(cfg, dataset, name)
@@ -224,8 +230,11 @@ def _encoded(part: Split, positions: np.ndarray) -> list[bytes]:
 
 
 def _read(path: str) -> bytes:
-    with open(path, "rb") as stream:
-        return stream.read()
+    try:
+        with open(path, "rb") as stream:
+            return stream.read()
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}; mend or remove it") from e
 
 
 def _bytes(value: bytes) -> Any:
