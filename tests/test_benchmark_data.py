@@ -20,8 +20,9 @@ def test_what_is_no_good_jpeg_is_left_out(tmp_path, caplog):
     for i, content in enumerate([b"", good[:-40], encoded(picture(1), "PNG")]):
         (tmp_path / f"train/a/bad{i}.jpg").write_bytes(content)
     write_folder(tmp_path, {"a": 1, "b": 1}, ("test",))
+    (tmp_path / "train/b/gone.jpg").symlink_to("/nowhere.jpg")
     assert run(tmp_path)["images"] == 10
-    assert "left out 3 files that are no good JPEG" in caplog.text
+    assert "left out 4 files that are no good JPEG" in caplog.text
 
 
 def test_a_folder_without_jpegs_is_refused(tmp_path):

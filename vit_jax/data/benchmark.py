@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.config import DataConfig
-from vit_jax.data import folders, graph, order, pipeline, transforms
+from vit_jax.data import decode, folders, graph, order, pipeline, transforms
 from vit_jax.data.sources import Labels
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
@@ -169,14 +169,13 @@ def _crop(cfg: DataConfig) -> dict[str, Any]:
 def _jpegs(paths: list[str], folder: str) -> list[str]:
     """Those that all three pipelines can read."""
 
-    def decoded(path: Any) -> tuple[Any, Any]:
-        data = tf.io.read_file(path)
-        shape = tf.image.extract_jpeg_shape(data)  # fails for all but JPEG
-        window = tf.concat([[0, 0], shape[:2]], 0)
-        pixels = tf.image.decode_and_crop_jpeg(data, window, channels=3)
+    def decoded(path: Any, data: Any) -> tuple[Any, Any]:
+        pixels = tf.io.decode_jpeg(data, channels=3)
         return path, pixels[0, 0, 0]  # or tensorflow would not decode at all
 
     dataset = tf.data.Dataset.from_tensor_slices(paths)
+    dataset = dataset.map(lambda path: (path, tf.io.read_file(path)))
+    dataset = dataset.filter(lambda path, data: decode.is_jpeg(data))
     dataset = dataset.map(decoded, num_parallel_calls=graph.THREADS).ignore_errors()
     good = [path.decode() for path, _ in dataset.as_numpy_iterator()]
     if not good:
