@@ -8,11 +8,12 @@ import sys
 
 import numpy as np
 import pytest
-from data_files import take, write_folder
+from data_files import encoded, take, write_folder
+from PIL import Image
 
 from vit_jax import data
 from vit_jax.config import DataConfig
-from vit_jax.data import write_records
+from vit_jax.data import records, write_records
 from vit_jax.errors import UserError
 
 BATCH = 12
@@ -55,7 +56,10 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_resuming_and_other_process_counts_give_the_same_bits(kind, configs):
+def test_resuming_and_other_process_counts_give_the_same_bits(
+    kind, configs, monkeypatch
+):
+    monkeypatch.setattr(records, "STREAM_RECORDS", 9)  # as if there were more photos
     cfg = configs[kind]
     whole = take(data.train_batches(cfg, batch=BATCH, seed=7), 6)
     same(next(data.train_batches(cfg, batch=BATCH, seed=7, start=5)), whole[5])
@@ -110,19 +114,58 @@ def test_an_epoch_holds_every_example_once(kind, configs):
 
 
 def test_sequential_streams_pass_over_everything(configs):
-    """Every stream draws its range once per pass; with equal ranges, an epoch is exact."""
+    """Every stream draws its range once per pass; so few records are one stream, whose
+    epochs are exact."""
     cfg = dataclasses.replace(
         configs["sequential"], train_transforms=({"op": "resize"},)
     )
     drawn = {}
-    for b in take(
-        data.train_batches(cfg, batch=37, seed=0), 3
-    ):  # gcd(37, 64) = 1 stream
+    for b in take(data.train_batches(cfg, batch=BATCH, seed=0), 37):
         for image in b["image"]:
             drawn[image.tobytes()] = drawn.get(image.tobytes(), 0) + 1
-    assert set(drawn.values()) == {3}
-    with pytest.raises(UserError, match="which 3 processes cannot share"):
+    assert set(drawn.values()) == {BATCH}
+    message = "which 3 processes cannot share: use a number .* that divides 1, or"
+    with pytest.raises(UserError, match=message):
         data.train_batches(cfg, batch=12, seed=0, process_count=3)
+
+
+def test_a_jpeg_damaged_in_the_middle_is_left_out_where_the_crop_shows_it(tmp_path):
+    """Its crops above the damage are used, whichever were tried before."""
+    rng = np.random.default_rng(0)
+
+    def photo():
+        return encoded(Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8)))
+
+    root = write_folder(tmp_path, {"a": 1, "b": 1}, ("train", "test"))
+    bad = []
+    for i in range(10):
+        content = photo()
+        if i < 5:  # as if another file began there
+            middle = len(content) // 2
+            content = content[:middle] + b"\xff\xd8" + content[middle + 2 :]
+            bad.append(str(root / f"train/a/x{i}.jpg"))
+        (root / f"train/a/x{i}.jpg").write_bytes(content)
+    (root / "train/a/none.jpg").write_bytes(b"")
+    cfg = DataConfig(
+        source="folder", path=str(root), image_size=8, cache_gib=0.0, max_bad=0.9
+    )
+    data.pipeline._bad.clear()
+    whole = take(data.train_batches(cfg, batch=BATCH, seed=0), 8)
+    found, none = set(data.bad_examples()), str(root / "train/a/none.jpg")
+    assert none in found
+    assert len(found) > 1
+    assert found <= {*bad, none}
+    late = take(data.train_batches(cfg, batch=BATCH, seed=0, start=5), 3)
+    for b, expected in zip(late, whole[5:], strict=True):
+        same(b, expected)
+    half = data.train_batches(
+        cfg, batch=BATCH, seed=0, process_index=1, process_count=2
+    )
+    for b, expected in zip(half, whole, strict=False):
+        same(b, {k: v[BATCH // 2 :] for k, v in expected.items()})
+    # The whole image cannot be made: in evaluation it is left out.
+    tested = [*data.eval_batches(cfg, batch=4, split="train")]
+    assert sum(b["mask"].sum() for b in tested) == 7
 
 
 def test_all_kinds_give_the_same_label_multiset_per_epoch(configs):

@@ -12,11 +12,12 @@ import sys
 import numpy as np
 import pytest
 from data_files import encoded, picture, take, write_folder
+from PIL import Image
 from tiny import TINY
 
 from vit_jax import data, train
 from vit_jax.config import DataConfig, replace
-from vit_jax.data import write_records
+from vit_jax.data import records, write_records
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 from vit_jax.progress import read_metrics
@@ -135,6 +136,79 @@ def test_an_interrupted_writer_goes_on_where_it_was(written, tmp_path):
 
 
 @pytest.mark.parametrize("format", FORMATS)
+def test_shards_of_two_runs_are_never_read_together(tmp_path, format, monkeypatch):
+    """The classes change places, and the second run is killed after its first shard."""
+    photos = write_folder(tmp_path / "photos", {"cat": 4, "dog": 4}, ("train", "test"))
+    dest = tmp_path / "records"
+
+    def write():
+        write_records.write(
+            str(photos), str(dest), format=format, shards=2, workers=1, split="train"
+        )
+
+    write()
+    before = (dest / "train.json").read_text()
+    (photos / "train/cat").rename(photos / "train/wildcat")
+    (photos / "test/cat").rename(photos / "test/wildcat")
+    real, begun = write_records._write_shard, []
+
+    def killed(*args):
+        begun.append(args)
+        if len(begun) > 1:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(write_records, "_write_shard", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    with pytest.raises(UserError, match="has no index"):
+        data.describe(config(dest))
+    # Not even with an index from elsewhere, which fits in every size.
+    (dest / "train.json").write_text(before)
+    for access in ("random", "sequential"):
+        cfg = config(dest, access=access, test_split="train")
+        with pytest.raises(UserError, match=r"is not the (shard|one) that"):
+            list(data.eval_batches(cfg, batch=8))
+    monkeypatch.undo()
+    write()
+    cfg = config(dest, test_split="train")
+    assert data.describe(cfg).class_names == ("dog", "wildcat")
+
+
+def test_replaced_images_are_written_again_and_old_shards_removed(tmp_path):
+    photos = write_folder(tmp_path / "photos", {"a": 4, "b": 4}, ("train",))
+    dest = tmp_path / "records"
+    write_records.write(str(photos), str(dest), split="train", shards=3)
+    (dest / "train-00001-of-00007.tfrecord.tmp").write_bytes(b"of a killed run")
+    (dest / "mine.tfrecord").write_bytes(b"of somebody else")
+    for file in photos.rglob("*.jpg"):
+        file.write_bytes(encoded(Image.new("RGB", (20, 20), (250, 0, 0))))
+    for shards in (3, 2):
+        write_records.write(str(photos), str(dest), split="train", shards=shards)
+        cfg = config(dest, test_split="train")
+        image = next(data.eval_batches(cfg, batch=4))["image"]
+        assert image[..., 0].min() > 200
+        assert image[..., 1:].max() < 50
+    of_two = [f"train-{i:05d}-of-00002.tfrecord" for i in range(2)]
+    kept = {"mine.tfrecord", "train.json", *of_two, *(f + ".npz" for f in of_two)}
+    assert {p.name for p in dest.iterdir()} == kept
+
+
+def test_records_can_be_written_from_records(written, tmp_path, monkeypatch):
+    """As from a tfds set that is too large for memory: its records hold the labels."""
+    source = records.load(config(written["tfrecord"]))
+    monkeypatch.setattr(write_records.sources, "load", lambda cfg: source)
+    index = write_records.write("tfds:large", str(tmp_path), split="train")["train"]
+    assert index["class_counts"] == [6, 4]
+    images = [
+        sorted(image.tobytes() for image in b["image"])
+        for path in (written["tfrecord"], tmp_path)
+        for b in data.eval_batches(config(path, test_split="train"), batch=10)
+    ]
+    assert images[0] == images[1]
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_full_disk_while_writing(written, tmp_path, format):
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
@@ -190,6 +264,8 @@ def exchange(folder):
     file.write_bytes(b"\1" + content[1:])
 
 
+SIDECAR = "train-00001-of-00002.tfrecord.npz"
+
 WRONG = {
     "cut short": (cut, r"is cut short: it has \d+ bytes"),
     "shard missing": (
@@ -209,6 +285,18 @@ WRONG = {
         r"set --config.data.num_classes",
     ),
     "broken index": (lambda f: (f / "train.json").write_text("{}"), "is not an index"),
+    "binary index": (
+        lambda f: (f / "train.json").write_bytes(b"\xff\xfe\0"),
+        "is not an index",
+    ),
+    "unknown format": (
+        lambda f: change_index(f, format="foo"),
+        "is not an index.*format 'foo'",
+    ),
+    "sidecar cut short": (
+        lambda f: (f / SIDECAR).write_bytes((f / SIDECAR).read_bytes()[:50]),
+        rf"{SIDECAR} cannot be read",
+    ),
     "other contents": (exchange, r"does not match its index at record 0"),
     "test set of other classes": (
         lambda f: change_index(f, class_names=["x", "y"]),
@@ -226,12 +314,72 @@ def test_an_index_that_disagrees_with_its_shards(case, written, tmp_path):
         take(data.train_batches(config(copy), batch=5, seed=0), 4)
 
 
-def test_a_shard_cut_short_without_an_index(written, tmp_path):
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("access", ["random", "sequential"])
+@pytest.mark.parametrize("sidecars", [True, False])
+def test_counts_that_disagree_with_the_shards(
+    format, access, sidecars, written, tmp_path
+):
+    copy = copy_of(written[format], tmp_path)
+    with open(copy / "train.json") as stream:
+        shards = json.load(stream)["shards"]
+    shards[0]["examples"] -= 1
+    shards[1]["examples"] += 1
+    change_index(copy, shards=shards)
+    for file in [] if sidecars else copy.glob("*.npz"):
+        file.unlink()
+    cfg = config(copy, access=access, test_split="train")
+    with pytest.raises(UserError, match=r"holds (5|more than the 4) records"):
+        list(data.eval_batches(cfg, batch=10))
+
+
+def test_a_damaged_array_record_is_a_bad_example(written, tmp_path):
+    copy = copy_of(written["array_record"], tmp_path)
+    file = copy / "train-00000-of-00002.array_record"
+    content = bytearray(file.read_bytes())
+    content[300] ^= 1  # in the first record
+    file.write_bytes(content)
+    data.pipeline._bad.clear()
+    for access in ("random", "sequential"):
+        cfg = config(copy, access=access, max_bad=0.1, test_split="train")
+        assert sum(b["mask"].sum() for b in data.eval_batches(cfg, batch=10)) == 9
+    ((name, reason),) = data.bad_examples().items()
+    assert str(file) in name
+    assert "the record is damaged" in reason
+
+
+@pytest.mark.parametrize("choice", [{"subset": 4.0}, {"holdout": 0.2}])
+def test_classes_that_are_not_known_are_not_taken_for_known(choice, written, tmp_path):
     copy = copy_of(written["tfrecord"], tmp_path)
-    cut(copy)
+    (copy / SIDECAR).unlink()
+    with pytest.raises(UserError, match=rf"{SIDECAR}.* is missing.*subset_balanced"):
+        data.describe(config(copy, **choice))
+    # Where nothing depends on them, they are not needed.
+    assert data.describe(config(copy)).num_train == 10
+    at_random = config(copy, subset=4.0, subset_balanced=False)
+    assert data.describe(at_random).num_train == 4
+    for file in copy.glob("*.npz"):
+        file.unlink()
+    if "subset" in choice:
+        with pytest.raises(UserError, match=r"--config.data.subset_balanced=False"):
+            data.describe(config(copy, **choice))
+    else:
+        assert data.describe(config(copy, **choice)).num_test == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (cut, r"is cut short: record 4 ends beyond"),
+        (WRONG["shard missing"][0], r"holds 1 shards .*, but .* say that there are 2"),
+    ],
+)
+def test_shards_that_are_wrong_without_an_index(change, message, written, tmp_path):
+    copy = copy_of(written["tfrecord"], tmp_path)
+    change(copy)
     for file in [*copy.glob("*.json"), *copy.glob("*.npz")]:
         file.unlink()
-    with pytest.raises(UserError, match=r"is cut short: record 4 ends beyond"):
+    with pytest.raises(UserError, match=message):
         data.describe(config(copy, num_classes=2))
 
 
@@ -277,18 +425,42 @@ def test_a_record_with_an_impossible_label_is_not_used(tmp_path, labels, cache):
         take(data.train_batches(strict, batch=4, seed=0), 3)
 
 
-def test_bad_records_in_sequence_are_replaced_from_their_window(tmp_path):
-    write_tfrecord(
-        tmp_path / "train.tfrecord", [[0], [9], [1], [0], [1], [0], [1], [1]]
-    )
+@pytest.mark.parametrize(("buffer", "streams"), [(1, 1), (0, 2)])
+def test_bad_records_in_sequence_are_replaced(tmp_path, buffer, streams, monkeypatch):
+    """By others of their window or, if that holds none, of their stream; the same ones
+    whichever are known to be bad."""
+    monkeypatch.setattr(records, "STREAM_RECORDS", 16 // streams)
+    labels = [[9] if i % 8 in (1, 2, 5) else [i % 2] for i in range(16)]
+    write_tfrecord(tmp_path / "train.tfrecord", labels)
     write_tfrecord(tmp_path / "test.tfrecord", [[0], [9], [1]])
-    cfg = config(tmp_path, num_classes=2, max_bad=0.5, access="sequential")
-    whole = take(data.train_batches(cfg, batch=4, seed=0), 5)
+    cfg = config(
+        tmp_path,
+        num_classes=2,
+        max_bad=0.5,
+        access="sequential",
+        shuffle_buffer=buffer,
+    )
+    whole = take(data.train_batches(cfg, batch=4, seed=0), 4)
     assert all(set(b["label"]) <= {0, 1} for b in whole)
-    late = next(data.train_batches(cfg, batch=4, seed=0, start=4))
-    np.testing.assert_array_equal(late["image"], whole[4]["image"])
+    late = next(data.train_batches(cfg, batch=4, seed=0, start=3))
+    np.testing.assert_array_equal(late["image"], whole[3]["image"])
+    if streams > 1:
+        half = data.train_batches(
+            cfg, batch=4, seed=0, process_index=1, process_count=2
+        )
+        for b, expected in zip(half, whole[:2], strict=False):
+            np.testing.assert_array_equal(b["image"], expected["image"][2:])
     tested = list(data.eval_batches(cfg, batch=2))
     assert sum(b["mask"].sum() for b in tested) == 2
+
+
+def test_a_stream_of_nothing_but_bad_records_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "STREAM_RECORDS", 1)
+    write_tfrecord(tmp_path / "train.tfrecord", [[9], [9], [0], [1]])
+    write_tfrecord(tmp_path / "test.tfrecord", [[0]])
+    cfg = config(tmp_path, num_classes=2, max_bad=0.9, access="sequential")
+    with pytest.raises(UserError, match=r"none of the records from .*record 0 to"):
+        take(data.train_batches(cfg, batch=2, seed=0), 4)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import numpy as np
 
 from vit_jax.config import DataConfig
 from vit_jax.data import transforms
-from vit_jax.data.decode import decode, shape_of
+from vit_jax.data.decode import decode, decode_crop, shape_of
 from vit_jax.data.sources import IGNORED, Dataset, Labels, Split
 from vit_jax.data.tensorflow_cpu import tf
 
@@ -146,6 +146,22 @@ def reason(fed: Fed, row: int, group: Group) -> str:
     except ERRORS as e:
         return _first_line(e)
     return "failed once and then did not"
+
+
+def torn(fed: Fed, row: int, split: Split, dataset: Dataset) -> bool:
+    """Whether only a part of an image cannot be decoded, so that it depends on the crop
+    whether the example can be made: the pixel at the top left can, the whole cannot."""
+    one = {k: _tensor(k, v[row]) for k, v in fed.items()}
+    try:
+        image, _ = _open(one, split, dataset)
+        decode_crop(image, lambda _: tf.constant([0, 0, 1, 1]), target=0)
+    except ERRORS:
+        return False
+    try:
+        decode(image)
+    except ERRORS:
+        return True
+    return False
 
 
 def decoded_bytes(split: Split, dataset: Dataset, samples: int = 32) -> float:

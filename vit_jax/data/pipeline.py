@@ -14,7 +14,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import numpy as np
@@ -152,7 +152,11 @@ class _Stream:
         self.graph, self.training = graph, training
         self.cfg, self.batch, self.local, self.seed = cfg, batch, rows, seed
         self.num_classes, self.multilabel = dataset.num_classes, dataset.multilabel
-        self.split, self.bad, self.size = split, bad, len(split)
+        self.dataset, self.split, self.size = dataset, split, len(split)
+        self.bad = bad  # cannot be read: left out; example -> reason
+        # Damaged in the middle: some crops can be made. Remembering these as bad would
+        # make a batch depend on which crops came before.
+        self.torn: dict[int, str] = {}
         self.group = graph.group_function(cfg, split, dataset, training=training)
         self.sequence = None
         if split.sequence is not None:
@@ -182,20 +186,31 @@ class _Stream:
 
         return iterate()
 
-    def rows(self, step: int) -> Rows:
-        """Which examples the step holds on this process."""
+    def rows(self, step: int, failed: Set[tuple[int, int]] = frozenset()) -> Rows:
+        """Which examples the step holds on this process.
+
+        ``failed``: (row, example) that turned out not to be possible in this step.
+        """
+
+        def unusable(index: np.ndarray) -> np.ndarray:
+            found = np.zeros(len(index), bool)
+            if self.bad:
+                found = np.isin(index, np.fromiter(self.bad, np.int64, len(self.bad)))
+            for row, example in failed:
+                found[row] |= index[row] == example
+            return found
+
         if self.sequence is not None:
-            return self.sequence.rows(step, self.bad)
+            return self.sequence.rows(step, unusable)
         position = step * self.batch + self.local
         if not self.training:
-            use = position < self.size
-            use[use] = ~self._is_bad(position[use])
+            use = (position < self.size) & ~unusable(position)
             return Rows(position, np.where(use, position, 0), use)
         index = order.train_indices(position, self.size, self.seed)
         attempt = 0
-        while (unusable := self._is_bad(index)).any():
-            index[unusable] = order.substitutes(
-                position[unusable], self.size, self.seed, attempt
+        while (left := unusable(index)).any():
+            index[left] = order.substitutes(
+                position[left], self.size, self.seed, attempt
             )
             attempt += 1
         return Rows(position, index, np.ones(len(position), bool))
@@ -238,19 +253,28 @@ class _Stream:
 
     def repair(self, step: int) -> tuple[Rows, dict[str, np.ndarray]]:
         """Does one step over, without what cannot be read; returns (rows, made)."""
+        failed: set[tuple[int, int]] = set()
         while True:
-            rows = self.rows(step)
+            rows = self.rows(step, failed)
             fed = self.feed(rows)
             made = self.graph.readable(fed, self.group)
-            missing = [i for i in range(len(rows.index)) if i not in made]
+            missing = [
+                (row, int(index))
+                for row, index in enumerate(rows.index)
+                if row not in made
+            ]
             if not missing:
                 return rows, self.graph.stack(made)
-            for i in missing:
-                index = int(rows.index[i])
-                if index not in self.bad:
-                    self.bad[index] = self.graph.reason(fed, i, self.group)
-                    self._report(index, self.bad[index])
+            for row, index in missing:
+                if index not in self.bad and index not in self.torn:
+                    reason = self.graph.reason(fed, row, self.group)
+                    torn = self.graph.torn(fed, row, self.split, self.dataset)
+                    (self.torn if torn else self.bad)[index] = reason
+                    self._report(index, reason)
             self._check_bad()
+            if failed.issuperset(missing):
+                raise RuntimeError(f"step {step} cannot be made without {missing}")
+            failed.update(missing)
 
     def _batches(self, steps: range) -> Iterator[tuple[Rows, dict[str, np.ndarray]]]:
         """(rows, images and perhaps labels) per step, made ahead in the background."""
@@ -267,11 +291,6 @@ class _Stream:
         for made in self.graph.batches(steps, feed, len(self.local), self.group):
             yield drawn.popleft(), made
 
-    def _is_bad(self, index: np.ndarray) -> np.ndarray:
-        if not self.bad:
-            return np.zeros(len(index), bool)
-        return np.isin(index, np.fromiter(self.bad, np.int64, len(self.bad)))
-
     def _name(self, index: int) -> str:
         return self.split.name(int(self.split.index(np.array([index]))[0]))
 
@@ -286,10 +305,11 @@ class _Stream:
         allowed = self.cfg.max_bad * self.size
         if self.cfg.max_bad > 0:
             allowed = max(allowed, 1)
-        if self.bad and (len(self.bad) > allowed or len(self.bad) == self.size):
-            index, reason = next(iter(self.bad.items()))
+        bad = self.bad | self.torn
+        if bad and (len(bad) > allowed or len(bad) == self.size):
+            index, reason = next(iter(bad.items()))
             raise UserError(
-                f"{len(self.bad)} of {self.size} examples cannot be read, more than "
+                f"{len(bad)} of {self.size} examples cannot be read, more than "
                 f"the share data.max_bad = {self.cfg.max_bad}: the first is "
                 f"{self._name(index)} ({reason}); remove these files or raise "
                 "--config.data.max_bad"

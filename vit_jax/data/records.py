@@ -23,7 +23,8 @@ import os
 import re
 import struct
 import time
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -49,8 +50,10 @@ FORMATS = (TFRECORD, ARRAY_RECORD)
 IMAGE_KEY, LABEL_KEY, NAME_KEY = "image/encoded", "image/class/label", "image/filename"
 TEST_SPLITS = ("test", "val", "validation", "valid")
 STREAMS = 64  # of a sequential read: the most processes that can share it
+STREAM_RECORDS = 256  # at least: ranges that differ by one record must not differ much
 _LABEL_KEYS = (LABEL_KEY, "label", "labels", "image/label", "image/labels")
 _FRAME = 16  # bytes around a TFRecord: length, its checksum, (data,) its checksum
+_DAMAGED = b"the record is damaged"  # cannot be parsed: a bad example, with a reason
 
 
 def load(cfg: DataConfig) -> Dataset:
@@ -67,10 +70,12 @@ def load(cfg: DataConfig) -> Dataset:
             ".array_record files, such as vit_jax.data.write_records makes"
         )
     known = _splits(root)
-    index, train = _read_split(cfg, root, cfg.train_split, known)
     wanted = cfg.test_split
     candidates = (wanted,) if wanted not in ("", "test") else TEST_SPLITS
     test_name = next((n for n in candidates if n in known), "")
+    by_class = bool(cfg.holdout or (cfg.subset and cfg.subset_balanced))
+    by_class |= not test_name
+    index, train = _read_split(cfg, root, cfg.train_split, known, by_class)
     if test_name:
         test_index, test = _read_split(cfg, root, test_name, known)
         if test_index.class_names != index.class_names:
@@ -111,14 +116,23 @@ class Index:
     multilabel: bool
     image_key: str = IMAGE_KEY
     label_key: str = LABEL_KEY
+    fingerprints: tuple[str, ...] = ()  # of the shards; () or "": not known
 
 
 class Shards:
     """The records of several files as one list."""
 
-    def __init__(self, files: tuple[str, ...], counts: tuple[int, ...], format: str):
+    def __init__(
+        self,
+        files: tuple[str, ...],
+        counts: tuple[int, ...],
+        format: str,
+        fingerprints: tuple[str, ...] = (),
+    ):
         self.files, self.counts, self.format = files, counts, format
+        self.fingerprints = fingerprints or ("",) * len(files)
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.check = functools.lru_cache(maxsize=None)(self._check)
         self._offsets = functools.lru_cache(maxsize=None)(self._load_offsets)
         self._pool = ThreadPoolExecutor(32) if _is_remote(files[0]) else None
         self._open = functools.lru_cache(maxsize=256)(self._open_file)
@@ -151,16 +165,39 @@ class Shards:
         return f"{self.files[shard]}, record {index - self.starts[shard]}"
 
     def labels(self) -> Labels | None:
-        """All labels, from the ``.npz`` files; None where there are none."""
-        parts = []
-        for file in self.files:
-            sidecar = file + ".npz"
-            if not tf.io.gfile.exists(sidecar):
-                return None
-            with tf.io.gfile.GFile(sidecar, "rb") as stream, np.load(stream) as data:
-                parts.append((data["labels"], data["label_counts"]))
+        """All labels, from the ``.npz`` files; None where there are none.
+
+        Raises:
+          UserError: some are missing, or one does not belong to its shard.
+        """
+        parts, missing = [], []
+        for shard, file in enumerate(self.files):
+            found = read_sidecar(file, "labels", "label_counts", "fingerprint")
+            if found is None:
+                missing.append(file)
+                continue
+            values, counts, fingerprint = found
+            self._check_fingerprint(shard, fingerprint)
+            self._check_count(shard, len(counts))
+            parts.append((values, counts))
+        if not parts:
+            return None
+        if missing:
+            raise UserError(
+                f"{missing[0]}.npz, which holds the classes of its records, is missing: "
+                "copy it again or write the records again; without it "
+                "--config.data.subset_balanced=False still draws a subset, and a test "
+                "split of its own replaces data.holdout and data.test_share"
+            )
         starts = np.cumsum(np.concatenate([[0], *(c for _, c in parts)]))
         return Labels(np.concatenate([v for v, _ in parts]), starts.astype(np.int64))
+
+    def array_record(self, shard: int) -> Any:
+        """A reader of one ArrayRecord shard, which is the one that was indexed."""
+        self.check(shard)
+        reader = open_array_record(self.files[shard])
+        self._check_count(shard, reader.num_records())
+        return reader
 
     def _tfrecord(self, where: tuple[int, int]) -> bytes:
         shard, i = where
@@ -183,19 +220,63 @@ class Shards:
             return stream.read(length)
 
     def _array_records(self, shard: int, within: list[int]) -> list[bytes]:
-        return self._open(shard).read(within)
+        reader = self._open(shard)
+        try:
+            return reader.read(within)
+        except RuntimeError:  # one of them is damaged
+            return [_array_record(reader, i) for i in within]
 
     def _open_file(self, shard: int) -> Any:
         if self.format == ARRAY_RECORD:
-            return open_array_record(self.files[shard])
+            return self.array_record(shard)
         return _File(self.files[shard])
 
     def _load_offsets(self, shard: int) -> np.ndarray:
-        sidecar = self.files[shard] + ".npz"
-        if tf.io.gfile.exists(sidecar):
-            with tf.io.gfile.GFile(sidecar, "rb") as stream, np.load(stream) as data:
-                return data["offsets"]
-        return scan(self.files[shard])
+        self.check(shard)
+        found = read_sidecar(self.files[shard], "offsets")
+        offsets = found[0] if found else scan(self.files[shard])
+        self._check_count(shard, len(offsets) - 1)
+        return offsets
+
+    def _check(self, shard: int) -> None:
+        """Refuses a shard that is not the one that the index lists."""
+        if self.fingerprints[shard]:
+            found = read_sidecar(self.files[shard], "fingerprint")
+            if found is not None:
+                self._check_fingerprint(shard, found[0])
+
+    def _check_fingerprint(self, shard: int, found: np.ndarray) -> None:
+        if self.fingerprints[shard] not in ("", str(found)):
+            raise UserError(
+                f"{self.files[shard]} is not the shard that its index lists: it was "
+                "written or copied at another time; write the records again"
+            )
+
+    def _check_count(self, shard: int, found: int) -> None:
+        if found != self.counts[shard]:
+            raise UserError(
+                f"{self.files[shard]} holds {found} records, but its index says "
+                f"{self.counts[shard]}: copy it again or write the records again"
+            )
+
+
+def read_sidecar(file: str, *keys: str) -> list[np.ndarray] | None:
+    """Arrays of the ``.npz`` file beside a shard; None where there is none.
+
+    Raises:
+      UserError: it is cut short or lacks one of them.
+    """
+    sidecar = file + ".npz"
+    if not tf.io.gfile.exists(sidecar):
+        return None
+    try:
+        with tf.io.gfile.GFile(sidecar, "rb") as stream, np.load(stream) as data:
+            return [data[k] for k in keys]
+    except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as e:
+        raise UserError(
+            f"{sidecar} cannot be read ({type(e).__name__}): copy it again or write "
+            "the records again"
+        ) from e
 
 
 class _File:
@@ -265,13 +346,20 @@ def open_array_record(file: str) -> Any:
         raise UserError(f"{file} cannot be opened: {str(e).splitlines()[0]}") from e
 
 
+def _array_record(reader: Any, index: int) -> bytes:
+    try:
+        return reader.read([index])[0]
+    except RuntimeError:
+        return _DAMAGED
+
+
 # --------------------------------------------------------------------- in sequence
 
 
 class _TrainReader:
     """Shuffled training records, read front to back, yet a function of (seed, step).
 
-    The records are cut into ``streams`` equal ranges. Stream v fills block v of every
+    The records are cut into ``streams`` equal ranges, fewer where there are few. Stream v fills block v of every
     global batch, whichever process that belongs to; it passes over its own range again
     and again, each time in windows of ``buffer / streams`` records that are shuffled.
     So any number of processes that divides ``streams`` sees the same batches and each
@@ -281,12 +369,13 @@ class _TrainReader:
     def __init__(self, source: Sequence, batch: int, rows: np.ndarray, seed: int):
         self.source, self.batch, self.local, self.seed = source, batch, rows, seed
         self.streams = math.gcd(batch, STREAMS)
-        while self.streams > len(source.shards):
+        while self.streams > max(1, len(source.shards) // STREAM_RECORDS):
             self.streams //= 2
         self.block = batch // self.streams
         if len(rows) % self.block:
             raise UserError(
-                f"a batch of {batch} is read in sequence as {self.streams} streams, "
+                f"a batch of {batch} of {len(source.shards)} records is read in "
+                f"sequence as {self.streams} streams of at least {STREAM_RECORDS}, "
                 f"which {batch // len(rows)} processes cannot share: use a number of "
                 f"processes that divides {self.streams}, or "
                 "--config.data.access=random"
@@ -304,18 +393,40 @@ class _TrainReader:
         self.recent: collections.OrderedDict[int, tuple] = collections.OrderedDict()
         self.iterators: list[Iterator] = []
 
-    def rows(self, step: int, bad: dict[int, str]) -> Rows:
+    def rows(self, step: int, unusable: Callable[[np.ndarray], np.ndarray]) -> Rows:
         index, record, windows = self._drawn(step)
         position = step * self.batch + self.local
-        for row in [r for r, i in enumerate(index) if int(i) in bad]:
-            window = [x for x in windows[row // self.block] if x[0] not in bad]
-            if not window:
-                continue
-            drawn = order.substitutes(
-                position[row : row + 1], len(window), self.seed, 0
-            )
-            index[row], record[row] = window[int(drawn[0])]
+        attempt = 0
+        while (left := np.flatnonzero(unusable(index))).size:
+            for row in left.tolist():
+                window = windows[row // self.block]
+                index[row], record[row] = self._substitute(
+                    int(position[row]), window, attempt
+                )
+            attempt += 1
         return Rows(position, index, np.ones(len(index), bool), record)
+
+    def _substitute(
+        self, position: int, window: list, attempt: int
+    ) -> tuple[int, bytes]:
+        """What stands in for an unreadable record, attempt by attempt: all of its window
+        in an order that follows from the position, then all of its stream.
+
+        Which are unreadable plays no part: it may become known only later.
+        """
+        key = order.hash64(self.seed, 0x737562, position)
+        if attempt < len(window):
+            return window[_shuffled(attempt, len(window), key)]
+        low, high = self._bounds(position % self.batch // self.block)
+        attempt -= len(window)
+        if attempt >= high - low:
+            shards = self.source.shards
+            raise UserError(
+                f"none of the records from {shards.name(low)} to "
+                f"{shards.name(high - 1)} can be read: write or copy them again"
+            )
+        number = low + _shuffled(attempt, high - low, key)
+        return next(_in_sequence(self.source.shards, number, number + 1))
 
     def _drawn(self, step: int) -> tuple[np.ndarray, np.ndarray, list]:
         """(index, record, window of each stream) of a step.
@@ -354,10 +465,13 @@ class _TrainReader:
             for v in range(first, first + len(self.local) // self.block)
         ]
 
+    def _bounds(self, v: int) -> tuple[int, int]:
+        total = len(self.source.shards)
+        return v * total // self.streams, (v + 1) * total // self.streams
+
     def _stream(self, v: int, position: int) -> Iterator[tuple[int, bytes, list]]:
         """(index, record, its window) from ``position`` of stream v on."""
-        total = len(self.source.shards)
-        low, high = v * total // self.streams, (v + 1) * total // self.streams
+        low, high = self._bounds(v)
         size = high - low
         width = max(1, min(size, self.source.buffer // self.streams))
         epoch, within = divmod(position, size)
@@ -405,7 +519,7 @@ class _EvalReader:
         self.iterator: Iterator[tuple[int, bytes]] = iter(())
         self.next_step = -1
 
-    def rows(self, step: int, bad: dict[int, str]) -> Rows:
+    def rows(self, step: int, unusable: Callable[[np.ndarray], np.ndarray]) -> Rows:
         index = self.low + step * len(self.local) + np.arange(len(self.local))
         use = index < self.high
         if step not in self.recent:
@@ -418,8 +532,12 @@ class _EvalReader:
             self.recent[step], self.next_step = drawn, step + 1
             while len(self.recent) > 16:
                 self.recent.popitem(last=False)
-        use &= np.array([int(i) not in bad for i in index], bool)
+        use &= ~unusable(index)
         return Rows(index, np.where(use, index, 0), use, self.recent[step][use])
+
+
+def _shuffled(index: int, size: int, key: np.ndarray) -> int:
+    return int(order.permutation(np.array([index]), size, key)[0])
 
 
 def _in_sequence(shards: Shards, low: int, high: int) -> Iterator[tuple[int, bytes]]:
@@ -431,10 +549,11 @@ def _in_sequence(shards: Shards, low: int, high: int) -> Iterator[tuple[int, byt
         stop = min(high, end)
         file = shards.files[shard]
         if shards.format == ARRAY_RECORD:
-            reader = open_array_record(file)
+            reader = shards.array_record(shard)
             for i in range(low - first, stop - first):
-                yield first + i, reader.read([i])[0]
+                yield first + i, _array_record(reader, i)
         else:
+            shards.check(shard)
             with _binary(file) as stream:
                 for number in range(first, stop):
                     header = stream.read(12)
@@ -451,6 +570,11 @@ def _in_sequence(shards: Shards, low: int, high: int) -> Iterator[tuple[int, byt
                             f"{end - first}: copy it again"
                         )
                     yield number, data[:-4]
+                if stop == end and stream.read(1):
+                    raise UserError(
+                        f"{file} holds more than the {end - first} records that its "
+                        "index says: copy it again or write the records again"
+                    )
         low = stop
 
 
@@ -458,8 +582,13 @@ def _in_sequence(shards: Shards, low: int, high: int) -> Iterator[tuple[int, byt
 
 
 def _read_split(
-    cfg: DataConfig, root: str, name: str, known: dict[str, list[str]]
+    cfg: DataConfig,
+    root: str,
+    name: str,
+    known: dict[str, list[str]],
+    by_class: bool = False,
 ) -> tuple[Index, Split]:
+    """``by_class``: the labels are needed to choose among the examples."""
     if name not in known:
         raise UserError(f"unknown split {name!r}: {root} has {sorted(known)}")
     index_file = os.path.join(root, name + ".json")
@@ -468,7 +597,7 @@ def _read_split(
         _check(index, index_file)
     else:
         index = _without_index(cfg, known[name])
-    shards = Shards(index.files, index.counts, index.format)
+    shards = Shards(index.files, index.counts, index.format, index.fingerprints)
     remote = _is_remote(root)
     scanned = index.format == TFRECORD and not tf.io.gfile.exists(
         index.files[0] + ".npz"
@@ -476,9 +605,7 @@ def _read_split(
     sequential = cfg.access == "sequential" or (
         cfg.access == "auto" and remote and scanned
     )
-    labels = None
-    if not sequential and (cfg.subset or cfg.holdout or cfg.test_share):
-        labels = shards.labels()
+    labels = shards.labels() if by_class and not sequential else None
     split = Split(
         len(shards),
         "record",
@@ -498,10 +625,10 @@ def _read_split(
 
 def read_index(file: str) -> Index:
     """Reads ``SPLIT.json``."""
-    with tf.io.gfile.GFile(file) as stream:
-        text = stream.read()
+    with tf.io.gfile.GFile(file, "rb") as stream:
+        content = stream.read()
     try:
-        data = json.loads(text)
+        data = json.loads(content)
         shards = data["shards"]
         root = os.path.dirname(file)
         names = check_class_names(data["class_names"], file)
@@ -514,7 +641,10 @@ def read_index(file: str) -> Index:
             multilabel=bool(data["multilabel"]),
             image_key=data.get("image_key", IMAGE_KEY),
             label_key=data.get("label_key", LABEL_KEY),
+            fingerprints=tuple(s.get("fingerprint", "") for s in shards),
         )
+        if index.format not in FORMATS or min(index.counts, default=0) < 0:
+            raise ValueError(f"format {index.format!r}, counts {index.counts}")
     except UserError:
         raise
     except (KeyError, TypeError, ValueError) as e:
@@ -546,6 +676,7 @@ def _check(index: Index, file: str) -> None:
             )
 
 
+_OF = re.compile(r"-of-(\d+)")
 _SHARD = re.compile(
     r"(?P<split>.*?)-\d+(-of-\d+)?\.?(?P<format>tfrecords?|array_?record)?$"
     r"|(?P<plain>.*)\.(?P<kind>tfrecords?|array_?record)(-\d+-of-\d+)?$"
@@ -583,9 +714,21 @@ def _without_index(cfg: DataConfig, files: list[str]) -> Index:
             "are: set --config.data.num_classes, or write the data again with python "
             "-m vit_jax.data.write_records"
         )
+    totals = {int(m[1]) for f in files if (m := _OF.search(os.path.basename(f)))}
+    if totals and totals != {len(files)}:
+        raise UserError(
+            f"{os.path.dirname(files[0])} holds {len(files)} shards such as "
+            f"{os.path.basename(files[0])}, but their names say that there are "
+            f"{' or '.join(str(t) for t in sorted(totals))}: copy those that are "
+            "missing, or remove what is left of another set"
+        )
     array = "array" in os.path.basename(files[0])
     if array:
         counts = [open_array_record(f).num_records() for f in files]
+        if 0 in counts:  # what is cut short looks like this as well
+            raise UserError(
+                f"{files[counts.index(0)]} holds no records: copy it again or remove it"
+            )
     else:
         started = time.monotonic()
         with ThreadPoolExecutor(16) as pool:

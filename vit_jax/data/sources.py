@@ -8,6 +8,7 @@ see records.py). To add a source, add a function and its line in ``SOURCES``.
 """
 
 import dataclasses
+import logging
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
@@ -17,6 +18,8 @@ import numpy as np
 from vit_jax.config import DataConfig, choose
 from vit_jax.data import order
 from vit_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 IGNORED = -1  # label of an example that counts neither for the loss nor for a metric
 
@@ -245,13 +248,16 @@ def held_out(split: Split, share: float) -> tuple[np.ndarray, np.ndarray]:
     """Splits positions into (rest, held out), the same share of every class.
 
     The choice depends on the examples alone, never on the seed of the run, so that runs
-    with different seeds are compared on the same images.
+    with different seeds are compared on the same images. It is random, not by class,
+    where only the records know the labels.
     """
     if not 0 < share < 1:
         raise UserError(
             f"a share of {share} of the examples cannot be held out: set "
             "data.test_share or data.holdout between 0 and 1"
         )
+    if split.labels is None:
+        log.warning("held out at random: the classes are known only to the records")
     taken = np.zeros(len(split), bool)
     for members in _by_class(split):
         count = round(share * len(members))
@@ -292,6 +298,12 @@ def _subset(cfg: DataConfig, split: Split) -> np.ndarray:
         )
     if not cfg.subset_balanced:
         return np.sort(order.permutation(np.arange(count), total, _FIXED))
+    if split.labels is None:
+        raise UserError(
+            f"data.subset cannot hold as many examples of every class: those of "
+            f"{_where(cfg)} are known only to its records; write it again with python "
+            "-m vit_jax.data.write_records, or set --config.data.subset_balanced=False"
+        )
     # Round robin over the classes until enough are taken: as even as the data allows.
     ranks = np.concatenate([np.arange(len(m)) for m in _by_class(split)])
     members = np.concatenate(_by_class(split))

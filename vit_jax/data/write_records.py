@@ -7,7 +7,8 @@
 
 Images are copied as they are, in one fixed random order, so that shards can also be
 read in sequence. Shards are written side by side; one that is finished is not written
-again when the command is repeated after an interruption.
+again when the command is repeated after an interruption. The index, SPLIT.json, goes
+first and comes last: shards of two runs are never read together.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ import io
 import json
 import math
 import os
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
@@ -34,6 +36,7 @@ from vit_jax.data.records import (
     LABEL_KEY,
     NAME_KEY,
     TFRECORD,
+    read_sidecar,
 )
 from vit_jax.data.sources import Dataset, Split
 from vit_jax.data.tensorflow_cpu import tf
@@ -84,6 +87,10 @@ def write(
     result = {}
     for name in (split,) if split else ("train", "test"):
         part = sources.evaluation_split(cfg, dataset, name)
+        if part.parse is not None:
+            record = tf.TensorSpec((), tf.string)
+            parse = tf.function(part.parse, input_signature=[record], autograph=False)
+            part = dataclasses.replace(part, parse=parse)
         result[name] = _write_split(
             dataset, part, dest, name, format, shards, workers, progress
         )
@@ -112,7 +119,7 @@ def _write_split(
     size = len(part)
     if not shards:
         sample = np.linspace(0, size - 1, min(size, 64)).astype(np.int64)
-        mean = np.mean([len(b) for b in _encoded(part, sample)])
+        mean = np.mean([len(_example(part, int(p))[0]) for p in sample])
         shards = min(max(1, math.ceil(mean * size / SHARD_BYTES)), size)
     if not 0 < shards <= size:
         raise UserError(f"--shards is {shards}: it must lie in [1, {size}]")
@@ -125,8 +132,11 @@ def _write_split(
     done, lock = 0, threading.Lock()
     infos: dict[str, dict[str, Any]] = {}
     counts = np.zeros(dataset.num_classes, np.int64)
+    index_file = os.path.join(dest, name + ".json")
+    if tf.io.gfile.exists(index_file):
+        tf.io.gfile.remove(index_file)
     pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
-    futures = {pool.submit(_write_shard, j, dataset, part, format): j for j in jobs}
+    futures = {pool.submit(_write_shard, j, part, format): j for j in jobs}
     try:
         for future in as_completed(futures):
             info, labels = future.result()
@@ -153,27 +163,42 @@ def _write_split(
         "label_key": LABEL_KEY,
         "shards": [infos[os.path.basename(j.file)] for j in jobs],
     }
-    _replace(os.path.join(dest, name + ".json"), json.dumps(index, indent=1).encode())
+    _replace(index_file, json.dumps(index, indent=1).encode())
+    _remove_others(dest, name, set(infos))
     return index
 
 
+def _remove_others(dest: str, name: str, files: set[str]) -> None:
+    """Removes shards of this split that are not in its index, and pieces of them."""
+    ours = re.compile(
+        rf"{re.escape(name)}(\.json|-\d+-of-\d+\.({'|'.join(FORMATS)})(\.npz)?)(\.tmp)?"
+    )
+    keep = {name + ".json"} | files | {file + ".npz" for file in files}
+    for file in tf.io.gfile.listdir(dest):
+        if ours.fullmatch(file) and file not in keep:
+            tf.io.gfile.remove(os.path.join(dest, file))
+
+
 def _write_shard(
-    job: _Job, dataset: Dataset, part: Split, format: str
+    job: _Job, part: Split, format: str
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Writes one shard unless it is there already; returns its index entry and labels."""
+    """Writes one shard unless it is there already; returns its index entry and labels.
+
+    The sidecar is written last: it vouches for the shard.
+    """
     sidecar = job.file + ".npz"
-    if tf.io.gfile.exists(job.file) and tf.io.gfile.exists(sidecar):
-        with tf.io.gfile.GFile(sidecar, "rb") as stream, np.load(stream) as old:
-            found = tf.io.gfile.stat(job.file).length
-            if str(old["fingerprint"]) == job.fingerprint and found == old["bytes"]:
-                return _info(job, found), old["labels"]
+    if tf.io.gfile.exists(sidecar):
+        labels = _finished(job)
+        if labels is not None:
+            return _info(job, tf.io.gfile.stat(job.file).length), labels
+        tf.io.gfile.remove(sidecar)
     temporary = job.file + ".tmp"
     offsets, label_lists = [0], []
     try:
         writer = _writer(temporary, format)
         try:
             for position in job.positions:
-                record, labels = _record(dataset, part, int(position))
+                record, labels = _record(part, int(position))
                 writer.write(record)
                 offsets.append(offsets[-1] + len(record) + 16)
                 label_lists.append(labels)
@@ -192,8 +217,8 @@ def _write_shard(
             bytes=size,
             fingerprint=job.fingerprint,
         )
-        _replace(sidecar, buffer.getvalue())
         tf.io.gfile.rename(temporary, job.file, overwrite=True)
+        _replace(sidecar, buffer.getvalue())
     except BaseException:
         if tf.io.gfile.exists(temporary):
             tf.io.gfile.remove(temporary)
@@ -201,32 +226,47 @@ def _write_shard(
     return _info(job, size), flat
 
 
-def _record(dataset: Dataset, part: Split, position: int) -> tuple[bytes, list[int]]:
-    one = np.array([position])
-    index = part.index(one)
-    image = _encoded(part, one)[0]
-    assert part.labels is not None
-    labels = part.labels.of(index)[0].tolist()
+def _finished(job: _Job) -> np.ndarray | None:
+    """The labels of a shard that an earlier run wrote; None where it is another one."""
+    try:
+        found = read_sidecar(job.file, "fingerprint", "bytes", "labels")
+    except UserError:  # cut short
+        return None
+    if found is None or str(found[0]) != job.fingerprint:
+        return None
+    if not tf.io.gfile.exists(job.file):
+        return None
+    return found[2] if tf.io.gfile.stat(job.file).length == found[1] else None
+
+
+def _record(part: Split, position: int) -> tuple[bytes, list[int]]:
+    image, labels = _example(part, position)
+    name = os.path.basename(part.name(int(part.index(np.array([position]))[0])))
     feature = {
         IMAGE_KEY: _bytes(image),
         LABEL_KEY: tf.train.Feature(int64_list=tf.train.Int64List(value=labels)),
-        NAME_KEY: _bytes(os.path.basename(part.name(int(index[0]))).encode()),
+        NAME_KEY: _bytes(name.encode()),
     }
     example = tf.train.Example(features=tf.train.Features(feature=feature))
     return example.SerializeToString(deterministic=True), labels
 
 
-def _encoded(part: Split, positions: np.ndarray) -> list[bytes]:
-    """The encoded images as they are; decoded ones become PNG files, which lose nothing."""
-    data = part.fetch(part.index(positions))
-    if part.kind == "path":
-        return [_read(path) for path in data]
+def _example(part: Split, position: int) -> tuple[bytes, list[int]]:
+    """The encoded image as it is (a decoded one becomes a PNG file, which loses
+    nothing) and its labels."""
+    index = part.index(np.array([position]))
+    data = part.fetch(index)
+    if part.kind == "record":
+        assert part.parse is not None
+        image, labels = part.parse(data[0])
+        return image.numpy(), labels.numpy().tolist()
     if part.kind == "pixels":
-        return [
-            tf.io.encode_png(np.frombuffer(p, np.uint8).reshape(s)).numpy()
-            for p, s in zip(*data, strict=True)
-        ]
-    return list(data)
+        pixels = np.frombuffer(data[0][0], np.uint8).reshape(data[1][0])
+        image = tf.io.encode_png(pixels).numpy()
+    else:
+        image = _read(data[0]) if part.kind == "path" else data[0]
+    assert part.labels is not None
+    return image, part.labels.of(index)[0].tolist()
 
 
 def _read(path: str) -> bytes:
@@ -259,16 +299,24 @@ def _info(job: _Job, size: int) -> dict[str, Any]:
         "file": os.path.basename(job.file),
         "examples": len(job.positions),
         "bytes": int(size),
+        "fingerprint": job.fingerprint,
     }
 
 
 def _fingerprint(dataset: Dataset, part: Split, positions: np.ndarray) -> str:
-    """Changes when a shard would hold other examples, labels or classes."""
+    """Changes when a shard would hold other examples, labels or classes, or when a file
+    was replaced."""
     digest = hashlib.sha256(json.dumps(dataset.class_names).encode())
     index = part.index(positions)
-    assert part.labels is not None
-    for i, labels in zip(index, part.labels.of(index), strict=True):
-        digest.update(part.name(int(i)).encode() + b"\0" + labels.tobytes() + b"\0")
+    for i in index.tolist():
+        digest.update(part.name(i).encode() + b"\0")
+    if part.labels is not None:
+        for labels in part.labels.of(index):
+            digest.update(labels.tobytes() + b"\0")
+    if part.kind == "path":
+        for path in part.fetch(index):
+            status = os.stat(path)
+            digest.update(f"{status.st_size} {status.st_mtime_ns}\0".encode())
     return digest.hexdigest()
 
 
