@@ -179,3 +179,21 @@ def test_what_records_cannot_be_written_from_or_to(tmp_path):
     (source / "a/gone.jpg").symlink_to("/nowhere/gone.jpg")
     with pytest.raises(UserError, match=r"cannot read .*gone.jpg: No such file"):
         write_records.write(str(source), str(tmp_path / "out"))
+
+
+def test_a_set_that_is_all_test_set(tmp_path):
+    """What is only evaluated on need not have a folder test/: every image counts."""
+    write_folder(tmp_path, {"a": 3, "b": 4})
+    cfg = DataConfig(source="folder", path=str(tmp_path), image_size=8, test_share=1.0)
+    info = data.describe(cfg)
+    assert (info.num_train, info.num_test) == (0, 7)
+    batches = list(data.eval_batches(cfg, batch=4))
+    assert sum(b["mask"].sum() for b in batches) == 7
+    with pytest.raises(UserError, match=r"no training examples.*data\.test_share"):
+        data.train_batches(cfg, batch=2, seed=0)
+
+
+def test_validation_has_several_spellings(tmp_path):
+    write_folder(tmp_path, {"a": 2, "b": 2}, ("train", "val"))
+    cfg = DataConfig(source="folder", path=str(tmp_path), test_split="validation")
+    assert data.describe(cfg).num_test == 4

@@ -333,9 +333,10 @@ def test_counts_that_disagree_with_the_shards(
         list(data.eval_batches(cfg, batch=10))
 
 
-def test_a_damaged_array_record_is_a_bad_example(written, tmp_path):
-    copy = copy_of(written["array_record"], tmp_path)
-    file = copy / "train-00000-of-00002.array_record"
+@pytest.mark.parametrize("format", ["tfrecord", "array_record"])
+def test_a_record_with_a_flipped_bit_is_a_bad_example(format, written, tmp_path):
+    copy = copy_of(written[format], tmp_path)
+    file = copy / f"train-00000-of-00002.{format}"
     content = bytearray(file.read_bytes())
     content[300] ^= 1  # in the first record
     file.write_bytes(content)

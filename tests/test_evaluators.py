@@ -444,8 +444,13 @@ def test_other_data_sets_keep_only_how_the_run_reads_images(
     expected = {
         "dtd": {"eval_transforms": fewshot},
         "vtab/pets": {},
-        "v2": {"eval_transforms": crop, "train_split": "test"},
-        "": {"eval_transforms": crop, "source": "folder", "path": ""},
+        "v2": {"eval_transforms": crop, "train_split": "test", "test_share": 1.0},
+        "": {
+            "eval_transforms": crop,
+            "source": "folder",
+            "path": "",
+            "test_share": 1.0,
+        },
     }
     for name, fields in expected.items():
         assert read[name] == dataclasses.replace(fresh, name=name, **fields)

@@ -110,7 +110,8 @@ class DataConfig:
     train_split: str = "train"  # tfds split expression, or sub-folder; see sources.py
     # Falls back to "validation" or "val", then to the held-out share below.
     test_split: str = "test"
-    # Share of the examples held out for testing where the source has no test split.
+    # Share of the examples held out for testing where the source has no test split; 1:
+    # all of them, to evaluate on.
     test_share: Share = 0.2
     # Share of the training set kept for selection: evaluated instead of the test set,
     # not trained on.

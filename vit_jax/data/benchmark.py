@@ -58,7 +58,8 @@ def run(
     crop = _crop(cfg)
     with tempfile.TemporaryDirectory() as scratch:
         if cfg.source == "folder" and cfg.path:
-            split = pipeline.split_of(cfg, "train")
+            whole = DataConfig(source="folder", path=cfg.path)  # its splits are tfds'
+            split = pipeline.split_of(whole, "train")
             chosen = np.arange(0, len(split), -(-len(split) // MOST))
             paths = _jpegs([str(p) for p in split.fetch(split.index(chosen))], cfg.path)
         else:

@@ -3,8 +3,9 @@
 
 Grey, palette, alpha, CMYK and 16-bit images become 8-bit RGB (alpha is dropped, the
 first frame of an animation is taken, EXIF rotation is applied). What cannot be decoded
-raises a tensorflow error; whether it does depends on the file alone, never on the crop,
-so that a resumed run replaces the same examples.
+raises a tensorflow error. For a JPEG that is damaged in the middle this depends on the
+crop, so the pipeline tries it again at every position (``graph.torn``); any other file
+fails whatever the crop.
 """
 
 from collections.abc import Callable, Sequence

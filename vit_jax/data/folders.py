@@ -35,7 +35,8 @@ log = logging.getLogger(__name__)
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp")
 TRAIN_FOLDERS = ("train", "training")
-TEST_FOLDERS = ("test", "val", "validation", "valid")
+VALIDATION = ("val", "validation", "valid")
+TEST_FOLDERS = ("test", *VALIDATION)
 MANIFESTS = (".csv", ".jsonl")
 MAX_CLASSES = 100_000  # that labels which are numbers can make, or one per example
 _IMAGE_COLUMNS = ("image", "path", "file", "filename")
@@ -140,13 +141,15 @@ def _test_root(cfg: DataConfig, root: Path, train_root: Path) -> Path | None:
 
 
 def _chosen(root: Path, knob: str, name: str) -> Path:
-    if not (root / name).is_dir():
+    # tfds says "validation" where folders say "val".
+    found = _first(root, (name, *(VALIDATION if name in VALIDATION else ())))
+    if found is None:
         raise UserError(
             f"data.{knob} is {name!r}, but {root} has no such folder: it has "
             f"{_some(tuple(_subfolders(root)))}; only the default, "
             f"{getattr(DataConfig, knob)!r}, stands for whichever there is"
         )
-    return root / name
+    return found
 
 
 def _class_folders(

@@ -83,6 +83,11 @@ def train_batches(
     if cfg.source == "synthetic":
         _load(cfg)
         return synthetic.batches(cfg, rows, itertools.count(start), salt=seed)
+    if not len(split_of(cfg, "train")):
+        raise UserError(
+            "there are no training examples left: data.test_share is "
+            f"{cfg.test_share} and data.holdout {cfg.holdout}"
+        )
     split, bad = _cached(cfg, "train")
     stream = _Stream(cfg, _load(cfg), split, bad, batch, rows, seed, training=True)
     return stream.run(range(start, 2**62))

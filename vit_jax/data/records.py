@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import google_crc32c
 import numpy as np
 
 from vit_jax.config import DataConfig
@@ -210,7 +211,7 @@ class Shards:
                 f"{self.files[shard]} does not match its index at record {i}: it was "
                 "cut short or replaced; copy it again or write the records again"
             )
-        return frame[12:-4]
+        return _verified(frame[12:])
 
     def _pread(self, shard: int, begin: int, length: int) -> bytes:
         if self._pool is None:
@@ -344,6 +345,14 @@ def open_array_record(file: str) -> Any:
         return ArrayRecordReader(file)
     except (ValueError, RuntimeError, OSError) as e:
         raise UserError(f"{file} cannot be opened: {str(e).splitlines()[0]}") from e
+
+
+def _verified(data: bytes) -> bytes:
+    """A TFRecord without the checksum at its end, a masked CRC-32C; a flipped bit of a
+    label would be read without a word."""
+    crc = google_crc32c.value(data[:-4])
+    masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
+    return data[:-4] if masked == struct.unpack("<I", data[-4:])[0] else _DAMAGED
 
 
 def _array_record(reader: Any, index: int) -> bytes:
@@ -569,7 +578,7 @@ def _in_sequence(shards: Shards, low: int, high: int) -> Iterator[tuple[int, byt
                             f"{file} is cut short at record {number - first} of "
                             f"{end - first}: copy it again"
                         )
-                    yield number, data[:-4]
+                    yield number, _verified(data)
                 if stop == end and stream.read(1):
                     raise UserError(
                         f"{file} holds more than the {end - first} records that its "

@@ -249,8 +249,10 @@ def held_out(split: Split, share: float) -> tuple[np.ndarray, np.ndarray]:
 
     The choice depends on the examples alone, never on the seed of the run, so that runs
     with different seeds are compared on the same images. It is random, not by class,
-    where only the records know the labels.
+    where only the records know the labels. All are held out by a share of 1.
     """
+    if share == 1:
+        return np.zeros(0, np.int64), np.arange(len(split))
     if not 0 < share < 1:
         raise UserError(
             f"a share of {share} of the examples cannot be held out: set "

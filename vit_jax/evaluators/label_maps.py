@@ -24,6 +24,9 @@ from vit_jax.errors import UserError
 from vit_jax.evaluators.accuracy import check_classes, correct, counted, means
 from vit_jax.evaluators.context import Batch, Context, name_of
 
+# Test sets are often class folders and no more: every image counts.
+WHOLE = {"test_share": 1.0}
+
 
 def real(
     context: Context,
@@ -98,8 +101,10 @@ def imagenet_v2(
       UserError: another number of classes than the model, or other names.
     """
     del prefix
-    data = data or {"name": "imagenet_v2/matched-frequency"}
-    config = context.other_data({"train_split": "test"} | dict(data))  # all it has
+    data = WHOLE | (data or {"name": "imagenet_v2/matched-frequency"})
+    if data.get("source", "tfds") == "tfds":
+        data = {"train_split": "test"} | data  # its only split
+    config = context.other_data(data)
     check_classes(context, config)
     names = datasets.describe(config).class_names
     lookup = context.put(_one_to_one(names, context.class_names, name_of(config)))
@@ -141,7 +146,7 @@ def objectnet(
         model that is mapped twice.
     """
     del prefix
-    config = context.other_data(data) if data else context.cfg.data
+    config = context.other_data(WHOLE | data) if data else context.cfg.data
     names = datasets.describe(config).class_names
     of_model = _many_to_one(mapping, names, context.class_names)
     to_set = context.put(of_model)
