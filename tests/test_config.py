@@ -122,6 +122,16 @@ def test_a_stored_config_that_is_damaged_is_named(tmp_path):
     assert config.read(path).steps == 7
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("vit_b16", "ViT-B/16"), ("ViT-b32", "ViT-B/32"), ("R50+ViT-B16", "R50+ViT-B/16")],
+)
+def test_the_nearest_name_is_written_in_another_way(value, expected):
+    names = ["ViT-B/16", "ViT-B/32", "R50+ViT-B/16"]
+    assert config.nearest(value, names) == f"did you mean {expected!r}? "
+    assert config.nearest("quite else", names) == ""
+
+
 def test_an_int_is_a_float():
     assert config.from_dict({"optim": {"learning_rate": 1}}).optim.learning_rate == 1.0
 

@@ -13,6 +13,7 @@ import difflib
 import inspect
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -342,9 +343,14 @@ def replace(cfg: Config, **changes: Any) -> Config:
 
 
 def nearest(value: str, allowed: typing.Iterable[str]) -> str:
-    """``did you mean 'x'? `` where something is close, else nothing; for error messages."""
-    close = difflib.get_close_matches(value, list(allowed), n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}? " if close else ""
+    """``did you mean 'x'? `` where something is close, else nothing; for error messages.
+
+    Only letters and digits count: ``vit_b16`` is ``ViT-B/16``.
+    """
+    plain = lambda text: re.sub(r"[\W_]", "", str(text)).lower()
+    names = {plain(name): name for name in allowed}
+    close = difflib.get_close_matches(plain(value), names, n=1, cutoff=0.5)
+    return f"did you mean {names[close[0]]!r}? " if close else ""
 
 
 def choose(what: str, value: str, allowed: Mapping[str, Any]) -> Any:
