@@ -101,9 +101,9 @@ def imagenet_v2(
       UserError: another number of classes than the model, or other names.
     """
     del prefix
-    data = WHOLE | (data or {"name": "imagenet_v2/matched-frequency"})
+    data = {**WHOLE, **(data or {"name": "imagenet_v2/matched-frequency"})}
     if data.get("source", "tfds") == "tfds":
-        data = {"train_split": "test"} | data  # its only split
+        data = {"train_split": "test", **data}  # its only split
     config = context.other_data(data)
     check_classes(context, config)
     names = datasets.describe(config).class_names
@@ -146,7 +146,7 @@ def objectnet(
         model that is mapped twice.
     """
     del prefix
-    config = context.other_data(WHOLE | data) if data else context.cfg.data
+    config = context.other_data({**WHOLE, **data}) if data else context.cfg.data
     names = datasets.describe(config).class_names
     of_model = _many_to_one(mapping, names, context.class_names)
     to_set = context.put(of_model)
