@@ -61,6 +61,7 @@ def test_a_run_writes_and_continues_its_metrics(bucket):
         2,
     )  # two in the same second share a name
 
+    (bucket / "bucket/run/checkpoints/1").mkdir(parents=True)  # something to lose
     other = train.claim(workdir, replace(CFG, seed=1), data.describe(CFG.data))
     with pytest.raises(UserError, match="holds a run with another config"), other:
         pass
