@@ -195,7 +195,7 @@ def test_restore_into_another_strategy(runs, tmp_path, saved, restored):
     ("changes", "message"),
     [
         ({"mesh": (3, 2)}, r"config.mesh=\(3, 2\) is for 6 devices, but there are 8"),
-        ({"mesh": (8, -1)}, r"config.mesh=\(8, -1\)"),
+        ({"mesh": (8, -1)}, r"config.mesh\[1\] is -1: it must be at least 1"),
         ({"mesh": (2, 2, 2, 1)}, r"config.mesh=\(2, 2, 2, 1\).*takes 1 to 3 numbers"),
         (
             {"batch": 12},
@@ -205,7 +205,7 @@ def test_restore_into_another_strategy(runs, tmp_path, saved, restored):
             {"batch": 24, "accumulate": 2},
             r"config.batch=24.*config.accumulate.*multiple of 16",
         ),
-        ({"sharding": "zerro"}, r"config.sharding 'zerro': did you mean 'zero'"),
+        ({"sharding": "zerro"}, r"config.sharding is 'zerro': did you mean 'zero'"),
         ({"sharding": "tensor"}, r"config.sharding=tensor needs config.mesh"),
         (
             {"sharding": "tensor", "mesh": (1, 8)},

@@ -111,7 +111,7 @@ def create_mesh(cfg: Config, devices: Sequence[jax.Device] | None = None) -> Mes
         raise UserError(
             f"config.mesh={shape}: config.sharding={cfg.sharding} takes {few} to {many} numbers"
         )
-    if min(shape) < 1 or math.prod(shape) != len(devices):
+    if math.prod(shape) != len(devices):
         raise UserError(
             f"config.mesh={shape} is for {math.prod(shape)} devices, but there are {len(devices)}: "
             "the numbers must multiply to that"
