@@ -123,7 +123,7 @@ def test_a_disk_that_is_full_is_one_message(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
     try:
         c.save(make_state(2.0), 2, {})  # in the background
-        with pytest.raises(UserError, match=r"cannot be written .*from step 1$"):
+        with pytest.raises(UserError, match=r"cannot be written .*large.*from step 1$"):
             c.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

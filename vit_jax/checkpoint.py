@@ -216,7 +216,8 @@ def load_params(path: str) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    text = str(error).split(" [tensorstore_spec")[0]
+    return " ".join(text.split())[:500] or type(error).__name__
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

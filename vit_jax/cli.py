@@ -123,6 +123,13 @@ def _log_only_our_own() -> None:
     ours.setLevel(logging.INFO)
     ours.propagate = False
 
+    def unraisable(report: Any) -> None:
+        # After a read or write that failed, TensorStore's threads call Orbax's loop.
+        if str(report.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(report)
+
+    sys.unraisablehook = unraisable
+
 
 def run(main: Callable[[list[str]], Any]) -> None:
     """Runs ``main(positional arguments)`` as a command and exits.
