@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight fake CPU devices, and rules that turn silent mistakes into errors."""
 
+import logging
 import os
 from pathlib import Path
+
+# What Orbax's tasks leave of a failed read is logged when they are collected, in any
+# later test; writing its traceback can break Python 3.11's parser if that is at work.
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 # Must be set before JAX starts. TPU_SKIP_MDS_QUERY keeps libtpu, where it is installed,
 # from looking for a TPU.
