@@ -36,14 +36,11 @@ class TinyPhotos(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager):
         train, validation = self.SIZES
         return {
-            "train": self._examples(train, 0),
-            "validation": self._examples(validation, 100),
+            "train": self._generate_examples(train, 0),
+            "validation": self._generate_examples(validation, 100),
         }
 
-    def _generate_examples(self):
-        raise NotImplementedError
-
-    def _examples(self, count, seed):
+    def _generate_examples(self, count, seed):
         for i in range(count):
             yield i, {"image": np.asarray(picture(seed + i, 6, 8)), "label": i % 3}
 

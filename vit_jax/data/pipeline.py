@@ -83,12 +83,12 @@ def train_batches(
     if cfg.source == "synthetic":
         _load(cfg)
         return synthetic.batches(cfg, rows, itertools.count(start), salt=seed)
-    if not len(split_of(cfg, "train")):
+    split, bad = _cached(cfg, "train")
+    if not len(split):
         raise UserError(
             "there are no training examples left: data.test_share is "
             f"{cfg.test_share} and data.holdout {cfg.holdout}"
         )
-    split, bad = _cached(cfg, "train")
     stream = _Stream(cfg, _load(cfg), split, bad, batch, rows, seed, training=True)
     return stream.run(range(start, 2**62))
 
@@ -404,7 +404,8 @@ def _cached_once(
 
     dataset = _load_once(cfg, signature)
     split = sources.evaluation_split(cfg, dataset, name)
-    if split.kind == "pixels" or split.sequence is not None or cfg.cache_gib <= 0:
+    in_memory = split.kind == "pixels"
+    if in_memory or split.sequence is not None or cfg.cache_gib <= 0 or not len(split):
         return split, {}
     if graph.decoded_bytes(split, dataset) > cfg.cache_gib * 2**30:
         return split, {}
