@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vit_jax import cli, config
+from vit_jax import config, config_file
 from vit_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +58,7 @@ def folder_of_images(path, classes=("cat", "dog"), count=6):
         ),
         (
             ["--config=configs/digitss.py", "--config.steps=3"],
-            ["configs/digitss.py", "No such file"],
+            ["configs/digitss.py", "did you mean 'digits'"],
         ),
         ([TINY, "--config.model.name.foo=3"], ["model.name.foo", "no keys"]),
         ([TINY, "--wrkdir=x"], ["wrkdir", "workdir"]),
@@ -94,7 +94,7 @@ def test_a_mistake_in_the_command_is_one_line(args, words, tmp_path):
 def test_a_mistake_in_a_config_file_is_one_line(text, words, tmp_path):
     (tmp_path / "mine.py").write_text(text)
     with pytest.raises(UserError) as error:
-        cli._ConfigFile().parse(f"{tmp_path}/mine.py")
+        config_file.Parser().parse(f"{tmp_path}/mine.py")
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
@@ -106,7 +106,7 @@ def test_a_config_file_may_return_a_config(tmp_path, monkeypatch):
         "from vit_jax.config import Config\n"
         "def get_config(steps):\n    return Config(steps=int(steps))\n"
     )
-    values = cli._ConfigFile().parse("~/mine.py:5")
+    values = config_file.Parser().parse("~/mine.py:5")
     assert config.from_dict(values) == config.Config(steps=5)
 
 
@@ -180,9 +180,9 @@ def test_freed_memory_is_kept():
     """The second 50 MB are those that the first ones left: no page comes from the
     system."""
     code = (
-        "import resource, numpy as np; from vit_jax import cli\n"
-        "cli.glob.glob = lambda pattern: []  # as on a machine without accelerators\n"
-        "cli.keep_memory()\n"
+        "import resource, numpy as np; from vit_jax import runtime\n"
+        "runtime.glob.glob = lambda pattern: []\n"
+        "runtime.keep_memory()\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "np.ones(50_000_000, np.uint8)\n"
         "before = faults(); np.ones(50_000_000, np.uint8); print(faults() - before)"
