@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = {
-    "errors": 0, "config": 0, "cli": 0, "distributed": 0, "progress": 0, "feed": 0,
+    "errors": 0, "config": 0, "config_file": 0, "runtime": 0, "cli": 0, "__main__": 4, "distributed": 0, "progress": 0, "feed": 0,
     "models": 1, "data": 1, "objectives": 1, "optim": 1, "sharding": 1, "checkpoint": 1,
     "hlo": 1, "recipes": 1,
     "evaluators": 2, "weights": 2, "analysis": 2,
@@ -19,7 +19,16 @@ LEVELS = {
     "main": 4, "predict": 4, "evaluate": 4, "convert": 4, "plan": 4, "benchmark": 4, "sweep": 4,
 }  # fmt: skip
 # Within level 0, in this order; everything of level 1 and above may use them.
-GROUND = ["errors", "progress", "feed", "distributed", "config", "cli"]
+GROUND = [
+    "errors",
+    "runtime",
+    "progress",
+    "feed",
+    "distributed",
+    "config",
+    "config_file",
+    "cli",
+]
 FILES = sorted((ROOT / "vit_jax").rglob("*.py"))
 
 

@@ -35,7 +35,11 @@ def main() -> None:
         for command, about in COMMANDS.items():
             print(f"  {command:<{width}}  {about}")
     else:
-        hint = "did you mean 'main'? " if name == "train" else config.nearest(name, COMMANDS)
+        hint = (
+            "did you mean 'main'? "
+            if name == "train"
+            else config.nearest(name, COMMANDS)
+        )
         print(
             f"error: unknown command {name!r}: {hint}the commands are "
             f"{', '.join(COMMANDS)}",

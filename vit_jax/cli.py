@@ -98,7 +98,7 @@ def run(main: Callable[[list[str]], Any]) -> None:
     Exit status: 0, or what ``main`` returned; 2 after a ``UserError``, a bad flag or a
     package that is not installed, reported in one line.
     """
-    _log_only_our_own()
+    quiet()
     runtime.prepare()
 
     def guarded(argv: list[str]) -> int:
@@ -135,7 +135,7 @@ def run(main: Callable[[list[str]], Any]) -> None:
     app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, main))
 
 
-def _log_only_our_own() -> None:
+def quiet() -> None:
     """Orbax and Flax warn about what is normal here, and log as pages what they raise
     as well."""
     absl_logging.use_absl_handler()
@@ -194,7 +194,9 @@ def help_text(about: str) -> str:
         default = "" if flag.default in (None, "", False, 0) else f" ({flag.default})"
         lines.append(f"  --{flag.name}{'' if flag.boolean else '=...'}{default}")
         text = " ".join((flag.help or "").split())
-        lines += textwrap.wrap(text, columns, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += textwrap.wrap(
+            text, columns, initial_indent=" " * 6, subsequent_indent=" " * 6
+        )
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ from vit_jax.errors import UserError
 
 # Beside the package in a clone, inside it where it was installed.
 _HERE = Path(__file__).parent
-SHIPPED = next((p for p in (_HERE / "configs", _HERE.parent / "configs") if p.is_dir()))
+SHIPPED = next(p for p in (_HERE / "configs", _HERE.parent / "configs") if p.is_dir())
 
 
 class Parser(flags.ArgumentParser):
