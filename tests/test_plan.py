@@ -69,7 +69,7 @@ def test_unknown_topology(name, message):
 
 def test_without_the_compiler(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'vit_jax\[tpu\]'"):
+    with pytest.raises(UserError, match=r"pip install 'vit_jax\[plan\]'"):
         tpu.topology("v5e:2x2")
 
 

@@ -84,7 +84,7 @@ def train(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
         "data_wait": statistics.median(m["train/data_wait"] for m in loop),
         "compile_seconds": compile_seconds,
         **_memory(compiled),
-        **_utilisation(flops),
+        **utilisation(flops),
     }
 
 
@@ -110,7 +110,7 @@ def infer(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
     return {
         "images_per_second": best,
         "images_per_second_by_batch": speeds,
-        **_utilisation(2 * models.macs(program.cfg.model) * best),
+        **utilisation(2 * models.macs(program.cfg.model) * best),
     }
 
 
@@ -136,11 +136,14 @@ WHAT = {"train": train, "infer": infer, "data": _data, "fewshot": _fewshot}
 
 
 def _seconds(step: Callable[..., Any], state: Any, batch: Any, steps: int) -> float:
+    """Of ``steps`` steps, of which at most two are in flight, as in the loop."""
     state, metrics = step(state, batch)
     jax.block_until_ready(metrics)
     start = time.perf_counter()
     for _ in range(steps):
+        previous = metrics
         state, metrics = step(state, batch)
+        jax.block_until_ready(previous)
     jax.block_until_ready((state, metrics))
     return time.perf_counter() - start
 
@@ -154,7 +157,7 @@ def _memory(compiled: Any) -> dict[str, float]:
     return {"peak_gib": (size - m.alias_size_in_bytes) / 2**30}
 
 
-def _utilisation(flops: float) -> dict[str, float]:
+def utilisation(flops: float) -> dict[str, float]:
     """Model FLOP/s, and their share of the peak where the device's peak is known (MFU)."""
     chip = hardware.chip_of(jax.devices()[0].device_kind)
     found = {"tflops": flops / 1e12}
@@ -180,8 +183,6 @@ def main(argv: list[str]) -> None:
         )
     f = flags.FLAGS
     cfg = cli.read_config()
-    cli.keep_compiled()
-    cli.keep_memory()
     runs = {what: config.choose("--what", what, WHAT) for what in f.what.split(",")}
     results: dict[str, Any] = {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",

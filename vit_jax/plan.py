@@ -275,7 +275,6 @@ def main(argv: list[str]) -> None:
         )
     f = flags.FLAGS
     cfg = cli.read_config()
-    cli.keep_compiled()
     tell = functools.partial(print, file=sys.stderr, flush=True)
     target = tpu.topology(f.topology, f.slices)
     with cli.only_json(f.json):

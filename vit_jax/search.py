@@ -91,12 +91,12 @@ def neighbours(cfg: Config, plan: Plan, devices: Sequence[Any]) -> Iterator[Conf
         if cfg.sharding != "tensor"
     ]
     if plan["fits"]:
+        if cfg.accumulate > 1:
+            yield change(accumulate=cfg.accumulate // 2)
         yield blocks[0]
         yield from meshes(cfg)
         yield from others
         yield from blocks
-        if cfg.accumulate > 1:
-            yield change(accumulate=cfg.accumulate // 2)
         return
     yield change(model__layers="scan", model__remat="full")
     yield from (c for c in others if c.sharding != "replicate")

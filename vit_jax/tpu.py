@@ -64,7 +64,9 @@ def topology(name: str, slices: int = 1) -> Topology:
 
 def _require_compiler() -> None:
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("the TPU compiler is not installed: pip install 'vit_jax[tpu]'")
+        raise UserError(
+            "the TPU compiler is not installed: pip install 'vit_jax[plan]'"
+        )
     # The compiler must not look for TPUs or for the metadata server of a cloud machine;
     # and since it touches no TPU, it may run while another process uses one.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
