@@ -13,6 +13,7 @@ from weights_files import save_npz, small_model
 from vit_jax import checkpoint, weights
 from vit_jax.config import CheckpointConfig
 from vit_jax.errors import UserError
+from vit_jax.program import State
 from vit_jax.weights import contents, fit
 
 
@@ -192,7 +193,7 @@ def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("workdir")
     saver = checkpoint.Checkpointer(str(folder), CheckpointConfig())
     params = fit.unflatten(small_model()[1])
-    saver.save(checkpoint.State(params, {}, np.int32(3), {}), 3, {})
+    saver.save(State(params, {}, np.int32(3), {}), 3, {})
     saver.wait()
     saver.close()
     return folder
@@ -261,6 +262,42 @@ def test_a_whole_block_is_missing(tmp_path, lost):
     flat = {k: v for k, v in flat.items() if lost not in k}
     with pytest.raises(UserError, match="is missing"):
         weights.read(save_npz(tmp_path / "x.npz", flat))
+
+
+@pytest.mark.parametrize(
+    ("name", "gap"),
+    [
+        ("Transformer/encoderblock_999999999/LayerNorm_0/bias", "encoderblock_2"),
+        ("block900000000/unit1/gn1/scale", "block1"),
+        ("block1/unit900000000/gn1/scale", "block1/unit1"),
+        ("blocks.999999999.norm1.weight", "block 2"),
+        ("patch_embed.backbone.stages.9.blocks.999999999.norm1.weight", "stage 0"),
+    ],
+)
+def test_a_number_in_a_name_is_not_a_number_of_layers(tmp_path, name, gap):
+    """Memory and time go with the file, not with what it says: this ends at once."""
+    model, flat = small_model()
+    if "." in name:
+        file = tmp_path / "x.safetensors"
+        weights.save(file, model.cfg, fit.unflatten(flat), layout="timm")
+        header, data = _split(file.read_bytes())
+        header[name] = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+        file.write_bytes(_joined(header, data))
+    else:
+        root = {"conv_root/kernel": np.zeros((7, 7, 3, 64))} if "unit" in name else {}
+        file = save_npz(tmp_path / "x.npz", {**flat, **root, name: np.zeros(3)})
+    with pytest.raises(UserError, match=f"{gap} is missing"):
+        weights.read(file)
+
+
+def _split(data):
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:end]), data[end:]
+
+
+def _joined(header, data):
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
 
 
 def test_other_networks(tmp_path):

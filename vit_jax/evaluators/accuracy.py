@@ -62,9 +62,9 @@ def means(sums: Mapping[str, Any]) -> dict[str, float]:
 def class_loss(context: Context) -> str:
     """The loss that the numbers report; masked patch prediction has no classes to be
     right about."""
-    if context.cfg.loss == "masked_patch":
+    if not objectives.of(context.cfg).reads_labels:
         raise UserError(
-            "config.loss='masked_patch' trains no classes: choose the evaluators "
+            f"config.loss={context.cfg.loss!r} trains no classes: choose the evaluators "
             "'fewshot', 'knn' or 'linear_probe' in config.eval.evaluators"
         )
     return context.cfg.loss
