@@ -158,7 +158,9 @@ def _header(image: Image) -> Any:
 
 @_rarely(_FILE)
 def _any_header(image: Image) -> Any:
-    return _in_python(lambda data: np.int32(image_files.header(data)), image, (3,))
+    return _in_python(
+        lambda data: np.array(image_files.header(data), np.int32), image, (3,)
+    )
 
 
 @_rarely(_FILE)

@@ -130,9 +130,8 @@ def _opened(file: BinaryIO) -> Image.Image:
             warnings.simplefilter("ignore")
             return opener(file) if opener else Image.open(file, formats=("TIFF",))
     except Exception as e:
-        found = "is empty"
-        if start:
-            found = "has a damaged header" if opener else f"begins with {start!r}"
+        found = f"begins with {start!r}" if start else "is empty"
+        found = "has a truncated or damaged header" if opener else found
         raise ImageFileError(
             f"not an image, it {found}: JPEG, PNG, GIF, BMP and WebP work"
         ) from e
