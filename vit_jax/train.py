@@ -39,7 +39,8 @@ from vit_jax.checkpoint import Checkpointer, State
 from vit_jax.config import Config
 from vit_jax.distributed import Preemption
 from vit_jax.errors import UserError
-from vit_jax.feed import Feed, put
+from vit_jax.feed import Feed
+from vit_jax.inference import Predictor, normalize, outputs
 from vit_jax.progress import Bar, MetricsWriter, phase, say, write_whole
 
 Batch = dict[str, jax.Array]
@@ -87,13 +88,6 @@ def train_step(
         "skipped": 1.0 - finite.astype(jnp.float32),
     }
     return State(params, opt_state, state.step + 1, ema), metrics
-
-
-def normalize(images: jax.Array) -> jax.Array:
-    """uint8 pixels 0..255 -> float32 in [-1, 1]; float images are in that range already."""
-    if images.dtype == jnp.uint8:
-        return images.astype(jnp.float32) / 127.5 - 1.0
-    return images
 
 
 def _gradient(cfg, loss_fn, params, batch, key):
@@ -204,10 +198,7 @@ def build(
 
     def forward(params, images):
         params = sharding.gather(cfg, mesh, params)
-        logits, out = placed.apply(
-            {"params": params}, normalize(images), method="forward"
-        )
-        return {"logits": logits, "pre_logits": out["pre_logits"]}
+        return outputs(placed, params, images)
 
     step = functools.partial(
         train_step, cfg=cfg, loss_fn=loss_fn, tx=tx, schedule=schedule
@@ -492,24 +483,12 @@ def evaluate(
     cfg = program.cfg
     params = state.ema if cfg.optim.polyak else state.params
 
-    def batches(data_cfg: config.DataConfig, split: str) -> Iterator[Batch]:
-        n = program.mesh.size
-        size = -(-(cfg.eval.batch or cfg.batch) // n) * n
-        source = data.eval_batches(
-            data_cfg,
-            batch=size,
-            split=split,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        for batch in source:
-            if preemption and preemption.requested():
-                raise _Stopped
-            yield put(batch, program.batch_sharding)
+    def interrupt() -> None:
+        if preemption and preemption.requested():
+            raise _Stopped
 
-    context = evaluators.Context(
-        cfg=cfg, params=params, forward=program.forward, batches=batches, info=info
-    )
+    predictor = Predictor(params, program.forward, program.mesh, interrupt)
+    context = evaluators.Context(cfg, predictor, info)
     try:
         return {k: float(v) for k, v in evaluators.run(context).items()}
     except _Stopped:
