@@ -263,6 +263,42 @@ def test_a_whole_block_is_missing(tmp_path, lost):
         weights.read(save_npz(tmp_path / "x.npz", flat))
 
 
+@pytest.mark.parametrize(
+    ("name", "gap"),
+    [
+        ("Transformer/encoderblock_999999999/LayerNorm_0/bias", "encoderblock_2"),
+        ("block900000000/unit1/gn1/scale", "block1"),
+        ("block1/unit900000000/gn1/scale", "block1/unit1"),
+        ("blocks.999999999.norm1.weight", "block 2"),
+        ("patch_embed.backbone.stages.9.blocks.999999999.norm1.weight", "stage 0"),
+    ],
+)
+def test_a_number_in_a_name_is_not_a_number_of_layers(tmp_path, name, gap):
+    """Memory and time go with the file, not with what it says: this ends at once."""
+    model, flat = small_model()
+    if "." in name:
+        file = tmp_path / "x.safetensors"
+        weights.save(file, model.cfg, fit.unflatten(flat), layout="timm")
+        header, data = _split(file.read_bytes())
+        header[name] = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+        file.write_bytes(_joined(header, data))
+    else:
+        root = {"conv_root/kernel": np.zeros((7, 7, 3, 64))} if "unit" in name else {}
+        file = save_npz(tmp_path / "x.npz", {**flat, **root, name: np.zeros(3)})
+    with pytest.raises(UserError, match=f"{gap} is missing"):
+        weights.read(file)
+
+
+def _split(data):
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:end]), data[end:]
+
+
+def _joined(header, data):
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
 def test_other_networks(tmp_path):
     mlp = {"stem/kernel": np.zeros((3, 3)), "head/kernel": np.zeros((3, 2))}
     with pytest.raises(UserError, match="no Vision Transformer"):

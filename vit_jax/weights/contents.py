@@ -8,7 +8,7 @@ first weight is read, and the peak memory of loading is the parameters plus one 
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,6 +77,23 @@ def parsing(what: str) -> Iterator[None]:
         raise Damaged(
             f"{what} is truncated or damaged ({why}): download or copy it again"
         ) from e
+
+
+def count_up(numbers: Iterable[int], first: int, what: str) -> int:
+    """How many consecutive numbers there are from ``first`` on: layers, say.
+
+    The numbers come from names in a file: the time depends on how many there are, never
+    on how large they are.
+
+    Raises:
+      UserError: naming the first gap, after ``what``.
+    """
+    found, end = set(numbers), first
+    while end in found:
+        end += 1
+    if len(found) > end - first:
+        raise UserError(f"{what}{end} is missing")
+    return end - first
 
 
 def in_memory(name: str, values: Any) -> Array:

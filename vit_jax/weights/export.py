@@ -13,7 +13,7 @@ from vit_jax import config, models
 from vit_jax.config import ModelConfig
 from vit_jax.errors import UserError
 from vit_jax.models.positions import PositionEmbedding
-from vit_jax.weights import fit, metadata, npz, torch
+from vit_jax.weights import fit, metadata, npz, safetensors, torch
 from vit_jax.weights.contents import Metadata
 from vit_jax.weights.layout import POSITIONS, STACKED
 
@@ -85,7 +85,7 @@ def _timm(
     stages = list(cfg.resnet) if cfg.resnet_width else None
     arrays = torch.to_torch(flat, torch.timm_pairs(cfg.depth, stages))
     header = {"vit_jax": json.dumps(metadata.to_dict(cfg, about), ensure_ascii=False)}
-    torch.write(path, arrays, header)
+    safetensors.write(path, arrays, header)
     notes = []
     if cfg.gelu == "tanh":
         notes.append(
@@ -110,7 +110,7 @@ def _hf(
     arrays = torch.to_torch(flat, pairs)
     path.mkdir(parents=True, exist_ok=True)
     model, processor = metadata.to_hf(cfg, about)
-    torch.write(path / "model.safetensors", arrays, {})
+    safetensors.write(path / "model.safetensors", arrays, {})
     metadata.write_json(path / "config.json", model)
     metadata.write_json(path / "preprocessor_config.json", processor)
     return []

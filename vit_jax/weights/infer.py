@@ -8,7 +8,7 @@ from typing import Any
 from vit_jax.config import ModelConfig
 from vit_jax.errors import UserError
 from vit_jax.models import variants
-from vit_jax.weights.contents import Array
+from vit_jax.weights.contents import Array, count_up
 from vit_jax.weights.layout import POSITIONS
 from vit_jax.weights.report import Report
 
@@ -109,19 +109,16 @@ def _resnet(arrays: dict[str, Array], report: Report) -> dict[str, Any]:
         return {}
     stages: dict[int, set[int]] = {}
     for name in arrays:
-        if match := re.match(r"block(\d+)/unit(\d+)/", name):
+        if match := re.match(r"block(\d{1,9})/unit(\d{1,9})/", name):
             stages.setdefault(int(match[1]), set()).add(int(match[2]))
-    for found, what in [
-        (set(stages), "block"),
-        *((units, f"block{i}/unit") for i, units in stages.items()),
-    ]:
-        if missing := set(range(1, max(found, default=0) + 1)) - found:
-            report.problem(f"{what}{min(missing)} is missing")
+    where = f"{report.where}: block"
+    blocks = range(1, 1 + count_up(stages, 1, where))
+    resnet = tuple(count_up(stages[i], 1, f"{where}{i}/unit") for i in blocks)
     width = root.shape[-1]
     if width % 64:
         report.problem(f"{root.name} has {width} channels, not a multiple of 64")
     return {
-        "resnet": tuple(max(stages[i]) for i in sorted(stages)),
+        "resnet": resnet,
         "resnet_width": max(1, width // 64),
     }
 
@@ -133,14 +130,9 @@ def _transformer(arrays: dict[str, Array], report: Report) -> dict[str, Any]:
             f"{report.where}: {embedding.name} has shape {embedding.shape}: it must be "
             "(P, P, channels, width) with square patches"
         )
-    blocks = {
-        int(match[1])
-        for name in arrays
-        if (match := re.match(r"Transformer/encoderblock_(\d+)/", name))
-    }
-    depth = max(blocks, default=-1) + 1
-    for i in sorted(set(range(depth)) - blocks):
-        report.problem(f"Transformer/encoderblock_{i} is missing")
+    block = re.compile(r"Transformer/encoderblock_(\d{1,9})/")
+    numbers = (int(m[1]) for name in arrays if (m := block.match(name)))
+    depth = count_up(numbers, 0, f"{report.where}: Transformer/encoderblock_")
     query = arrays.get(_QUERY)
     mlp = f"{_BLOCK}/MlpBlock_3/Dense_0/kernel"
     for name in (_QUERY, mlp):

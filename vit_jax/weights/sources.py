@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.errors import UserError
-from vit_jax.weights import fetch, metadata, npz, torch
+from vit_jax.weights import fetch, metadata, npz, safetensors, torch
 from vit_jax.weights.contents import (
     Contents,
     Damaged,
@@ -93,7 +93,7 @@ def check_file(path: Path) -> None:
     """Raises: UserError: the file is certainly no checkpoint, or is truncated."""
     kind = sniff(path, "the download")
     if kind == "safetensors":
-        torch.header(path, "the download")
+        safetensors.header(path, "the download")
     if kind == "zip":
         import zipfile
 
@@ -227,7 +227,7 @@ def _open_torch(
     arrays: dict[str, Any] = {}
     header: dict[str, str] = {}
     for file in files:
-        part, found = torch.read(file, where)
+        part, found = safetensors.read(file, where)
         arrays |= part
         header |= found
     about = metadata.of_safetensors(header, where)

@@ -6,11 +6,9 @@ differ (spec 3.7); reading and writing both follow it, so they are inverse by
 construction.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,13 +16,7 @@ import numpy as np
 from vit_jax.config import ModelConfig
 from vit_jax.errors import UserError
 from vit_jax.models import variants
-from vit_jax.weights.contents import (
-    Array,
-    atomic,
-    parsing,
-    require_memory,
-    to_float32,
-)
+from vit_jax.weights.contents import Array, count_up
 from vit_jax.weights.layout import POSITIONS
 
 _ATTENTION = "MultiHeadDotProductAttention"
@@ -186,9 +178,6 @@ def _timm_resnet(stages: list[int]) -> Iterator[Pair]:
 
 # --- reading ----------------------------------------------------------------------------
 
-# bfloat16 as two raw bytes, which to_float32 knows.
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "V2"}
-
 _UNSUPPORTED = {
     r"(^|\.)dist_token$|distillation": "a distillation token (DeiT)",
     r"(^|\.)reg_token$|register_tokens": "register tokens",
@@ -199,61 +188,6 @@ _UNSUPPORTED = {
     r"\.(mlp|attn)\.norm\.": "extra norms inside the blocks",
     r"\.w12\.|\.fc1_g\.": "a gated MLP (SwiGLU)",
 }
-
-
-def header(path: Path, where: str) -> tuple[dict[str, str], dict[str, Any], int]:
-    """Text header of a safetensors file, table of its arrays, and where they begin.
-
-    The package checks the file, also that it is as long as the table says.
-
-    Raises:
-      Damaged: it is not.
-    """
-    from safetensors import safe_open
-
-    with parsing(where):
-        # A type checker cannot see into the compiled module.
-        opened: Any = safe_open(str(path), framework="numpy")
-        with opened as file:
-            about = dict(file.metadata() or {})
-        with path.open("rb") as raw:
-            length = int.from_bytes(raw.read(8), "little")
-            table = json.loads(raw.read(length))
-    return about, table, 8 + length
-
-
-def read(path: Path, where: str) -> tuple[dict[str, Array], dict[str, str]]:
-    """Arrays and the text header of a safetensors file.
-
-    Values are read here rather than by the package, because its memory map would count
-    every page that was read on top of the arrays.
-
-    Raises:
-      UserError: truncated, damaged, or an array of a type that no weights have.
-    """
-    require_memory(path.stat().st_size, where)
-    about, table, begin = header(path, where)
-    arrays = {}
-    for name, entry in table.items():
-        kind = entry.get("dtype", "")
-        if name == "__metadata__" or kind.startswith(("I", "U", "BOOL")):
-            continue  # counters and position ids are no parameters
-        if kind not in _DTYPES:
-            raise UserError(f"{where}: the array {name} has type {kind}: not supported")
-        start = begin + entry["data_offsets"][0]
-        arrays[name] = _stored(path, name, tuple(entry["shape"]), kind, start)
-    return arrays, about
-
-
-def _stored(
-    path: Path, name: str, shape: tuple[int, ...], kind: str, start: int
-) -> Array:
-    def values() -> np.ndarray:
-        count, dtype = math.prod(shape), _DTYPES[kind]
-        flat = np.fromfile(path, dtype, count, offset=start)
-        return to_float32(flat.reshape(shape))
-
-    return Array(name, shape, values)
 
 
 def from_torch(
@@ -293,12 +227,15 @@ def from_torch(
             )
     notes: list[str] = []
     block = re.compile(
-        r"blocks\.(\d+)\." if layout == "timm" else rf"{vit}encoder\.layer\.(\d+)\."
+        r"blocks\.(\d{1,9})\."
+        if layout == "timm"
+        else rf"{vit}encoder\.layer\.(\d{{1,9}})\."
     )
-    depth = 1 + max((int(m[1]) for k in arrays if (m := block.match(k))), default=-1)
+    numbers = (int(m[1]) for k in arrays if (m := block.match(k)))
+    depth = count_up(numbers, 0, f"{where}: block ")
     if layout == "timm":
         arrays = _fold_layer_scale(arrays, notes, where)
-        pairs = timm_pairs(depth, _timm_stages(arrays))
+        pairs = timm_pairs(depth, _timm_stages(arrays, where))
     else:
         pairs = hf_pairs(depth, vit)
         unused = {f"{vit}embeddings.mask_token": "masked image modelling only"}
@@ -350,15 +287,16 @@ def _split(array: Array, pair: Pair, heads: int, where: str) -> dict[str, Array]
     }
 
 
-def _timm_stages(arrays: dict[str, Array]) -> list[int] | None:
-    units: dict[int, int] = {}
+def _timm_stages(arrays: dict[str, Array], where: str) -> list[int] | None:
+    units: dict[int, set[int]] = {}
     backbone = r"patch_embed\.backbone\."
     for name in arrays:
-        if match := re.match(backbone + r"stages\.(\d+)\.blocks\.(\d+)\.", name):
-            stage, unit = int(match[1]), int(match[2])
-            units[stage] = max(units.get(stage, 0), unit + 1)
+        pattern = backbone + r"stages\.(\d{1,9})\.blocks\.(\d{1,9})\."
+        if match := re.match(pattern, name):
+            units.setdefault(int(match[1]), set()).add(int(match[2]))
     if any(re.match(backbone, name) for name in arrays):
-        return [units.get(i, 0) for i in range(max(units, default=-1) + 1)]
+        stages = range(count_up(units, 0, f"{where}: stage "))
+        return [count_up(units[i], 0, f"{where}: stage {i}, unit ") for i in stages]
     return None
 
 
@@ -454,35 +392,6 @@ def to_torch(
             f"this layout has no place for {len(left)} arrays, such as {sorted(left)[:3]}"
         )
     return result
-
-
-def write(
-    path: Path,
-    arrays: list[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]],
-    header: dict[str, str],
-) -> None:
-    """A safetensors file, one array at a time; nothing partial stays.
-
-    ``safetensors.numpy.save_file`` wants every array at once in torch's order of axes,
-    which is a second copy of the model.
-    """
-    arrays = sorted(arrays)
-    table: dict[str, Any] = {"__metadata__": {"format": "pt", **header}}
-    offset = 0
-    for name, shape, _ in arrays:
-        end = offset + 4 * math.prod(shape)
-        table[name] = {
-            "dtype": "F32",
-            "shape": list(shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(table).encode()
-    text += b" " * (-len(text) % 8)  # the data begins on a multiple of 8 bytes
-    with atomic(path) as partial, partial.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, _, values in arrays:
-            file.write(np.ascontiguousarray(values(), np.float32).data)
 
 
 def exportable(cfg: ModelConfig, layout: str) -> None:
