@@ -7,7 +7,7 @@ classes, D width.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -78,10 +78,29 @@ class Predictor:
             feed.close()
 
 
-def create(cfg: ModelConfig, params: Any) -> Predictor:
-    """A Predictor on all devices, each of which holds all parameters."""
+def create(
+    cfg: ModelConfig, params: Any, transforms: Sequence[Mapping[str, Any]] = ()
+) -> Predictor:
+    """A Predictor on all devices, each of which holds all parameters.
+
+    Args:
+      cfg: of the model.
+      params: its parameters.
+      transforms: that a checkpoint states; of them, ``normalize`` is applied here.
+    """
     devices = np.array(jax.devices())
     mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
     model = models.create(cfg)
-    forward = jax.jit(lambda params, images: outputs(model, params, images))
-    return Predictor(jax.device_put(params, sharding.replicated(mesh)), forward, mesh)
+    stated = [t for t in transforms if t["op"] == "normalize"]
+
+    def forward(params: Any, images: jax.Array) -> dict[str, jax.Array]:
+        if stated and images.dtype == jnp.uint8:
+            mean, std = (
+                np.reshape(np.asarray(stated[0][k], np.float32), (1, 1, 1, -1))
+                for k in ("mean", "std")
+            )
+            images = (images.astype(jnp.float32) / 255.0 - mean) / std
+        return outputs(model, params, images)
+
+    replicated = jax.device_put(params, sharding.replicated(mesh))
+    return Predictor(replicated, jax.jit(forward), mesh)
