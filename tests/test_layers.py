@@ -10,15 +10,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# Lowest first; a module imports from the lines above its own.
+TIERS = """
+errors config cli distributed progress feed
+models data optim sharding checkpoint hlo recipes
+objectives workdir weights
+inference
+evaluators
+analysis
+program
+train
+main predict evaluate convert plan benchmark sweep
+"""
 LEVELS = {
-    "errors": 0, "config": 0, "cli": 0, "distributed": 0, "progress": 0, "feed": 0,
-    "models": 1, "data": 1, "objectives": 1, "optim": 1, "sharding": 1, "checkpoint": 1,
-    "hlo": 1, "recipes": 1,
-    "weights": 2, "inference": 2,
-    "evaluators": 3, "analysis": 3,
-    "train": 4,
-    "main": 5, "predict": 5, "evaluate": 5, "convert": 5, "plan": 5, "benchmark": 5, "sweep": 5,
-}  # fmt: skip
+    name: level
+    for level, names in enumerate(TIERS.strip().splitlines())
+    for name in names.split()
+}
+ENTRY = LEVELS["main"]
 # Within level 0, in this order; everything of level 1 and above may use them.
 GROUND = ["errors", "progress", "feed", "distributed", "config", "cli"]
 FILES = sorted((ROOT / "vit_jax").rglob("*.py"))
@@ -54,7 +63,7 @@ def test_imports_point_down(path):
         return
     # A package's command is an entry point, whatever its package is.
     entry = path.name == "__main__.py" or "def main(" in path.read_text()
-    level = 5 if entry else LEVELS[own]
+    level = ENTRY if entry else LEVELS[own]
     for module in imports(path):
         if not module.startswith("vit_jax.") or part(module) in (own, "__version__"):
             continue

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from vit_jax.checkpoint import load_params
-from vit_jax.progress import read_metrics
+from vit_jax.workdir import read_metrics
 
 ROOT = Path(__file__).parent.parent
 # Big enough that a step takes some 20 ms (compiled without optimizing), so that there

@@ -30,7 +30,8 @@ from vit_jax.config import Config
 from vit_jax.distributed import Preemption
 from vit_jax.errors import UserError
 from vit_jax.feed import put
-from vit_jax.progress import read_metrics
+from vit_jax.program import build
+from vit_jax.workdir import read_metrics
 
 flags.DEFINE_string("what", "train", "Comma-separated: train, infer, data.")
 flags.DEFINE_bool("json", False, "Print one JSON object instead of lines.")
@@ -62,7 +63,7 @@ def train(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
         pretrained="",
     )
     info = data.describe(cfg.data)
-    program = training.build(cfg, info=info)
+    program = build(cfg, info=info)
     start = time.perf_counter()
     compiled = program.train_step.lower(
         program.state_shape, program.batch_shape
@@ -105,7 +106,7 @@ def train(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
 def infer(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
     """Images/s of the forward pass, for batches of 1 up to config.batch (paper, section
     D.5 and Figure 12)."""
-    program = training.build(cfg, info=data.describe(cfg.data))
+    program = build(cfg, info=data.describe(cfg.data))
     params = program.init().params
     source = data.train_batches(program.cfg.data, batch=cfg.batch, seed=cfg.seed)
     images = put(next(source), program.batch_sharding)["image"]

@@ -5,16 +5,19 @@ TensorFlow, JAX and Abseil talk a lot at start-up; :func:`run` keeps what a user
 on.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import glob
+import json
 import logging
+import math
 import os
 import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +111,27 @@ def read_config() -> config.Config:
             "--config is missing: give --config=configs/digits.py or your own"
         )
     return config.from_dict(dict(values.items()))
+
+
+def only_json(wanted: bool) -> contextlib.AbstractContextManager[Any]:
+    """Whatever is printed meanwhile goes to standard error, where standard output is
+    for :func:`print_json`."""
+    return (
+        contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext()
+    )
+
+
+def print_json(value: Any) -> None:
+    """One JSON document, the only thing on standard output; NaN and infinity are null."""
+    print(json.dumps(_finite(value), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _log_only_our_own() -> None:

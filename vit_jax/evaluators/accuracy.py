@@ -55,9 +55,9 @@ def check_classes(context: Context, data: DataConfig) -> None:
     Raises:
       UserError: the model has no classes, or another number of them.
     """
-    if context.cfg.loss == "masked_patch":
+    if not objectives.of(context.cfg).reads_labels:
         raise UserError(
-            "config.loss='masked_patch' trains no classes: choose the evaluators "
+            f"config.loss={context.cfg.loss!r} trains no classes: choose the evaluators "
             "'fewshot', 'knn' or 'linear_probe' in config.eval.evaluators"
         )
     count, outputs = context.describe(data).num_classes, len(context.class_names)

@@ -18,7 +18,7 @@ from vit_jax.config import choose
 from vit_jax.errors import UserError
 from vit_jax.evaluators.context import Amounts, Context
 from vit_jax.evaluators.linear_probe import L2_GRID, linear_probe
-from vit_jax.progress import read_metrics
+from vit_jax.workdir import read_metrics
 
 
 class Task(NamedTuple):
