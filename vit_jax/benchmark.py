@@ -173,7 +173,6 @@ def main(argv: list[str]) -> None:
         )
     f = flags.FLAGS
     cfg = cli.read_config()
-    cli.keep_memory()
     results: dict[str, Any] = {
         "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
         "model": cfg.model.name or "ViT",
