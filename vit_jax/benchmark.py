@@ -11,7 +11,6 @@ because machines are noisy:
 * infer: images/s of the forward pass over batch sizes.
 * data:  the input pipeline against the obvious one and against decoding alone
   (``data/benchmark.py``).
-* fewshot: the closed-form few-shot solver on 25 x 1000 examples of 768 features.
 """
 
 import dataclasses
@@ -126,13 +125,7 @@ def _data(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
     return benchmark.run(cfg.data, rounds=rounds, steps=steps or 10)
 
 
-def _fewshot(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
-    from vit_jax.evaluators import fewshot
-
-    return fewshot.benchmark()
-
-
-WHAT = {"train": train, "infer": infer, "data": _data, "fewshot": _fewshot}
+WHAT = {"train": train, "infer": infer, "data": _data}
 
 
 def _seconds(step: Callable[..., Any], state: Any, batch: Any, steps: int) -> float:
@@ -165,9 +158,7 @@ def utilisation(flops: float) -> dict[str, float]:
 
 
 def define_flags() -> None:
-    flags.DEFINE_string(
-        "what", "train", "Comma-separated: train, infer, data, fewshot."
-    )
+    flags.DEFINE_string("what", "train", "Comma-separated: train, infer, data.")
     flags.DEFINE_bool("json", False, "Print one JSON object instead of lines.")
     flags.DEFINE_integer("rounds", 5, "Alternating rounds; the median is reported.")
     flags.DEFINE_integer(
