@@ -71,26 +71,68 @@ class ModelConfig:
     resnet: tuple[Positive, ...] = ()
     resnet_width: Count = 0  # width factor of that stem or of a baseline; 0: the name's
 
-    # What reads the tokens.
-    head: Literal["token", "gap", "map", "none", "masked_patch"] = "token"
+    # What the model was trained with, per channel and of pixels / 255; (): 0.5. Images
+    # are [-1, 1] whatever it is: the model computes (pixels / 255 - mean) / std itself.
+    image_mean: tuple[float, ...] = ()
+    image_std: tuple[Above0, ...] = ()
+
+    # Tokens before those of the patches: class, distillation, registers.
+    class_token: bool = False  # also where the head does not read it
+    # DeiT's second token: "token": no head reads it; "head": a head of its own reads
+    # it, and the logits are the mean of both heads.
+    distillation: Literal["none", "token", "head"] = "none"
+    registers: Count = 0  # learned tokens without a position (2309.16588)
+
+    # What reads the tokens: the class token, the mean of the patches, both one after
+    # the other, attention pooling, nothing, or one prediction per patch.
+    head: Literal["token", "gap", "token_gap", "map", "none", "masked_patch"] = "token"
+    map_heads: Count = 0  # attention heads of the head "map"; 0: heads
+    map_mlp_dim: Count = 0  # hidden size of the MLP of the head "map"; 0: mlp_dim
     # A tanh layer of width D before the head (pre-training, section 3.1).
     pre_logits: bool = False
     # Initial bias of the head; with the sigmoid loss -10 for 21k classes, -6.9 for 1k.
     head_bias: float = 0.0
+
     # Position embeddings (Table 8), and where they are added: once, in every layer, or
     # in every layer the same ones.
     positions: Literal["learned", "learned2d", "relative", "sincos2d", "none"] = (
         "learned"
     )
     position_at: Literal["stem", "every", "shared"] = "stem"
+    # A learned attention logit per head, layer and 2-D offset, with three more for the
+    # class token (BEiT).
+    relative_bias: bool = False
+    # Rotates queries and keys of patches by their row and column (RoPE). "dinov3": rows
+    # and columns from -1 to 1; "eva02": counted, in interleaved pairs; "pe": like it,
+    # columns first.
+    rope: Literal["none", "dinov3", "eva02", "pe"] = "none"
+    rope_theta: Amount = 0.0  # base of the wavelengths; 0: 100 of "dinov3", else 10000
+    # (rows, columns) that "eva02" and "pe" stretch every grid to; (0, 0): its own.
+    rope_grid: tuple[Count, Count] = (0, 0)
+    rope_offset: float = 0.0  # number of the first row and column in "eva02" and "pe"
+
+    # Parts of the blocks and around them; "rms" divides by the root mean square only.
+    norm: Literal["layer", "rms"] = "layer"
+    layer_norm_eps: Above0 = 1e-6  # Hugging Face checkpoints use 1e-12
+    patch_norm: bool = False  # a norm of the patch embeddings, before positions (AIMv2)
+    norm_pre: bool = False  # a norm of z_0, before the first block (CLIP)
+    # The norm of equation 4 applies to every token, to what the head has pooled (timm's
+    # fc_norm), or is absent.
+    final_norm: Literal["tokens", "pooled", "none"] = "tokens"
+    qk_norm: bool = False  # a norm of every query and key, over the size of a head
+    attention_norm: bool = False  # a norm before the output projection (EVA CLIP)
+    parallel: bool = False  # z + MSA(LN(z)) + MLP(LN(z)) with one LN (2302.05442)
+    # "swiglu": silu(gate) times value, so three projections (2002.05202).
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    mlp_norm: bool = False  # a norm before the second projection of the MLP (EVA-02)
+    # "exact" (erf) is what most torch checkpoints were trained with; "quick" is
+    # x sigmoid(1.702 x) (OpenAI's CLIP).
+    gelu: Literal["tanh", "exact", "quick"] = "tanh"
 
     dropout: Share = 0.0  # after E_pos and every dense layer but qkv (Appendix B.1)
     attention_dropout: Share = 0.0  # on the attention weights; 0 in all released models
     # Drop rate of the last block; grows linearly from 0 at the first.
     stochastic_depth: Share = 0.0
-    # "exact" (erf) is what torch checkpoints were trained with.
-    gelu: Literal["tanh", "exact"] = "tanh"
-    layer_norm_eps: Above0 = 1e-6  # Hugging Face checkpoints use 1e-12
     # Of the computation; parameters stay float32.
     dtype: Literal["float32", "bfloat16"] = "float32"
     # "scan" compiles one block once: faster to compile, stacked parameters.

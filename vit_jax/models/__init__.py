@@ -1,5 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models of the paper: Vision Transformers, hybrids and ResNet baselines."""
+"""The models of the paper: Vision Transformers, hybrids and ResNet baselines.
+
+Parameters have the names and shapes of the released ``.npz`` files. A switch of
+``ModelConfig`` adds its own and leaves the others as they are; a norm is ``scale`` and
+``bias``, only ``scale`` where ``norm`` is "rms". R registers, D width, k heads of size
+D_h, M hidden size of the MLP, h x w patches, K classes:
+
+==================  ====================================================================
+switch              parameters
+==================  ====================================================================
+class token         ``cls`` (1, 1, D)
+distillation        ``dist`` (1, 1, D); "head" also ``head_dist`` like ``head``
+registers           ``registers`` (1, R, D)
+patch_norm          ``embedding_norm``
+norm_pre            ``Transformer/norm_pre``
+final_norm          "tokens" ``Transformer/encoder_norm``, "pooled" ``fc_norm``
+positions           rows of ``Transformer/posembed_input/pos_embedding`` (1, S', D): class
+                    token, distillation token, patches; registers have none
+relative_bias       in every ``MultiHeadDotProductAttention_1``:
+                    ``relative_bias`` ((2h-1)(2w-1) + 3, k), BEiT's order
+qk_norm             there: ``query_norm`` and ``key_norm`` (D_h)
+attention_norm      there: ``norm`` (k, D_h)
+parallel            no ``LayerNorm_2``
+mlp "swiglu"        in every ``MlpBlock_3``: ``gate`` (D, M) beside ``Dense_0`` (D, M),
+                    the value, and ``Dense_1`` (M, D)
+mlp_norm            there: ``norm`` (M)
+head "token_gap"    ``head`` has the kernel (2D, K)
+map_heads, ...      shapes within ``MAPHead_0``, whose MLP is always a plain one
+==================  ====================================================================
+
+Rotary positions, GELUs, ``image_mean`` and ``image_std`` have no parameters. What a file
+may lack is folded when it is loaded: biases are zeros, LayerScale goes into the kernels,
+CLIP's projection is a ``head`` with a bias of zeros.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +42,9 @@ from vit_jax.models.flops import macs
 from vit_jax.models.resnet import ResNet
 from vit_jax.models.variants import (
     has_class_token,
+    has_stem,
     is_resnet,
+    prefix_tokens,
     resolve,
     token_grid,
     token_stride,
@@ -21,8 +56,10 @@ __all__ = [
     "ViT",
     "create",
     "has_class_token",
+    "has_stem",
     "is_resnet",
     "macs",
+    "prefix_tokens",
     "resolve",
     "token_grid",
     "token_stride",

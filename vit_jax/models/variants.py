@@ -92,9 +92,24 @@ def is_resnet(cfg: ModelConfig) -> bool:
     return bool(cfg.resnet) and not cfg.depth
 
 
+def has_stem(cfg: ModelConfig) -> bool:
+    """Whether a ResNet comes before the patches, for a resolved ``cfg``."""
+    return cfg.resnet_width > 0
+
+
 def has_class_token(cfg: ModelConfig) -> bool:
-    """Whether token 0 is the class token rather than a patch."""
-    return cfg.head in ("token", "masked_patch")
+    """Whether token 0 is the class token."""
+    return cfg.class_token or cfg.head in ("token", "token_gap", "masked_patch")
+
+
+def prefix_tokens(cfg: ModelConfig) -> int:
+    """How many tokens come before those of the patches.
+
+    They are, in this order, the class token, the distillation token and the registers;
+    all but the registers have a position.
+    """
+    distillation = cfg.distillation != "none"
+    return has_class_token(cfg) + distillation + cfg.registers
 
 
 def token_grid(cfg: ModelConfig, image_size: tuple[int, int]) -> tuple[int, int]:
