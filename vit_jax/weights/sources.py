@@ -249,7 +249,7 @@ def _open_folder(path: Path, wanted: _Wanted) -> Contents:
         return _open_orbax(path.absolute(), where)
     files = [path / name for name in _files(path, names, where)]
     if lost := [f.name for f in files if not f.exists()]:
-        raise UserError(f"{where} has no {lost}, which its index names")
+        raise UserError(f"{where}: {lost} are missing, which its index names")
     if files[0].suffix in (".safetensors", *_TORCH):
         return _open_torch(files, path, wanted)
     if files[0].is_dir():
