@@ -52,6 +52,7 @@ def test_the_shapes_cover_every_head():
 SHAPES = {
     "token": (2, 16),
     "gap": (2, 16),
+    "token_gap": (2, 32),
     "map": (2, 16),
     "none": (2, 6, 16),
     "masked_patch": (2, 6, 16),
