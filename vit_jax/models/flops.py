@@ -38,11 +38,8 @@ def _head(cfg: ModelConfig, n: int, s: int) -> int:
     d, m = cfg.width, cfg.map_mlp_dim or cfg.mlp_dim
     outputs = {"none": s, "masked_patch": n}.get(cfg.head, 1)
     features = 2 * d if cfg.head == "token_gap" else d
-    total = outputs * features * d if cfg.pre_logits else 0
-    classifiers = 2 if cfg.distillation == "head" else 1
-    total += (
-        classifiers * outputs * (d if cfg.pre_logits else features) * cfg.num_classes
-    )
+    classes = cfg.num_classes * (2 if cfg.distillation == "head" else 1)
+    total = outputs * (features * classes + (d * d if cfg.pre_logits else 0))
     if cfg.head == "map":
         total += 2 * s * d * d + 2 * d * d + 2 * s * d + 2 * d * m
     return total

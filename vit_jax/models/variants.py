@@ -190,8 +190,8 @@ def _check(cfg: ModelConfig) -> None:
         refuse("heads", f"it does not divide config.model.width {cfg.width}")
     if cfg.head == "map" and cfg.map_heads and cfg.width % cfg.map_heads:
         refuse("map_heads", f"it does not divide config.model.width {cfg.width}")
-    if cfg.pre_logits and cfg.head == "masked_patch":
-        refuse("pre_logits", "the head 'masked_patch' is one linear layer")
+    if cfg.pre_logits and cfg.head in ("masked_patch", "token_gap"):
+        refuse("pre_logits", f"the head {cfg.head!r} is one linear layer")
     if cfg.distillation != "none" and not has_class_token(cfg):
         refuse("distillation", "it comes after a class token, and there is none")
     if cfg.distillation == "head":
