@@ -146,8 +146,7 @@ class Kernel:
         rows, lanes = self.queries or tokens, self.block_heads * self.head_dim
         block = (self.block_images, rows, lanes)
         queries = pl.BlockSpec(block, lambda i, g, j: (i, j, g))
-        if self.width % LANES:
-            # Blocks begin with a register, or are everything.
+        if self.block_heads == self.heads and not self.queries:
             everything = (self.block_images, tokens, 3 * lanes)
             return [pl.BlockSpec(everything, lambda i, g, j: (i, 0, 0))], queries
         groups = self.heads // self.block_heads
@@ -203,9 +202,12 @@ def _backward(kernel: Kernel, *refs: Any) -> None:
             dp = _dot(_only(head, v), do, NT)
             ds = p * dp
             ds = (ds - p * ds.sum(0, keepdims=True)).astype(q.dtype)
-            _merge(tiles[0], head, _dot(ds, k, TN) * kernel.scale)
-            _merge(tiles[1], head, _dot(ds, q, NN) * kernel.scale)
             _merge(tiles[2], head, _dot(p.astype(q.dtype), do, NN))
+            _merge(tiles[1], head, _dot(ds, q, NN))
+            _merge(tiles[0], head, _dot(ds, k, TN))
+        for part in tiles[:2]:
+            for lane in part:
+                part[lane] = part[lane] * kernel.scale
         if kernel.queries:
             _write_some(kernel, tiles, d_ref, bias_ref, sums)
             continue
