@@ -128,9 +128,9 @@ BAD_MANIFESTS = {
     "list": (
         "m.jsonl",
         '{"image": "a.jpg", "label": 1}\n[1]\n',
-        r"line 2: \[1\] is no",
+        r"line 2: \[1\] is not an object",
     ),
-    "null": ("m.jsonl", "null\n", r"line 1: null is no object"),
+    "null": ("m.jsonl", "null\n", r"line 1: null is not an object"),
     "latin-1": ("m.csv", ROWS.encode("latin-1"), r"line 3: the byte 0xe9 is not UTF-8"),
     "utf-16": ("m.csv", ROWS.encode("utf-16"), r"line 1: the byte 0xff is not UTF-8"),
     "long cell": ("m.csv", ROWS + "a" * 200_000, r"line 4: field larger than"),
