@@ -87,10 +87,13 @@ def _unwrapped(root: Path, known: Collection[str]) -> Path:
 
 def _roots(cfg: DataConfig, root: Path) -> tuple[Path, list[Path]]:
     """(folder of the training classes, folders that may be those of the test set)."""
-    family = _family(root)
-    train_root = next((root / family[w] for w in splits.TRAIN if w in family), root)
-    tests = [root / family[w] for w in splits.TEST if w in family]
-    if cfg.train_split not in ("", DataConfig.train_split):
+    if cfg.train_split in ("", DataConfig.train_split):
+        family = _family(root)
+        if not family:
+            _check_not_splits(root)
+        train_root = next((root / family[w] for w in splits.TRAIN if w in family), root)
+        tests = [root / family[w] for w in splits.TEST if w in family]
+    else:
         train_root = _asked("train_split", cfg.train_split, root)
         tests = [root / n for n in splits.meant("test", _subfolders(root))]
     if not cfg.test_split or cfg.test_split.endswith(".txt"):
@@ -102,11 +105,7 @@ def _roots(cfg: DataConfig, root: Path) -> tuple[Path, list[Path]]:
 
 def _family(root: Path) -> dict[str, str]:
     """The folders that are splits, by the word that says which: {"train": "imagenet_train",
-    "val": "imagenet_val"}; {}: the folders of ``root`` are classes.
-
-    Raises:
-      UserError: they look like splits, and it is not clear which is which.
-    """
+    "val": "imagenet_val"}; {}: the folders of ``root`` are classes."""
     families: dict[str, dict[str, str]] = {}
     for name in _subfolders(root):
         word, rest = _word(name)
@@ -122,10 +121,7 @@ def _family(root: Path) -> dict[str, str]:
         if {*splits.TEST} & family.keys()
         and any(w in family and _subfolders(root / family[w]) for w in splits.TRAIN)
     ]
-    if len(pairs) == 1:
-        return pairs[0]
-    _check_not_splits(root)
-    return {}
+    return pairs[0] if len(pairs) == 1 else {}
 
 
 def _word(name: str) -> tuple[str, str]:
