@@ -83,7 +83,7 @@ class Checkpointer:
         if step in _steps(self._root):
             return
         items = _items(state)
-        args = {k: ocp.args.StandardSave(v) for k, v in items.items()}
+        args: dict[str, Any] = {k: ocp.args.StandardSave(v) for k, v in items.items()}
         args["digests"] = ocp.args.JsonSave(_sealed(_describe(items)))
         with self._explain_failed_save():
             # A folder of that name without Orbax's mark is what a kill has left.
@@ -219,6 +219,7 @@ def _first_intact(
 def _read_state(path: epath.Path, like: Any) -> dict[str, Any]:
     """The items of a State, with the same outcome on every process."""
     wanted = _items(like)
+    stored: dict[str, Any] = {}
     found: dict[str, Any] = {}
     reason = ""
     try:
@@ -308,7 +309,7 @@ def _items(state: Any) -> dict[str, Any]:
 def _describe(items: Mapping[str, Any]) -> dict[str, Any]:
     """Shape and digest of every array."""
     arrays = _named(items)
-    digests = jax.device_get([_digest(x) for x in arrays.values()])
+    digests = jax.device_get([digest(x) for x in arrays.values()])
     return {
         k: {"shape": list(x.shape), "digest": "".join(f"{int(part):08x}" for part in d)}
         for (k, x), d in zip(arrays.items(), digests, strict=True)
@@ -316,7 +317,7 @@ def _describe(items: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @jax.jit
-def _digest(x: jax.Array) -> jax.Array:
+def digest(x: jax.Array) -> jax.Array:
     """uint32 (2,), a function of the bits of an array and of where they stand.
 
     Sums of integers, so that it neither depends on how the array is divided among

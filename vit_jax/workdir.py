@@ -209,11 +209,11 @@ class MetricsWriter:
             self._written[path] = self._written.get(path, b"") + more
             path.write_bytes(self._written[path])
             return
-        with open(path, "ab") as f:
+        with open(path, "ab", buffering=0) as f:
             size = f.tell()
             try:
-                f.write(more)
-                f.flush()
+                while more:
+                    more = more[f.write(more) :]
             except OSError:
                 f.truncate(size)  # half a line would spoil the next one as well
                 raise
