@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from vit_jax import config, data, evaluators, models, weights
+from vit_jax import config, data, evaluators, models, sharding, weights
 from vit_jax.checkpoint import Checkpointer
 from vit_jax.config import Config
 from vit_jax.distributed import Preemption
@@ -116,7 +116,7 @@ class Loop:
         info: data.DataInfo,
         workdir: str,
         checkpoints: Checkpointer | None,
-        preemption: Preemption,
+        preemption: Preemption | None,
         train_step: Callable[[State, Batch], tuple[State, Metrics]] | None = None,
         start: int = 0,
         before_writing: Callable[[], None] = lambda: None,
@@ -176,7 +176,7 @@ class Loop:
         cfg, step, last = self.cfg, self.start, self.cfg.steps
         pending: tuple[int, Metrics] | None = None
         done = True
-        while step < last and not self.preemption.requested():
+        while step < last and not self._asked_to_stop():
             state, metrics = train_step(state, batch)
             batch = next(feed) if step + 1 < last else batch
             step += 1
@@ -204,6 +204,9 @@ class Loop:
             say(f"asked to stop: saving step {step}")
             self._save(state, step)
         return Result(step, self.results, preempted=step < last or not done)
+
+    def _asked_to_stop(self) -> bool:
+        return self.preemption is not None and self.preemption.requested()
 
     def _feed(self) -> Feed:
         cfg = self.cfg
@@ -407,16 +410,9 @@ def _say_sizes(program: Program, info: data.DataInfo) -> None:
     say(
         f"{'':<12} {info.num_train:,} training and {info.num_test:,} test images, {info.num_classes} classes"
     )
-    rows = [f"batch {cfg.batch}"]
-    if jax.process_count() > 1:
-        rows.append(f"{cfg.batch // jax.process_count()} per host")
-    if program.mesh.size > 1:
-        image = program.batch_shape["image"]
-        rows.append(f"{image.sharding.shard_shape(image.shape)[0]} per device")
-    parts = f", in {cfg.accumulate} micro-batches" if cfg.accumulate > 1 else ""
-    say(
-        f"{'':<12} {' = '.join(rows)}{parts}; {cfg.model.name or 'ViT'} with {params:,} parameters"
-    )
+    per_device = cfg.batch // sharding.batch_parts(program.mesh)
+    batch = sharding.batch_text(cfg.batch, per_device, cfg.accumulate)
+    say(f"{'':<12} {batch}; {cfg.model.name or 'ViT'} with {params:,} parameters")
 
 
 def _say_end(
