@@ -279,8 +279,8 @@ class Loop:
     def _evaluate(self, state: State, step: int) -> bool:
         """Whether it came to its end; not if the process was asked to stop."""
         results = evaluate(self.program, self.info, state, self.preemption)
-        if results is None:
-            return False
+        if not results:  # no evaluator, or told to stop
+            return results is not None
         self.results = results
         self._write(step, results)
         if self.checkpoints:
