@@ -33,6 +33,18 @@ _MAY_CHANGE = (
 )  # fmt: skip
 
 
+def stored_config(source: str) -> Config | None:
+    """The config of the run in the folder ``source``, local or remote; None if it holds
+    none."""
+    folder = epath.Path(source)
+    # Hugging Face's folders hold a config.json as well.
+    if "://" in source and not source.startswith(("gs://", "s3://")):
+        return None
+    if not (folder / checkpoint.FOLDER).exists():
+        return None
+    return config.read(folder / "config.json")
+
+
 @contextlib.contextmanager
 def claim(workdir: str, cfg: Config, info: DataInfo) -> Iterator[None]:
     """Creates ``workdir`` with ``config.json`` and ``dataset.json``, or checks that it

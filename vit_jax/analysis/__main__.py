@@ -68,7 +68,9 @@ def analyse(
         print(f"wrote {pictures[-1]}")
     if html:
         title = f"Analysis of {Path(source).name}"
-        stored = json.dumps(config.to_dict(subject.run), indent=2) if subject.run else ""
+        stored = (
+            json.dumps(config.to_dict(subject.run), indent=2) if subject.run else ""
+        )
         page = report.write_html(
             Path(out) / "report.html", title, facts(subject), pictures, omitted, stored
         )
@@ -81,7 +83,7 @@ def facts(subject: Subject) -> dict[str, Any]:
     c = subject.model.cfg
     found: dict[str, Any] = {}
     if subject.run:
-        for row in read_metrics(str(subject.workdir)):
+        for row in read_metrics(subject.source):
             tested = [k for k in row if k.endswith("/accuracy") and k[:6] != "train/"]
             found |= {k: f"{row[k]:.2%} at step {row['step']:,}" for k in tested}
     found |= {

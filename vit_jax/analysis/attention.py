@@ -63,9 +63,7 @@ def token_map(
     patches = math.prod(grid)
     prefix = _prefix(rows.shape[-1], grid)
     rows = jnp.asarray(rows)
-    row = (
-        rows[..., 0, :] if prefix and class_token else rows[..., prefix:, :].mean(-2)
-    )
+    row = rows[..., 0, :] if prefix and class_token else rows[..., prefix:, :].mean(-2)
     return row[..., -patches:].reshape(*row.shape[:-1], *grid)
 
 

@@ -103,7 +103,8 @@ def heated(images: np.ndarray, maps: np.ndarray) -> np.ndarray:
 
 def wrapped(name: Any, width: int) -> str:
     """A name in lines of at most ``width`` letters, nothing left out."""
-    return "\n".join(textwrap.wrap(str(name).replace("_", " "), width)) or str(name)
+    lines = textwrap.wrap(str(name), width, break_on_hyphens=False)
+    return "\n".join(lines) or str(name)
 
 
 def relative_colorbar(figure: Figure, axes: Sequence[Any], label: str) -> None:

@@ -43,8 +43,7 @@ def filter_components(
 
 
 def first_filters(params: Any) -> np.ndarray:
-    """The filters that read pixels, (P, P, C, D); of a hybrid, its first convolution.
-    """
+    """The filters that read pixels, (P, P, C, D); of a hybrid, its first convolution."""
     name = "conv_root" if "conv_root" in params else "embedding"
     return np.asarray(params[name]["kernel"])
 
@@ -128,8 +127,7 @@ def position_arrays(subject: Subject) -> dict[str, Any]:
 
 
 def draw_positions(similarity: np.ndarray) -> Figure:
-    """Cosine similarity of each patch's position embedding (one tile) with all others.
-    """
+    """Cosine similarity of each patch's position embedding (one tile) with all others."""
     h, w = similarity.shape[:2]
     gap = 1
     canvas = np.full((h * (h + gap) - gap, w * (w + gap) - gap), np.nan)

@@ -90,7 +90,10 @@ def draw_rollout(
     together."""
     across = min(2, len(images))
     rows = -(-len(images) // across)
-    figure = Figure((WIDTH, 1.35 * rows * 2 / across + 0.7), layout="compressed")
+    names = [drawing.wrapped(p, 40 // across) for p in predicted]
+    lines = max((n.count("\n") + 1 for n in names), default=0)
+    height = rows * (2.1 / across + 0.1 * lines) + 0.7
+    figure = Figure((WIDTH, height), layout="compressed")
     axes = drawing.panels(figure, rows, 3 * across)
     scaled = drawing.bounded(maps)
     both = drawing.heated(images, scaled)
@@ -99,8 +102,8 @@ def draw_rollout(
         drawing.picture(left, image)
         middle.imshow(scaled[i], cmap=drawing.HEAT, vmin=0, vmax=1)
         drawing.picture(right, both[i])
-        if len(predicted):
-            left.set_xlabel(drawing.wrapped(predicted[i], 24), fontsize=6, labelpad=2)
+        if names:
+            left.set_xlabel(names[i], fontsize=6, labelpad=2)
         if i < across:
             titles = ("input", "attention", "both")
             for axis, title in zip((left, middle, right), titles, strict=True):
@@ -119,19 +122,21 @@ def draw_grid(
     pairs = min(8, math.ceil(math.sqrt(len(images) / 2)) or 1)
     rows = -(-len(images) // pairs)
     cell = WIDTH / (2 * pairs)
-    named = 0.2 if len(predicted) else 0.0
-    figure = Figure((WIDTH, rows * (cell + named) + 0.3), layout="compressed")
+    names = [drawing.wrapped(p, 200 // (2 * pairs)) for p in predicted]
+    lines = max((n.count("\n") + 1 for n in names), default=0)
+    figure = Figure((WIDTH, rows * (cell + 0.08 * lines) + 0.4), layout="compressed")
     axes = drawing.panels(figure, rows, 2 * pairs)
     both = drawing.heated(images, drawing.bounded(maps))
     for i, image in enumerate(images):
         left, right = axes[2 * i : 2 * i + 2]
         drawing.picture(left, image)
         drawing.picture(right, both[i])
-        if len(predicted):
-            name = drawing.wrapped(predicted[i], max(12, 200 // (2 * pairs)))
-            left.set_title(name, fontsize=4.5, pad=1.5, loc="left")
+        if names:
+            left.set_title(names[i], fontsize=4.5, pad=1.5, loc="left")
     drawing.remove_unused(axes)
-    figure.suptitle(f"Pairs of image and attention; {drawing.clipping(maps)}", fontsize=7)
+    figure.suptitle(
+        f"Pairs of image and attention; {drawing.clipping(maps)}", fontsize=7
+    )
     return figure
 
 
@@ -145,12 +150,13 @@ def head_arrays(subject: Subject) -> dict[str, Any]:
 
 
 def draw_heads(image: np.ndarray, maps: np.ndarray) -> Figure:
-    """Attention of the class token, without one of the mean patch, by layer and head.
-    """
+    """Attention of the class token, without one of the mean patch, by layer and head."""
     layers, count = maps.shape[:2]
     aside = 1.5
     cell = min(1.1, (WIDTH - aside - 0.7) / count)
-    figure = Figure((WIDTH, max(cell * layers + 0.7, aside + 0.4)), layout="constrained")
+    figure = Figure(
+        (WIDTH, max(cell * layers + 0.7, aside + 0.4)), layout="constrained"
+    )
     widths = [aside, WIDTH - aside]
     left, right = figure.subfigures(1, 2, width_ratios=widths)
     axis = drawing.blank(left.subplots())

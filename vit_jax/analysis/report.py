@@ -84,7 +84,9 @@ def write_html(
       config: of the run, as text.
     """
     escape = lambda value: html.escape(str(value))
-    rows = [f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in facts.items()]
+    rows = [
+        f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in facts.items()
+    ]
     links = {p.stem: p.stem.replace("_", " ") for p in pictures}
     blocks = []
     for picture in pictures:

@@ -54,7 +54,7 @@ def read_curves(workdir: Any) -> dict[str, np.ndarray]:
 def curve_arrays(subject: Subject) -> dict[str, Any]:
     if subject.run is None:
         raise UserError("the source is not a workdir, so there is no log of a run")
-    return read_curves(subject.workdir)
+    return read_curves(subject.source)
 
 
 def draw_curves(names: np.ndarray, steps: np.ndarray, values: np.ndarray) -> Figure:
@@ -93,7 +93,7 @@ class Tested(NamedTuple):
     errors: dict[str, np.ndarray]
 
 
-def test(
+def measure(
     logits: Callable[[jax.Array], jax.Array],
     probabilities: Callable[[jax.Array], np.ndarray],
     batches: Iterable[Batch],
@@ -174,7 +174,7 @@ def test(
 @functools.lru_cache(1)
 def _tested(subject: Subject) -> Tested:
     names = subject.class_names
-    return test(
+    return measure(
         lambda images: subject.predictor(images)["logits"],
         subject.probabilities,
         subject.labelled(),
@@ -240,7 +240,9 @@ def draw_calibration(
     edges = np.arange(bins + 1) / bins
     has = count > 0
     bar = {"align": "edge", "width": 1 / bins, "edgecolor": "white", "linewidth": 0.5}
-    upper.bar(edges[:-1][has], accuracy[has], color=BLUE, label="share that is right", **bar)
+    upper.bar(
+        edges[:-1][has], accuracy[has], color=BLUE, label="share that is right", **bar
+    )
     upper.plot(
         confidence[has], confidence[has], "_", color=ORANGE, ms=12, mew=2,
         label="mean confidence",
@@ -270,8 +272,7 @@ def error_arrays(subject: Subject) -> dict[str, Any]:
 def draw_errors(
     images: np.ndarray, confidence: np.ndarray, true: np.ndarray, predicted: np.ndarray
 ) -> Figure:
-    """Wrong predictions: the most confident ones above, the least confident ones below.
-    """
+    """Wrong predictions: the most confident ones above, the least confident ones below."""
     half = -(-len(images) // 2)
     columns = max(4, min(8, half))
     above = -(-half // columns)

@@ -9,9 +9,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
-from vit_jax import config, data, inference, models, weights
+from vit_jax import data, inference, models, weights, workdir
 from vit_jax.analysis import attention, images
 from vit_jax.config import DataConfig
 from vit_jax.errors import UserError
@@ -51,10 +50,7 @@ class Subject:
         self.about = found.metadata
         self.name = found.cfg.name or "ViT"
         self.class_token = models.has_class_token(found.cfg)
-        self.run: config.Config | None = None
-        self.workdir = epath.Path(source)
-        if (self.workdir / "config.json").exists():
-            self.run = config.read(self.workdir / "config.json")
+        self.run = workdir.stored_config(source)
         self.data_cfg = data_cfg or (self.run.data if self.run else None)
         size = found.cfg.image_size
         side = self.data_cfg.image_size if self.data_cfg else 224
@@ -66,7 +62,10 @@ class Subject:
     @functools.cached_property
     def predictor(self) -> inference.Predictor:
         return inference.create(
-            self.model.cfg, self.params, self.about.transforms, devices=jax.devices()[:1]
+            self.model.cfg,
+            self.params,
+            self.about.transforms,
+            devices=jax.devices()[:1],
         )
 
     def to_input(self, shown: np.ndarray) -> jax.Array:
@@ -169,7 +168,10 @@ class Subject:
         for start in range(0, len(shown), BATCH):
             part = shown[start : start + BATCH]
             p = self.probabilities(self.predictor(part)["logits"])
-            found += [f"{names[i]} {q:.0%}" for i, q in zip(p.argmax(1), p.max(1), strict=True)]
+            found += [
+                f"{names[i]} {q:.0%}"
+                for i, q in zip(p.argmax(1), p.max(1), strict=True)
+            ]
         return found
 
     @functools.cached_property
@@ -178,7 +180,9 @@ class Subject:
         model, params = attention.unrolled(self.model, self.params)
         shown = self.images
         parts = (shown[i : i + BATCH] for i in range(0, len(shown), BATCH))
-        return attention.summarize(model, params, map(self.to_input, parts), batch=BATCH)
+        return attention.summarize(
+            model, params, map(self.to_input, parts), batch=BATCH
+        )
 
     def patch_tokens(self, shown: np.ndarray) -> np.ndarray:
         """Tokens (n, h, w, D) float32 of the patches, after the last norm."""
