@@ -158,7 +158,8 @@ def draw_heads(image: np.ndarray, maps: np.ndarray) -> Figure:
         (WIDTH, max(cell * layers + 0.7, aside + 0.4)), layout="constrained"
     )
     widths = [aside, WIDTH - aside]
-    left, right = figure.subfigures(1, 2, width_ratios=widths)
+    parts: Any = figure.subfigures(1, 2, width_ratios=widths)
+    left, right = parts
     axis = drawing.blank(left.subplots())
     drawing.picture(axis, image)
     axis.set_title("input")

@@ -66,7 +66,7 @@ def draw_curves(names: np.ndarray, steps: np.ndarray, values: np.ndarray) -> Fig
     columns = 2 if len(kinds) > 1 else 1
     rows = max(1, -(-len(kinds) // columns))
     figure = Figure((WIDTH, 2.3 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    axes = list(figure.subplots(rows, columns, squeeze=False).ravel())
     for axis, kind in zip(axes, kinds, strict=False):
         found = list(dict.fromkeys(table[last == kind].tolist()))
         for color, name in zip(COLORS, found, strict=False):

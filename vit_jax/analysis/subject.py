@@ -190,7 +190,8 @@ class Subject:
 
         @jax.jit
         def tokens(params: Any, x: jax.Array) -> jax.Array:
-            _, out = self.model.apply({"params": params}, x, method="forward")
+            found: Any = self.model.apply({"params": params}, x, method="forward")
+            _, out = found
             return out["tokens"][:, -math.prod(grid) :]
 
         found = [tokens(self.params, self.to_input(x[None])) for x in shown]
