@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 TIERS = """
 errors config runtime distributed progress feed config_file cli
 models data optim sharding checkpoint hlo hardware tpu search recipes
+kernels kernel_schedule
 objectives workdir weights inference
 evaluators
 analysis program

@@ -136,6 +136,9 @@ class ModelConfig:
     attention_dropout: Share = 0.0  # on the attention weights; 0 in all released models
     # Drop rate of the last block; grows linearly from 0 at the first.
     stochastic_depth: Share = 0.0
+    # What computes attention: einsums; a kernel for TPUs; cuDNN's for GPUs. "auto": the
+    # kernel where it proves right and faster at the start of a run (docs/kernel.md).
+    attention: Literal["auto", "xla", "pallas", "cudnn"] = "auto"
     # Of the computation; parameters stay float32.
     dtype: Literal["float32", "bfloat16"] = "float32"
     # "scan" compiles one block once: faster to compile, stacked parameters.

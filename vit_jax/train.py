@@ -62,6 +62,8 @@ def train(
         cfg = program.cfg
         for hint in program.hints:
             say(f"hint         {hint}")
+        if program.attention:
+            say(f"attention    {program.attention}")
         _say_sizes(program, info)
         claim = stack.enter_context(Claim(workdir, cfg, info))
         stack.enter_context(jax.set_mesh(program.mesh))

@@ -36,6 +36,15 @@ NN = (((1,), (0,)), ((), ()))
 TN = (((0,), (0,)), ((), ()))
 
 
+# What a step should have of images x heads x tokens: many heads are many independent
+# products, which hide each other's latency; too many are a long program.
+ROWS = 4096
+# Longer sequences are done some queries at a time.
+WHOLE, QUERIES = 640, 256
+# Vector memory that the compiler gives a kernel unasked, and what is left to others.
+UNASKED, RESERVED = 16 * 2**20, 8 * 2**20
+
+
 class Head(NamedTuple):
     """Where a head lies in a block: lanes ``first`` to ``end`` of the window of whole
     registers that begins at lane ``start`` and is ``size`` lanes long."""
@@ -114,6 +123,17 @@ class Kernel:
         steps = pl.cdiv(tokens, self.queries) if self.queries else 1
         return (images // self.block_images, self.heads // self.block_heads, steps)
 
+    def memory(self, tokens: int, itemsize: int) -> int:
+        """About how many bytes of vector memory the backward pass takes: blocks twice,
+        since one is loaded while another is worked on, and what a head computes."""
+        rows = self.queries or tokens
+        lanes = self.block_heads * self.head_dim
+        per_step = (rows + 2 * tokens + rows) * lanes + 3 * self.width * tokens
+        blocks = 2 * itemsize * self.block_images * per_step
+        sums = 8 * tokens * lanes if self.queries else 0
+        logits = 4 * tokens * pl.cdiv(rows, LANES) * LANES
+        return blocks + sums + 4 * logits
+
     def windows(self) -> Iterator[Head]:
         """The heads of a block."""
         end = self.block_heads * self.head_dim
@@ -167,6 +187,42 @@ class Kernel:
         return pl.pallas_call(
             body, compiler_params=params, interpret=self.interpret, **kwargs
         )
+
+
+def kernel(
+    *,
+    images: int,
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    itemsize: int,
+    vmem: int,
+    interpret: bool = False,
+) -> Kernel | None:
+    """The kernel for (images, tokens, 3 heads head_dim) of elements of ``itemsize``
+    bytes on a device with ``vmem`` bytes of vector memory; None if it does not fit."""
+    queries = QUERIES if tokens > WHOLE else 0
+    # Blocks begin with a register, or are everything.
+    possible = [
+        n
+        for n in range(1, heads + 1)
+        if heads % n == 0
+        and (n * head_dim % LANES == 0 or (n == heads and not queries))
+    ]
+    if not possible or head_dim > LANES or head_dim % 8:
+        return None
+    few = [n for n in possible if n * tokens <= ROWS and not queries]
+    n = max(few, default=min(possible))
+    several = [
+        i
+        for i in range(1, images + 1)
+        if images % i == 0 and i * n * tokens <= ROWS and n == heads and not queries
+    ]
+    found = Kernel(heads, head_dim, max(several, default=1), n, queries, 0, interpret)
+    need = found.memory(tokens, itemsize)
+    if need > vmem - RESERVED:
+        return None
+    return dataclasses.replace(found, vmem=vmem - RESERVED if need > UNASKED else 0)
 
 
 def _forward(kernel: Kernel, *refs: Any) -> None:
