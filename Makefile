@@ -5,7 +5,7 @@ WORKDIR ?= /tmp/vit_jax_demo
 # Test processes; the tests of one file stay together.
 WORKERS ?= 2
 
-.PHONY: install demo check test lint types format check-python
+.PHONY: install demo check test lint types format docs check-python
 
 install: .venv/installed
 
@@ -34,6 +34,10 @@ lint: install
 
 types: install
 	$(BIN)/pyright
+
+# The pages of docs/ as a site, in build/site; any warning is an error.
+docs: install
+	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 format: install
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
