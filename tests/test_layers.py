@@ -15,9 +15,9 @@ ROOT = Path(__file__).parent.parent
 TIERS = """
 errors config runtime distributed progress feed config_file cli
 models data optim sharding checkpoint hlo hardware recipes
-objectives workdir
-weights evaluators analysis
-program inference
+objectives workdir weights inference
+evaluators
+analysis program
 train
 main predict embed evaluate convert export plan benchmark sweep study
 """

@@ -33,7 +33,7 @@ from vit_jax.feed import put
 from vit_jax.program import build
 from vit_jax.workdir import read_metrics
 
-flags.DEFINE_string("what", "train", "Comma-separated: train, infer, data, fewshot.")
+flags.DEFINE_string("what", "train", "Comma-separated: train, infer, data.")
 flags.DEFINE_bool("json", False, "Print one JSON object instead of lines.")
 flags.DEFINE_integer("rounds", 5, "Alternating rounds; the median is reported.")
 flags.DEFINE_integer("round_steps", 10, "Steps per round.")
@@ -136,13 +136,7 @@ def _data(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
     return benchmark.run(cfg.data, rounds=rounds, steps=steps)
 
 
-def _fewshot(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
-    from vit_jax.evaluators import fewshot
-
-    return fewshot.benchmark()
-
-
-WHAT = {"train": train, "infer": infer, "data": _data, "fewshot": _fewshot}
+WHAT = {"train": train, "infer": infer, "data": _data}
 
 
 def _seconds(step: Callable[..., Any], state: Any, batch: Any, steps: int) -> float:

@@ -19,6 +19,7 @@ from jax.stages import Wrapped
 from vit_jax import config, data, evaluators, models, objectives, optim, sharding
 from vit_jax.config import Config
 from vit_jax.errors import UserError
+from vit_jax.inference import normalize, outputs
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -74,13 +75,6 @@ def train_step(
         "skipped": 1.0 - finite.astype(jnp.float32),
     }
     return State(params, opt_state, state.step + 1, ema), metrics
-
-
-def normalize(images: jax.Array) -> jax.Array:
-    """uint8 pixels 0..255 -> float32 in [-1, 1]; float images are in that range already."""
-    if images.dtype == jnp.uint8:
-        return images.astype(jnp.float32) / 127.5 - 1.0
-    return images
 
 
 def _gradient(cfg, loss_fn, params, batch, key):
@@ -189,10 +183,7 @@ def build(
 
     def forward(params, images):
         params = sharding.gather(cfg, mesh, params)
-        logits, out = placed.apply(
-            {"params": params}, normalize(images), method="forward"
-        )
-        return {"logits": logits, "pre_logits": out["pre_logits"]}
+        return outputs(placed, params, images)
 
     step = functools.partial(
         train_step, cfg=cfg, loss_fn=loss_fn, tx=tx, schedule=schedule

@@ -20,7 +20,8 @@ from vit_jax.checkpoint import Checkpointer
 from vit_jax.config import Config
 from vit_jax.distributed import Preemption
 from vit_jax.errors import UserError
-from vit_jax.feed import Feed, put
+from vit_jax.feed import Feed
+from vit_jax.inference import Predictor
 from vit_jax.program import Batch, Metrics, Program, State, build
 from vit_jax.progress import Bar, phase, say
 from vit_jax.workdir import MetricsWriter, claim
@@ -243,24 +244,12 @@ def evaluate(
     cfg = program.cfg
     params = state.ema if cfg.optim.polyak else state.params
 
-    def batches(data_cfg: config.DataConfig, split: str) -> Iterator[Batch]:
-        n = program.mesh.size
-        size = -(-(cfg.eval.batch or cfg.batch) // n) * n
-        source = data.eval_batches(
-            data_cfg,
-            batch=size,
-            split=split,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        for batch in source:
-            if preemption and preemption.requested():
-                raise _Stopped
-            yield put(batch, program.batch_sharding)
+    def interrupt() -> None:
+        if preemption and preemption.requested():
+            raise _Stopped
 
-    context = evaluators.Context(
-        cfg=cfg, params=params, forward=program.forward, batches=batches, info=info
-    )
+    predictor = Predictor(params, program.forward, program.mesh, interrupt)
+    context = evaluators.Context(cfg, predictor, info)
     try:
         return {k: float(v) for k, v in evaluators.run(context).items()}
     except _Stopped:
