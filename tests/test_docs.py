@@ -107,7 +107,9 @@ def test_every_page_is_in_the_navigation():
 
 def test_images_and_links_of_the_pages_exist():
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)|src=\"(.+?)\"", page.read_text()):
+        for target in re.findall(
+            r"\]\(([^)#]+?)(?:#[^)]*)?\)|src=\"(.+?)\"", page.read_text()
+        ):
             name = target[0] or target[1]
             if "://" not in name:
                 assert (page.parent / name).exists(), f"{page.name}: {name}"
