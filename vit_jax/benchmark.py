@@ -27,9 +27,9 @@ from absl import flags
 from vit_jax import cli, config, data, models
 from vit_jax import train as training
 from vit_jax.config import Config
-from vit_jax.distributed import Preemption
 from vit_jax.errors import UserError
 from vit_jax.feed import put
+from vit_jax.preemption import Preemption
 from vit_jax.program import build
 from vit_jax.workdir import read_metrics
 

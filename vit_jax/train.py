@@ -18,10 +18,10 @@ from etils import epath
 from vit_jax import config, data, evaluators, weights
 from vit_jax.checkpoint import Checkpointer
 from vit_jax.config import Config
-from vit_jax.distributed import Preemption
 from vit_jax.errors import UserError
 from vit_jax.feed import Feed
 from vit_jax.inference import Predictor
+from vit_jax.preemption import Preemption
 from vit_jax.program import Batch, Metrics, Program, State, build
 from vit_jax.progress import Bar, phase, say
 from vit_jax.workdir import MetricsWriter, claim
