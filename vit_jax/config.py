@@ -471,7 +471,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if not hasattr(value, "items"):
             raise UserError(f"{path} is {value!r}: it must be a group of keys")
         return {k: _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 2**63:
         return float(value)
     if type(value) is not hint:
         raise UserError(
