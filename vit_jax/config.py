@@ -58,7 +58,8 @@ class ModelConfig:
     """The architecture. Zeros are filled in from the row of ``models/variants.py`` that
     ``name`` selects."""
 
-    # A row of models/variants.py with a patch size; "": every size below is given.
+    # A size and a patch, or what timm or Hugging Face call it (models/published.py): says
+    # what is left at its default below; "": every size is given.
     name: str = "ViT-B/16"
     num_classes: Count = 0  # outputs of the head; 0: as many as the data has classes
     # (height, width) in pixels; (0, 0): data.image_size, square
