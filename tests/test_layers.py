@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 TIERS = """
 errors config runtime distributed progress feed config_file cli
 models data optim sharding checkpoint hlo hardware tpu search recipes
-objectives workdir weights inference
+objectives workdir weights inference photos
 evaluators
 analysis program
 train
