@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 TIERS = """
 errors vtab_tasks config runtime preemption peers distributed progress feed config_file cli
 models data optim sharding checkpoint hlo hardware tpu search recipes
-objectives workdir weights inference
+objectives workdir weights inference photos
 evaluators
 analysis program
 train
