@@ -10,7 +10,7 @@ sequential.py).
 import dataclasses
 import logging
 import unicodedata
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -101,7 +101,7 @@ class Rows:
 class Reader(Protocol):
     """Draws the rows of one process, for one step after the other."""
 
-    def draw(self, step: int, bad: Container[int]) -> Rows:
+    def draw(self, step: int, bad: Mapping[int, str]) -> Rows:
         """``bad``: examples that are known to be unreadable, not to be drawn."""
         ...
 

@@ -18,8 +18,6 @@ import unicodedata
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-import numpy as np
-
 from vit_jax.config import DataConfig, nearest
 from vit_jax.data.examples import (
     IGNORED,
@@ -28,6 +26,7 @@ from vit_jax.data.examples import (
     Split,
     check_class_names,
     held_out,
+    listed,
 )
 from vit_jax.errors import UserError
 
@@ -68,10 +67,7 @@ def from_files(paths: list[str], labels: Labels) -> Split:
             raise UserError(
                 f"the file name {os.fsencode(path)!r} is not UTF-8: rename the file"
             )
-    array = np.array(paths, object)
-    return Split(
-        len(paths), "path", lambda i: array[i], lambda i: str(array[i]), labels
-    )
+    return listed("path", paths, labels, lambda i: paths[i])
 
 
 def _folders(cfg: DataConfig, root: Path) -> Dataset:

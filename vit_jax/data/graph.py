@@ -7,6 +7,7 @@ They are called from the threads of ``POOL``; tensorflow works without Python's 
 import functools
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -37,7 +38,7 @@ class Maker:
     """
 
     def __init__(self, steps: transforms.Pipeline, kind: Kind, count: int):
-        self._kind, self._count = kind, count
+        self._kind: Kind = kind
         one = (_PIXELS if kind == "pixels" else _FILE) | {
             "seed": tf.TensorSpec((2,), tf.int64)
         }
@@ -164,7 +165,7 @@ def reason(error: Exception) -> str:
     lines = [line.strip() for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith(_TRACE)]
     text = (lines or [type(error).__name__])[0]
-    text = text.split("}} ", 1)[-1]  # "{{function_node ...}} what happened"
+    text = re.sub(r"\{\{.*?\}\} ", "", text)  # "{{function_node ...}} what happened"
     return text.split(" [Op:")[0][:200]
 
 

@@ -14,7 +14,7 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Container, Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -254,6 +254,7 @@ class _Stream:
                 self._note(index, image, reason)
             if rows.substitute is None:
                 return None
+            self._check_bad()  # where all are bad, the search would have no end
             index, image, label = rows.substitute(row, attempt)
         raise AssertionError("substitutes have no end")
 
@@ -323,7 +324,7 @@ class _Reader:
     def __init__(self, split: Split, rows: np.ndarray, batch: int, seed: int | None):
         self.split, self.local, self.batch, self.seed = split, rows, batch, seed
 
-    def draw(self, step: int, bad: Container[int]) -> Rows:
+    def draw(self, step: int, bad: Mapping[int, str]) -> Rows:
         position = step * self.batch + self.local
         size = len(self.split)
 
@@ -338,7 +339,7 @@ class _Reader:
             index = order.train_indices(position, size, self.seed)
             for attempt in itertools.count():
                 left = known(index)
-                if not left.any():
+                if not left.any() or len(bad) == size:
                     break
                 index[left] = order.substitutes(
                     position[left], size, self.seed, attempt

@@ -11,7 +11,7 @@ import logging
 import math
 import struct
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -84,7 +84,7 @@ class TrainReader:
         self.next_step = -1
         self.iterators: list[Iterator[tuple[int, Record, list[Numbered]]]] = []
 
-    def draw(self, step: int, bad: Container[int]) -> Rows:
+    def draw(self, step: int, bad: Mapping[int, str]) -> Rows:
         """The rows of a step; a step that does not follow the last one skips there."""
         started, first = time.monotonic(), step != self.next_step
         if first:
@@ -214,7 +214,7 @@ class EvalReader:
         self.high = (process + 1) * total // processes
         self.records = in_sequence(shards, self.low, self.high)
 
-    def draw(self, step: int, bad: Container[int]) -> Rows:
+    def draw(self, step: int, bad: Mapping[int, str]) -> Rows:
         index = self.low + step * self.count + np.arange(self.count)
         use = index < self.high
         drawn = itertools.islice(self.records, self.count)

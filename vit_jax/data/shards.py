@@ -209,7 +209,7 @@ def read_sidecar(file: str) -> dict[str, np.ndarray] | None:
         return None
     try:
         with tf.io.gfile.GFile(sidecar, "rb") as stream, np.load(stream) as data:
-            return {k: data[k] for k in _SIDECAR}
+            return {k: data[k] for k in {*_SIDECAR, *data.files}}
     except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as e:
         raise UserError(
             f"{sidecar} cannot be read ({type(e).__name__}): copy it again or write "

@@ -13,9 +13,10 @@ import numpy as np
 from vit_jax.config import DataConfig, choose
 from vit_jax.data.examples import (
     Dataset,
+    Labels,
     Split,
-    from_arrays,
     held_out,
+    listed,
     subset,
 )
 from vit_jax.errors import UserError
@@ -85,7 +86,7 @@ def digits(cfg: DataConfig) -> Dataset:
     pixels = pixels.reshape(-1, 8, 8) * (255 / 16)  # 0..16 -> 0..255
     grey = np.round(pixels).astype(np.uint8)
     images = np.repeat(grey[..., None], 3, axis=-1)
-    split = from_arrays(images, labels, "digit")
+    split = listed("pixels", images, Labels.single(labels), "digit {}".format)
     train, test = held_out(split, cfg.test_share)
     names = tuple(str(i) for i in range(10))
     return Dataset(split.select(train), split.select(test), names)
