@@ -182,9 +182,8 @@ def read(source: str | Path, image_size: Size = None, **overrides: Any) -> Check
 
 
 def read_metadata(source: str | Path) -> Metadata:
-    """Class names and preprocessing, without reading the weights."""
-    with sources.open_source(catalogue.resolve(str(source))) as (contents, _):
-        return contents.metadata
+    """Class names and preprocessing; see :func:`sources.read_metadata`."""
+    return sources.read_metadata(catalogue.resolve(str(source)))
 
 
 def save(

@@ -82,12 +82,6 @@ def _field(
         raise UserError(f"{where}: {key} is {value!r:.60}: {e}") from e
 
 
-def parts(index: Path) -> list[str]:
-    """Names of the files that ``model.safetensors.index.json`` lists."""
-    files = lambda weight_map: sorted({str(file) for file in weight_map.values()})
-    return _field(read_json(index), "weight_map", [], files, str(index))
-
-
 def sidecar(path: Path) -> Path:
     """``x.json``, which belongs to ``x.npz``."""
     return path.with_suffix(".json")
