@@ -17,7 +17,7 @@ from tiny import TINY
 
 from vit_jax import data, train
 from vit_jax.config import DataConfig, replace
-from vit_jax.data import records, sequential, write_records
+from vit_jax.data import records, sequential, shards, sources, write_records
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 from vit_jax.workdir import read_metrics
@@ -183,8 +183,8 @@ def test_replaced_images_are_written_again_and_old_shards_removed(tmp_path):
     (dest / "mine.tfrecord").write_bytes(b"of somebody else")
     for file in photos.rglob("*.jpg"):
         file.write_bytes(encoded(Image.new("RGB", (20, 20), (250, 0, 0))))
-    for shards in (3, 2):
-        write_records.write(str(photos), str(dest), split="train", shards=shards)
+    for count in (3, 2):
+        write_records.write(str(photos), str(dest), split="train", shards=count)
         cfg = config(dest, test_split="train")
         image = next(data.eval_batches(cfg, batch=4))["image"]
         assert image[..., 0].min() > 200
@@ -206,6 +206,126 @@ def test_records_can_be_written_from_records(written, tmp_path, monkeypatch):
         for b in data.eval_batches(config(path, test_split="train"), batch=10)
     ]
     assert images[0] == images[1]
+
+
+def test_images_that_cannot_be_decoded_are_listed_and_left_out(tmp_path, capsys):
+    """The second writing finds the shards finished, and lists them all the same."""
+    photos = write_folder(tmp_path / "photos", {"a": 6, "b": 4}, ("train", "test"))
+    good = encoded(picture(0))
+    bad = {"cut": good[:-200], "html": b"<html>403</html>" * 9, "empty": b""}
+    for name, content in bad.items():
+        (photos / f"train/a/{name}.jpg").write_bytes(content)
+    (photos / "train/b/gone.jpg").symlink_to("/nowhere/gone.jpg")
+    dest = tmp_path / "records"
+    for _ in range(2):
+        index = write_records.write(
+            str(photos), str(dest), split="train", shards=3, progress=True
+        )["train"]
+        left_out = {b["image"].split("/")[-1]: b["reason"] for b in index["left_out"]}
+        assert set(left_out) == {"cut.jpg", "html.jpg", "empty.jpg", "gone.jpg"}
+        assert "No such file" in left_out["gone.jpg"]
+        assert index["examples"] == 10
+        assert index["class_counts"] == [6, 4]
+        cfg = config(dest, test_split="train", max_bad=0.0)
+        assert sum(b["mask"].sum() for b in data.eval_batches(cfg, batch=5)) == 10
+    shown = capsys.readouterr().err
+    assert "14/14" in shown  # images, not shards
+    assert "images/s" in shown
+
+
+class Patient:
+    """Stands for a store whose reads take long: records how many are under way."""
+
+    def __init__(self, store):
+        self.store, self.begun, self.most = store, 0, 0
+
+    def read(self, name, byte_range):
+        self.begun += 1
+        self.most = max(self.most, self.begun)
+        return Answer(self, self.store.read(name, byte_range=byte_range))
+
+
+class Answer:
+    def __init__(self, patient, reading):
+        self.patient, self.reading = patient, reading
+
+    def result(self):
+        self.patient.begun -= 1
+        return self.reading.result()
+
+
+def test_the_records_of_a_batch_are_asked_for_together(written, monkeypatch):
+    """However long a read takes, a batch waits for one: exact ranges, all at once."""
+    split = sources.load(config(written["tfrecord"])).train
+    before = split.read(np.arange(10))
+    real, stores = shards._store, []
+
+    def patient(folder):
+        stores.append(Patient(real(folder)))
+        return stores[0]
+
+    monkeypatch.setattr(shards, "_store", patient)
+    after = split.read(np.arange(10))
+    assert stores[0].most == 10
+    assert after[0] == before[0]
+
+
+def test_shards_without_an_index_are_scanned_once(tmp_path, monkeypatch):
+    write_tfrecord(tmp_path / "train.tfrecord", [[0], [1], [0], [1]])
+    write_tfrecord(tmp_path / "test.tfrecord", [[0]])
+    real, scanned = records.scan, []
+
+    def counted(file):
+        scanned.append(file)
+        return real(file)
+
+    monkeypatch.setattr(records, "scan", counted)
+    monkeypatch.setattr(shards, "scan", counted)
+    take(data.train_batches(config(tmp_path, num_classes=2), batch=4, seed=0), 2)
+    assert len(scanned) == len(set(scanned)) == 2
+
+
+def sequential_batches(tmp_path, size, batch, **options):
+    """Numbers of the records in each batch of the first epoch."""
+    files = shards.Shards((str(tmp_path / "x"),), (size,), "tfrecord")
+    reader = sequential.TrainReader(
+        files, lambda record: (record, np.zeros(1, np.int32)), options.get("buffer", 0),
+        np.arange(batch), batch, 0,
+    )  # fmt: skip
+    return np.stack([reader.draw(i, {}).index for i in range(size // batch)])
+
+
+def test_sequential_reads_are_shuffled_over_sixteen_batches(tmp_path, monkeypatch):
+    """The share of neighbours in the file that meet in a batch: 1/16 of what it would be
+    if each batch were read in order, and not more than twice the uniform share where 16
+    batches are all there is."""
+    monkeypatch.setattr(
+        sequential,
+        "in_sequence",
+        lambda s, low, high: ((i, b"") for i in range(low, high)),
+    )
+    size, batch = 65_536, 4_096
+
+    def met(**options):
+        index = sequential_batches(tmp_path, size, batch, **options)
+        of = np.empty(size, int)
+        of[index.reshape(-1)] = np.repeat(np.arange(size // batch), batch)
+        return (of[1:] == of[:-1]).mean()
+
+    assert met() < 0.08  # uniform: 1/16 = 0.0625
+    assert met(buffer=8192) > 0.4  # what the default was
+
+
+def test_shards_sorted_by_class_are_pointed_out(tmp_path, caplog):
+    write_tfrecord(tmp_path / "train.tfrecord", [[0]] * 20 + [[1]] * 20)
+    write_tfrecord(tmp_path / "test.tfrecord", [[0]])
+    for buffer, said in ((10, True), (0, False)):
+        caplog.clear()
+        cfg = config(
+            tmp_path, num_classes=2, access="sequential", shuffle_buffer=buffer
+        )
+        next(data.train_batches(cfg, batch=4, seed=0))
+        assert ("all have the same label" in caplog.text) == said
 
 
 @pytest.mark.parametrize("format", FORMATS)

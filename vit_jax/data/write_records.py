@@ -334,7 +334,8 @@ def _fingerprint(dataset: Dataset, part: Split, positions: np.ndarray) -> str:
             digest.update(labels.tobytes() + b"\0")
     if part.kind == "path":
         for path in part.read(positions)[0]:
-            status = os.stat(path)
+            # One that is gone will be among those left out.
+            status = os.stat(path) if os.path.exists(path) else os.stat_result([0] * 10)
             digest.update(f"{status.st_size} {status.st_mtime_ns}\0".encode())
     return digest.hexdigest()
 
