@@ -8,6 +8,7 @@ it costs its own decoding, and good data pays nothing for the protection.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -442,10 +443,12 @@ def _folders(path: str) -> dict[str, int]:
         folder = todo.pop()
         times[folder] = _changed(folder)
         real = os.path.realpath(folder)  # a link may lead back
-        if real not in seen and os.path.isdir(folder) and os.access(folder, os.R_OK):
-            seen.add(real)
-            with os.scandir(folder) as entries:
-                todo += [e.path for e in entries if e.is_dir()]
+        if real in seen:
+            continue
+        seen.add(real)
+        # A file has no entries, and what cannot be read is for the source to say.
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            todo += [e.path for e in entries if e.is_dir()]
     return times
 
 
