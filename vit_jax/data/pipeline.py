@@ -428,7 +428,8 @@ def _split(cfg: DataConfig, name: str) -> Split:
 
 
 def _listing(cfg: DataConfig) -> DataConfig:
-    """The config without what does not change the list of examples (and so hashable)."""
+    """The config without what does not change the list of examples (and so hashable);
+    image_size stays, as the transforms of a VTAB task follow from it."""
     return dataclasses.replace(
         cfg, train_transforms=(), eval_transforms=(), decode="fast", max_bad=0.0
     )
