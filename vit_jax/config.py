@@ -58,7 +58,8 @@ class ModelConfig:
     """The architecture. Zeros are filled in from the row of ``models/variants.py`` that
     ``name`` selects."""
 
-    # A row of models/variants.py with a patch size; "": every size below is given.
+    # A size and a patch, or what timm or Hugging Face call it (models/published.py): says
+    # what is left at its default below; "": every size is given.
     name: str = "ViT-B/16"
     num_classes: Count = 0  # outputs of the head; 0: as many as the data has classes
     # (height, width) in pixels; (0, 0): data.image_size, square
@@ -470,7 +471,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if not hasattr(value, "items"):
             raise UserError(f"{path} is {value!r}: it must be a group of keys")
         return {k: _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 2**63:
         return float(value)
     if type(value) is not hint:
         raise UserError(

@@ -28,7 +28,7 @@ from etils import epath
 
 from vit_jax import cli, evaluators
 from vit_jax.config import Config
-from vit_jax.errors import UserError
+from vit_jax.errors import PREEMPTED, UserError
 from vit_jax.workdir import read_metrics
 
 
@@ -162,7 +162,7 @@ def main(argv: list[str]) -> int:
     grid = {}
     for run in selection:
         value, status = _finish(cfg, run, arguments)
-        if status == cli.PREEMPTED:
+        if status == PREEMPTED:
             return status
         grid[run.learning_rate] = value
     if grid and all(math.isnan(v) for v in grid.values()):

@@ -16,10 +16,10 @@ from etils import epath
 from vit_jax import config, data, evaluators, models, sharding, weights
 from vit_jax.checkpoint import Checkpointer
 from vit_jax.config import Config
-from vit_jax.distributed import Preemption
 from vit_jax.errors import UserError
 from vit_jax.feed import Feed
 from vit_jax.inference import Predictor
+from vit_jax.preemption import Preemption
 from vit_jax.program import Batch, Metrics, Program, State, build
 from vit_jax.progress import Bar, number, phase, say
 from vit_jax.workdir import METRICS, Claim, MetricsWriter, is_evaluation, read_metrics

@@ -40,6 +40,18 @@ _MAY_CHANGE = (
 )  # fmt: skip
 
 
+def stored_config(source: str) -> Config | None:
+    """The config of the run in the folder ``source``, local or remote; None if it holds
+    none."""
+    folder = epath.Path(source)
+    # Hugging Face's folders hold a config.json as well.
+    if "://" in source and not source.startswith(("gs://", "s3://")):
+        return None
+    if not (folder / checkpoint.FOLDER).exists():
+        return None
+    return config.read(folder / "config.json")
+
+
 class Claim:
     """The workdir of a run, for this process alone while the context is open.
 
