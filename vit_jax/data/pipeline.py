@@ -354,7 +354,8 @@ def _spread(values: np.ndarray, row: np.ndarray, count: int) -> np.ndarray:
 
 # ---------------------------------------------------------------------- memory of sets
 
-_LISTING = ("train_transforms", "eval_transforms", "image_size", "decode", "max_bad")
+# Not image_size: the transforms of a VTAB task follow from it.
+_LISTING = ("train_transforms", "eval_transforms", "decode", "max_bad")
 
 
 def _load(cfg: DataConfig) -> Dataset:
@@ -365,10 +366,7 @@ def _load(cfg: DataConfig) -> Dataset:
 def _listing(cfg: DataConfig) -> DataConfig:
     """The config without what does not change the list of examples (and so hashable)."""
     defaults = DataConfig()
-    keep = () if cfg.source != "synthetic" else ("image_size",)
-    return dataclasses.replace(
-        cfg, **{k: getattr(defaults, k) for k in _LISTING if k not in keep}
-    )
+    return dataclasses.replace(cfg, **{k: getattr(defaults, k) for k in _LISTING})
 
 
 @functools.lru_cache(maxsize=8)
