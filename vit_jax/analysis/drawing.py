@@ -115,3 +115,5 @@ def relative_colorbar(figure: Figure, axes: Sequence[Any], label: str) -> None:
         ScalarMappable(cmap=HEAT), ax=list(axes), label=label, shrink=0.7, aspect=30
     )
     bar.set_ticks([0, 1], labels=["0", f"{PERCENTILE:.0f}th\npercentile"])
+    # Beside the bar and not beyond the labels of its ends.
+    bar.ax.yaxis.set_label_coords(3.0, 0.5)
