@@ -168,15 +168,20 @@ def held_out(split: Split, share: float) -> tuple[np.ndarray, np.ndarray]:
     if split.labels is None:
         log.warning("held out at random: the classes are known only to the records")
     taken = np.zeros(len(split), bool)
-    for members in _by_class(split):
+    classes = _by_class(split)
+    for members in classes:
         count = round(share * len(members))
         if len(members) > 1:
             count = min(max(count, 1), len(members) - 1)
         taken[members[:count]] = True
     if taken.all() or not taken.any():
+        why = f"a share of {share} leaves one side empty"
+        if max(map(len, classes), default=0) < 2:
+            why = "no class has two of them, so that no share leaves some on both sides"
         raise UserError(
-            f"holding out a share of {share} of {len(split)} examples leaves one side "
-            "empty: change data.test_share or data.holdout"
+            f"cannot hold out some of {len(split)} examples: {why}; change "
+            "config.data.test_share or config.data.holdout, or name a test set with "
+            "config.data.test_split"
         )
     return np.flatnonzero(~taken), np.flatnonzero(taken)
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from vit_jax.config import DataConfig
-from vit_jax.data import records
-from vit_jax.data.examples import Dataset, Labels, Split, held_out
+from vit_jax.data import records, splits
+from vit_jax.data.examples import Dataset, Labels, Split
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 
@@ -30,14 +30,12 @@ def load(cfg: DataConfig) -> Dataset:
             return from_shards(cfg, builder, name)
         return read(builder, name, lambda example: example["label"])
 
-    train = split(cfg.train_split)
-    test_split = _test_split(builder, cfg.test_split)
-    if test_split:
-        test = split(test_split)
-    else:
-        rest, out = held_out(train, cfg.test_share)
-        train, test = train.select(rest), train.select(out)
-    return Dataset(train, test, names, splits=split)
+    wanted = cfg.test_split
+    if wanted == DataConfig.test_split:
+        wanted = next(iter(splits.meant(wanted, builder.info.splits)), "")
+    test = split(wanted) if wanted else None
+    both = splits.with_test(cfg, split(cfg.train_split), test)
+    return Dataset(*both, names, splits=split)
 
 
 def class_names(builder: Any) -> tuple[str, ...]:
@@ -60,7 +58,7 @@ def unprepared(name: str, data_dir: str = "") -> Any:
     """
     if not name:
         raise UserError(
-            "data.source is 'tfds' but data.name is empty: set --config.data.name, "
+            "config.data.source is 'tfds' but config.data.name is empty: set --config.data.name, "
             "for example to 'cifar10'"
         )
     where: Any = {"data_dir": str(Path(data_dir).expanduser())} if data_dir else {}
@@ -73,7 +71,7 @@ def unprepared(name: str, data_dir: str = "") -> Any:
         near = difflib.get_close_matches(name.split("/")[0], known, n=3, cutoff=0.5)
         hint = f"did you mean one of {near}? " if near else ""
         raise UserError(
-            f"unknown tfds set {name!r} (data.name): {hint}"
+            f"unknown tfds set {name!r} (config.data.name): {hint}"
             f"{str(e).splitlines()[0][:200]}"
         ) from e
 
@@ -228,11 +226,3 @@ def _num_bytes(builder: Any, split: str) -> float:
 
 def _is_prepared(builder: Any) -> bool:
     return bool(builder.info.splits)
-
-
-def _test_split(builder: Any, wanted: str) -> str:
-    """The split to test on: the wanted one, or what stands in for a plain "test"."""
-    have = builder.info.splits
-    if wanted != "test" or wanted in have:
-        return wanted
-    return next((n for n in ("validation", "val") if n in have), "")

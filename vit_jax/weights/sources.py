@@ -91,7 +91,7 @@ def open_source(
         path = local(source)
         try:
             contents = _open(path, _Wanted(source, tree, facts or {}, stack))
-            _check_names(contents)
+            _check_names(contents.arrays, source)
             # A torch file has found its model already.
             yield contents, "" if contents.metadata.layout else tree
         except Damaged as e:
@@ -331,6 +331,7 @@ def _open_torch(files: list[Path], folder: Path | None, wanted: _Wanted) -> Cont
             part, text = safetensors.read(file, name)
             header |= text
         arrays |= part
+    _check_names(arrays, where)
     about = metadata.of_safetensors(header, where)
     if config.exists() and not about.model:
         try:
@@ -348,11 +349,11 @@ def _open_torch(files: list[Path], folder: Path | None, wanted: _Wanted) -> Cont
     return Contents(where, arrays, about, (*notes, *more))
 
 
-def _check_names(contents: Contents) -> None:
+def _check_names(arrays: dict[str, Array], where: str) -> None:
     """Names of a file are printed; none may write to the terminal what it likes."""
-    for name in contents.arrays:
+    for name in arrays:
         if not name.isprintable():
-            raise UserError(f"{contents.where} names an array {name!r:.80}")
+            raise UserError(f"{where} names an array {name!r:.80}")
 
 
 def _open_orbax(path: Any, where: str) -> Contents:
