@@ -51,7 +51,7 @@ def test_a_config_is_frozen():
         ({"optim": {"clip": -1}}, ["config.optim.clip is -1", "at least 0"]),
         (
             {"optim": {"polyak": 1.5}},
-            ["config.optim.polyak is 1.5", "at least 0 and at most 1"],
+            ["config.optim.polyak is 1.5", "at least 0 and below 1"],
         ),
         ({"optim": {"eps": 0.0}}, ["config.optim.eps is 0", "above 0"]),
         ({"optim": {"learning_rate": float("nan")}}, ["learning_rate is nan"]),
@@ -132,6 +132,29 @@ def test_the_nearest_name_is_written_in_another_way(value, expected):
     assert config.nearest("quite else", names) == ""
 
 
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [("lr", "learning_rate"), ("wd", "weight_decay"), ("momentum", "b1"), ("ema", "polyak")],
+)  # fmt: skip
+def test_names_of_other_projects_are_understood(key, expected):
+    with pytest.raises(UserError, match=f"did you mean '{expected}'"):
+        config.from_dict({"optim": {key: 0.1}})
+
+
+@pytest.mark.parametrize(
+    "value", ["fewshot,knn", ("fewshot,knn",), ["fewshot", {"type": "knn"}]]
+)
+def test_evaluators_and_transforms_may_be_given_by_name(value):
+    found = config.from_dict({"eval": {"evaluators": value}}).eval.evaluators
+    assert found == ({"type": "fewshot"}, {"type": "knn"})
+    found = config.from_dict({"data": {"train_transforms": "flip"}}).data
+    assert found.train_transforms == ({"op": "flip"},)
+    with pytest.raises(
+        UserError, match=r"config.eval.evaluators is 3: it must be a list"
+    ):
+        config.from_dict({"eval": {"evaluators": 3}})
+
+
 def test_an_int_is_a_float():
     assert config.from_dict({"optim": {"learning_rate": 1}}).optim.learning_rate == 1.0
 
@@ -139,8 +162,16 @@ def test_an_int_is_a_float():
 def test_difference_names_the_field():
     a = Config()
     b = config.replace(a, model__width=7, steps=3)
-    assert config.difference(a, b) == ["model.width: 0 -> 7", "steps: 10000 -> 3"]
-    assert config.difference(a, a) == []
+    assert config.difference(a, b) == {"model.width": (0, 7), "steps": (10000, 3)}
+    assert config.difference(a, a) == {}
+
+
+@pytest.mark.parametrize("field", ["b1", "b2", "polyak"])
+def test_a_moving_average_that_forgets_nothing_is_refused(field):
+    """1 - b1**t, which Adam divides by, would be 0."""
+    with pytest.raises(UserError, match=rf"config.optim.{field} is 1.0: .* below 1"):
+        config.from_dict({"optim": {field: 1.0}})
+    assert config.from_dict({"optim": {field: 0.0}})
 
 
 def test_no_default_is_none():

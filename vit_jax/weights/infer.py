@@ -12,6 +12,7 @@ from vit_jax.weights.contents import Array, count_up
 from vit_jax.weights.layout import POSITIONS
 from vit_jax.weights.report import Report
 
+_LARGEST = 1 << 15  # side of an image that a file may state
 _BLOCK = "Transformer/encoderblock_0"
 _QUERY = f"{_BLOCK}/MultiHeadDotProductAttention_1/query/kernel"
 
@@ -65,6 +66,10 @@ def infer(
     if cfg.image_size == (0, 0):
         size = _image_size(cfg, arrays, image_size, report)
         cfg = dataclasses.replace(cfg, image_size=size)
+    if max(cfg.image_size) > _LARGEST:
+        raise UserError(
+            f"{report.where} states image_size={cfg.image_size}: at most {_LARGEST}"
+        )
     return dataclasses.replace(cfg, name=name_of(cfg))
 
 

@@ -78,7 +78,7 @@ def _field(
         return default
     try:
         return convert(value)
-    except (TypeError, ValueError, AttributeError, LookupError) as e:
+    except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as e:
         raise UserError(f"{where}: {key} is {value!r:.60}: {e}") from e
 
 
@@ -134,7 +134,8 @@ def of_workdir(folder: Any) -> Metadata:
         model["image_size"] = _field(data, "image_size", size, _pair, where)
     # Zeros are filled in from the variant, and read off the arrays.
     model = {k: v for k, v in model.items() if v or k not in _FILLED}
-    model.pop("num_classes")  # of the data, or what masked patch prediction predicts
+    # Of the data, or what masked patch prediction predicts.
+    model.pop("num_classes", None)
     transforms = tuple(dict(t) for t in cfg.data.eval_transforms)
     return Metadata(
         class_names=_field(data, "class_names", (), _names, where),

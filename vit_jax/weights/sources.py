@@ -91,7 +91,7 @@ def open_source(
         path = local(source)
         try:
             contents = _open(path, _Wanted(source, tree, facts or {}, stack))
-            _check_names(contents)
+            _check_names(contents.arrays, source)
             # A torch file has found its model already.
             yield contents, "" if contents.metadata.layout else tree
         except Damaged as e:
@@ -301,14 +301,15 @@ def _files(folder: Path, names: list[str], where: str) -> list[str]:
 def _parts(index: Path) -> list[str]:
     """Names of the files that ``model.safetensors.index.json`` lists."""
     listed = metadata.read_json(index).get("weight_map")
-    names = set(listed.values()) if isinstance(listed, dict) else set()
-    for name in names or {""}:
-        path = PurePosixPath(name) if isinstance(name, str) else PurePosixPath()
+    names = list(listed.values()) if isinstance(listed, dict) else []
+    for name in names or [""]:
+        is_name = isinstance(name, str) and len(name) < 200
+        path = PurePosixPath(name) if is_name else PurePosixPath()
         if not path.parts or path.is_absolute() or ".." in path.parts:
             raise UserError(
                 f"{index}: weight_map names {name!r:.80}, which must be a file in its folder"
             )
-    return sorted(names)
+    return sorted(set(names))
 
 
 def _open_torch(files: list[Path], folder: Path | None, wanted: _Wanted) -> Contents:
@@ -330,6 +331,7 @@ def _open_torch(files: list[Path], folder: Path | None, wanted: _Wanted) -> Cont
             part, text = safetensors.read(file, name)
             header |= text
         arrays |= part
+    _check_names(arrays, where)
     about = metadata.of_safetensors(header, where)
     if config.exists() and not about.model:
         try:
@@ -347,11 +349,11 @@ def _open_torch(files: list[Path], folder: Path | None, wanted: _Wanted) -> Cont
     return Contents(where, arrays, about, (*notes, *more))
 
 
-def _check_names(contents: Contents) -> None:
+def _check_names(arrays: dict[str, Array], where: str) -> None:
     """Names of a file are printed; none may write to the terminal what it likes."""
-    for name in contents.arrays:
+    for name in arrays:
         if not name.isprintable():
-            raise UserError(f"{contents.where} names an array {name!r:.80}")
+            raise UserError(f"{where} names an array {name!r:.80}")
 
 
 def _open_orbax(path: Any, where: str) -> Contents:
