@@ -6,7 +6,7 @@ from sklearn.datasets import load_digits
 
 from vit_jax.config import DataConfig
 from vit_jax.data import splits
-from vit_jax.data.examples import Dataset, from_arrays
+from vit_jax.data.examples import Dataset, Labels, listed
 
 
 def load(cfg: DataConfig) -> Dataset:
@@ -15,5 +15,6 @@ def load(cfg: DataConfig) -> Dataset:
     pixels = pixels.reshape(-1, 8, 8) * (255 / 16)  # 0..16 -> 0..255
     grey = np.round(pixels).astype(np.uint8)
     images = np.repeat(grey[..., None], 3, axis=-1)
-    both = splits.with_test(cfg, from_arrays(images, labels, "digit"), None)
+    every = listed("pixels", images, Labels.single(labels), "digit {}".format)
+    both = splits.with_test(cfg, every, None)
     return Dataset(*both, tuple(str(i) for i in range(10)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random images without tensorflow and almost without work: for benchmarks and tests.
+"""Random images without tensorflow at almost no cost: for benchmarks and tests.
 
 A handful of batches is drawn once and handed out again and again, so this measures the
 rest of the program. ``data.name="multilabel"`` gives multi-hot labels; any other name,
@@ -8,6 +8,7 @@ such as the one of the config that ``--config.data.source=synthetic`` changes, i
 
 import functools
 from collections.abc import Iterator
+from typing import NoReturn
 
 import numpy as np
 
@@ -62,5 +63,5 @@ def _example(cfg: DataConfig, salt: int, turn: int, row: int) -> tuple:
     return image, rng.integers(classes)
 
 
-def _no_fetch(index: np.ndarray) -> None:
+def _no_fetch(index: np.ndarray) -> NoReturn:
     raise AssertionError("synthetic images are not fetched")

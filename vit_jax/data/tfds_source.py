@@ -11,8 +11,8 @@ import numpy as np
 
 from vit_jax.config import DataConfig
 from vit_jax.data import records, splits
-from vit_jax.data.examples import Dataset, Labels, Split
-from vit_jax.data.tensorflow_cpu import tf
+from vit_jax.data.examples import Dataset, Labels, Split, listed
+from vit_jax.data.shards import ARRAY_RECORD, TFRECORD, Shards, is_remote
 from vit_jax.errors import UserError
 
 import tensorflow_datasets as tfds  # isort: skip  (after tensorflow_cpu)
@@ -117,28 +117,10 @@ def read(
 
 
 def from_encoded(images: list[Any], labels: list[int], name: str) -> Split:
-    """A split held in memory: encoded images (bytes) or decoded ones (uint8 arrays)."""
-    if images and isinstance(images[0], np.ndarray):
-        shapes = np.array([i.shape for i in images], np.int32)
-        pixels = np.array([i.tobytes() for i in images] + [None], object)[:-1]
-        return Split(
-            len(images),
-            "pixels",
-            lambda i: (pixels[i], shapes[i]),
-            lambda i: f"{name} example {i}",
-            Labels.single(labels),
-        )
-    array = np.array([*images, None], object)[:-1]
-    return Split(
-        len(images),
-        "encoded",
-        lambda i: array[i],
-        lambda i: f"{name} example {i}",
-        Labels.single(labels),
+    """A split held in memory, of encoded images."""
+    return listed(
+        "encoded", images, Labels.single(labels), lambda i: f"{name} example {i}"
     )
-
-
-_TRAIN_TAR, _VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 
 
 def from_shards(cfg: DataConfig, builder: Any, split: str) -> Split:
@@ -152,36 +134,22 @@ def from_shards(cfg: DataConfig, builder: Any, split: str) -> Split:
             start = sum(counts) - part.examples_in_shard
         end = part.examples_in_shard if part.take < 0 else part.skip + part.take
         chosen.append(np.arange(part.skip, end) + start)
-    format = records.ARRAY_RECORD if "array_record" in files[0] else records.TFRECORD
-    shards = records.Shards(tuple(files), tuple(counts), format)
-    features = builder.info.features
-    decoders = {"image": tfds.decode.SkipDecoding()}
-
-    def parse(record: Any) -> tuple[Any, Any]:
-        example = features.deserialize_example(record, decoders=decoders)
-        return example["image"], tf.reshape(example["label"], [-1])
-
+    format = ARRAY_RECORD if "array_record" in files[0] else TFRECORD
+    shards = Shards(tuple(files), tuple(counts), format)
+    # tfds stores features of the top level under their own names.
+    parse = records.parser("image", "label", builder.info.features["label"].num_classes)
     selected = np.concatenate(chosen)
     whole = len(selected) == len(shards)
-    sequential = cfg.access == "sequential" or (
-        cfg.access == "auto" and "://" in files[0] and format == records.TFRECORD
+    in_sequence = cfg.access == "sequential" or (
+        cfg.access == "auto" and is_remote(files[0]) and format == TFRECORD
     )
-    if sequential and not whole:
+    if in_sequence and not whole:
         raise UserError(
             f"the slice {split!r} of {builder.name} needs random access to its files: "
-            "set --config.data.access=random"
+            "set config.data.access=random"
         )
-    return Split(
-        len(shards),
-        "record",
-        shards.read,
-        shards.name,
-        parse=parse,
-        sequence=records.Sequence(shards, cfg.shuffle_buffer or 8192)
-        if sequential
-        else None,
-        selected=None if whole else selected,
-    )
+    found = records.split_of(shards, parse, cfg, in_sequence=in_sequence)
+    return found if whole else found.select(selected)
 
 
 _TRAIN_TAR, _VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
