@@ -69,7 +69,7 @@ def train(
             workdir,
             cfg.checkpoint,
             read_metrics(workdir),
-            evaluators.smaller_is_better(cfg.checkpoint.keep_best),
+            evaluators.lower_is_better(cfg.checkpoint.keep_best),
         )
         stack.enter_context(contextlib.closing(checkpoints))
         stack.enter_context(_explain_out_of_memory(program))
