@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random images without tensorflow and almost without work: for benchmarks and tests.
+"""Random images without tensorflow at almost no cost: for benchmarks and tests.
 
 A handful of batches is drawn once and handed out again and again, so this measures the
 rest of the program. ``data.name="multilabel"`` gives multi-hot labels.
@@ -21,7 +21,7 @@ _CYCLE = 4  # different batches before they repeat
 
 def load(cfg: DataConfig) -> Dataset:
     """Names and counts; the batches come from ``train_batches``."""
-    choose("data.name", cfg.name, {"": 0, "multilabel": 1})
+    choose("config.data.name", cfg.name, {"": 0, "multilabel": 1})
 
     def part(size: int) -> Split:
         return Split(size, "pixels", _no_fetch, "synthetic image {}".format)
