@@ -244,7 +244,7 @@ class SweepConfig:
 
     learning_rates: tuple[Above0, ...] = (0.001, 0.003, 0.01, 0.03)  # the grid
     # Share of the training set that the runs of the grid are compared on.
-    holdout: Share = 0.1
+    holdout: Annotated[float, Range(0, 1, above=True, below=True)] = 0.1
     # Final runs on the whole training set, with seed, seed + 1, ...
     seeds: Positive = 3
     # What is compared, at the end of a run; the best wins.
