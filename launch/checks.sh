@@ -2,6 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # What the scripts of this folder check before anything is started. Sourced, in the repository's root.
 
+usage() { # the comment at the head of the script that sources this file
+  awk 'NR > 2 { if (/^#SBATCH/) next; if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"
+}
+case ${1:-} in -h | -help | --help) usage; exit 0 ;; esac
+(($#)) || [[ $0 == *colab.sh ]] || { usage >&2; exit 2; }
+
 fail() { echo "error: $*" >&2; exit 2; }
 
 need() {  # need VARIABLE EXAMPLE
@@ -23,7 +29,7 @@ need_run() {  # the two flags that every run has
   local config workdir
   config=$(flag config "$@") workdir=$(flag workdir "$@")
   [[ -n $config ]] || fail "--config is missing: give --config=configs/vit_b16.py or your own"
-  [[ -f ${config%%:*} ]] || fail "--config=$config names a file that does not exist in $PWD"
+  [[ -f ${config%%:*} || -f configs/${config%%:*}.py ]] || fail "--config=$config names a file that does not exist in $PWD"
   [[ -n $workdir ]] || fail "--workdir is missing: give the folder that the run writes to"
 }
 

@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Trains on this machine, and continues by itself after an interruption.
+#
 #   launch/local.sh --config=configs/digits.py --workdir=/tmp/digits
-# PROCESSES=8   one process per GPU; default: one process that drives every device
-# PORT=47110    where the processes meet      RETRIES=100      PYTHON=.venv/bin/python
+#
+#   PROCESSES=8            one process per GPU; default: one process that drives every device
+#   PORT=47110             where the processes meet
+#   RETRIES=100            how often it starts again
+#   PYTHON=.venv/bin/python
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/checks.sh

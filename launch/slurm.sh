@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Trains on a SLURM cluster, one process per node that drives all its GPUs, and requeues itself after an interruption.
+#
 #   NODES=4 GPUS=8 launch/slurm.sh --config=configs/vit_b16.py --workdir=/shared/runs/vit_b16
-# PARTITION, ACCOUNT, TIME=24:00:00   PORT=47110   PYTHON=.venv/bin/python
+#
+#   NODES, GPUS            how many, and how many GPUs each has
+#   PARTITION, ACCOUNT     passed on     TIME=24:00:00   limit of the job
+#   PORT=47110             where the processes meet
 #SBATCH --job-name=vit_jax
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive

@@ -33,6 +33,8 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+from commands import Command  # noqa: E402
+
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
@@ -43,3 +45,9 @@ def shared() -> Path:
     if not SHARED.exists():
         pytest.skip(f"needs {SHARED.name}/ beside the project")
     return SHARED
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Calls a command in this process."""
+    return Command(capsys, monkeypatch)

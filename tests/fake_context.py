@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from vit_jax.config import Config, DataConfig
 from vit_jax.evaluators.context import Context
+from vit_jax.inference import Predictor
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ def context(
         x = images.reshape(len(images), -1)
         return {"logits": x @ params, "pre_logits": x}
 
+    class Fake(Predictor):
+        def batches(self, cfg: DataConfig, split: str, batch: int):
+            return batches(cfg, split)
+
     def batches(data: DataConfig, split: str):
         x, y = splits.get((data.name, split), splits.get(split))
         for start in range(0, len(x), batch):
@@ -69,11 +74,11 @@ def context(
     n = {s: len(splits[s][0]) if s in splits else 0 for s in ("train", "test")}
     return Context(
         cfg=cfg or Config(),
-        params=jax.device_put(
-            jnp.asarray(weights, jnp.float32), NamedSharding(mesh, P())
+        predictor=Fake(
+            jax.device_put(jnp.asarray(weights, jnp.float32), NamedSharding(mesh, P())),
+            forward,
+            mesh,
         ),
-        forward=forward,
-        batches=batches,
         info=Info(num_classes, names, n["train"], n["test"]),  # pyright: ignore
         out=out,
     )

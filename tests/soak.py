@@ -29,7 +29,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from vit_jax.checkpoint import load_params  # noqa: E402
-from vit_jax.progress import read_metrics  # noqa: E402
+from vit_jax.workdir import read_metrics  # noqa: E402
 
 EVALUATE, SAVE = 40, 25  # steps between them
 PHASES = ("start", "compile", "train", "evaluate", "save")

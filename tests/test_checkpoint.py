@@ -10,9 +10,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vit_jax import checkpoint
-from vit_jax.checkpoint import Checkpointer, State
+from vit_jax.checkpoint import Checkpointer
 from vit_jax.config import CheckpointConfig
 from vit_jax.errors import UserError
+from vit_jax.program import State
 
 
 def sharding(devices, *spec):

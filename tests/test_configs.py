@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from vit_jax import config, data, models, recipes, train
+from vit_jax import config, data, models, recipes
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
+from vit_jax.program import build
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = {p.stem: p for p in sorted(CONFIGS.glob("*.py"))}
@@ -88,9 +89,7 @@ def test_two_steps_trace(name):
     """Two train steps, shapes only: what comes out is what goes in."""
     cfg = _shorter(load(name))
     info = data.DataInfo(10, tuple(map(str, range(10))), 100, 100, multilabel=False)
-    program = train.build(
-        cfg, jax.devices()[:1], info if not cfg.model.num_classes else None
-    )
+    program = build(cfg, jax.devices()[:1], info if not cfg.model.num_classes else None)
     state, batch = program.state_shape, program.batch_shape
     for _ in range(2):
         after, metrics = jax.eval_shape(program.train_step, state, batch)

@@ -167,6 +167,7 @@ def _extra(path, arrays):
 def test_workdir_to_npz(tmp_path):
     """What training leaves behind: names and preprocessing travel from its files."""
     from vit_jax import checkpoint, config
+    from vit_jax.program import State
 
     model, flat = small_model(layers="scan", dropout=0.1)
     cfg = Config(
@@ -181,7 +182,7 @@ def test_workdir_to_npz(tmp_path):
     )
     params = jax.tree.map(jax.numpy.asarray, fit.unflatten(flat))
     saver = checkpoint.Checkpointer(str(workdir), cfg.checkpoint)
-    saver.save(checkpoint.State(params, {}, jax.numpy.int32(3), {}), 3, {})
+    saver.save(State(params, {}, jax.numpy.int32(3), {}), 3, {})
     saver.wait()
     saver.close()
     for source in (workdir, workdir / "checkpoints", workdir / "checkpoints" / "3"):

@@ -20,7 +20,7 @@ from vit_jax.config import DataConfig, replace
 from vit_jax.data import records, write_records
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
-from vit_jax.progress import read_metrics
+from vit_jax.workdir import read_metrics
 
 FORMATS = ("tfrecord", "array_record")
 

@@ -17,7 +17,7 @@ from vit_jax import config, weights
 from vit_jax.errors import UserError
 from vit_jax.evaluate import _class_names, evaluate, table
 from vit_jax.evaluators import vtab
-from vit_jax.progress import read_metrics
+from vit_jax.workdir import read_metrics
 
 ROOT = Path(__file__).parent.parent
 

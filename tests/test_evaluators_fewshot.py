@@ -79,7 +79,7 @@ def test_adding_a_constant_or_permuting_changes_nothing():
 
 def run(train, test, **options):
     fake = context({"train": train, "test": test}, np.zeros((D, K)))
-    return EVALUATORS["fewshot"](fake, **options)
+    return EVALUATORS["fewshot"].measure(fake, **options)
 
 
 @pytest.mark.parametrize("order", ["shuffled", "first"])
@@ -144,7 +144,7 @@ def test_several_data_sets(monkeypatch):
         ("hard", "train"): data(40, 0, 9.0), ("hard", "test"): data(37, 1, 9.0),
     }  # fmt: skip
     sets = {"a": {"name": "easy"}, "b": {"name": "hard", "train_split": "train[:40]"}}
-    got = EVALUATORS["fewshot"](
+    got = EVALUATORS["fewshot"].measure(
         context(splits, np.zeros((D, K))), datasets=sets, shots=(5,), choose_l2=True
     )
     assert got["a/5shot"] == 1.0 > got["b/5shot"]
@@ -162,10 +162,3 @@ def test_several_data_sets(monkeypatch):
 def test_bad_input(options, message):
     with pytest.raises(UserError, match=message):
         run(data(40, 0), data(37, 1), **options)
-
-
-def test_benchmark_reports_time_and_memory():
-    got = fewshot.benchmark(classes=20, shots=5, width=64, repeats=1)
-    assert got["examples"] == 100
-    assert got["train_accuracy"] == 1.0
-    assert 0 < got["memory_gib"] < 0.01

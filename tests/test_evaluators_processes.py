@@ -31,7 +31,7 @@ def measure():
     x = centres[y] + rng.normal(size=(50, 8))
     x_test = centres[y_test] + rng.normal(size=(37, 8))
     fake = context({"train": (x, y), "test": (x_test, y_test)}, centres.T)
-    return {name: EVALUATORS[name](fake, **o) for name, o in OPTIONS.items()}
+    return {name: EVALUATORS[name].measure(fake, **o) for name, o in OPTIONS.items()}
 
 
 def child(port: int, process_id: int):

@@ -14,7 +14,7 @@ from PIL import Image
 from tiny import TINY
 
 from vit_jax import config, models, weights
-from vit_jax.progress import read_metrics
+from vit_jax.workdir import read_metrics
 
 ROOT = Path(__file__).parent.parent
 CLASSES = {"sand": (1.0, 0.8, 0.5), "sea": (0.4, 0.7, 1.0), "wood": (0.7, 1.0, 0.5)}

@@ -20,7 +20,7 @@ BUCKET = "--workdir=gs://my-bucket/a run"
 
 # Every fake appends its arguments to calls.jsonl, then does what its part of this says.
 FAKE = """#!{python}
-import fcntl, json, os, sys
+import fcntl, json, os, re, sys
 from pathlib import Path
 home = Path({home!r})
 name, args = Path(sys.argv[0]).name, sys.argv[1:]
@@ -56,12 +56,18 @@ if "vit_jax.main" in text:
     if status == "preempted":
         state.write_text("SUSPENDED")
         sys.exit(255)
-    print("launch: exit status 0\\nlaunch: exit status", status)
+    word = "launch: status-" + re.search(r'launch: status-"(\\d+)', text)[1]
+    print(f"{text}\\n{word} 0\\n{word} {status}")  # a wrapper may echo the command
     sys.exit(1 if status else 0)
 """
 KUBECTL = """
+args = [a for a in args if not a.startswith("--namespace")]
 if args[0] == "apply":
     (home / "manifest.yaml").write_text(sys.stdin.read())
+if args[:2] == ["get", "jobset"]:
+    if not (home / "jobset").exists():
+        sys.exit(1)
+    print((home / "jobset").read_text())
 """
 PYTHON = """
 sys.exit(next_run())
@@ -135,7 +141,7 @@ def machine(tmp_path):
 def test_scripts_are_valid_and_short(path):
     subprocess.run(["bash", "-n", path], check=True)
     lines = path.read_text().splitlines()
-    assert len(lines) <= 60
+    assert len(lines) <= 90
     if path.name != "checks.sh":
         assert os.access(path, os.X_OK)
         template = path.with_suffix(".yaml")
@@ -167,11 +173,14 @@ BAD = [
     ("tpu_vm.sh", [BUCKET], GCP, "--config is missing"),
     ("tpu_vm.sh", ["--config=configs/none.py", BUCKET], GCP, "does not exist"),
     ("tpu_vm.sh", RUN, GCP, "--workdir is missing"),
+    ("tpu_vm.sh", [*RUN, BUCKET], GCP | {"TYPE": "tpu7x-64"}, "TYPE=tpu7x-64"),
     ("tpu_vm.sh", [*RUN, "--workdir=/tmp/x"], GCP, "must be gs://"),
     ("tpu_vm.sh", [*RUN, "--workdir=gs://other/x"], GCP, "bucket gs://other does not exist, or you may"),
     ("gke.sh", [*RUN, BUCKET], {}, "IMAGE is not set"),
     ("gke.sh", [*RUN, "--workdir=gs://other/x"], GCP, "bucket gs://other"),
     ("gke.sh", [*RUN, BUCKET], GCP | {"TOPOLOGY": "16"}, "TOPOLOGY=16 must look like"),
+    ("gke.sh", [*RUN, BUCKET], GCP | {"TOPOLOGY": "2x4", "CHIPS_PER_HOST": "3"}, "has 8 chips, which hosts of CHIPS_PER_HOST=3"),
+    ("gke.sh", [*RUN, BUCKET], GCP | {"NAME": "My_Run"}, "NAME=My_Run must be lower-case"),
     ("slurm.sh", [*RUN, "--workdir=w"], {"GPUS": "8"}, "NODES is not set"),
     ("slurm.sh", RUN, {"GPUS": "8", "NODES": "2"}, "--workdir is missing"),
     ("local.sh", ["--workdir=w"], {}, "--config is missing"),
@@ -297,8 +306,12 @@ def test_gke_applies_a_complete_manifest(machine):
     slices = jobset["spec"]["replicatedJobs"][0]
     job = slices["template"]["spec"]
     pod = job["template"]["spec"]
-    rule = job["podFailurePolicy"]["rules"][0]
-    assert rule["onExitCodes"]["values"] == [1, 2, 126, 127]
+    lost, left = job["podFailurePolicy"]["rules"]
+    assert lost["onPodConditions"][0]["type"] == "DisruptionTarget"
+    assert left["onExitCodes"]["values"] == [75, 134, 143]
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 3
+    assert pod["hostNetwork"]
+    assert pod["dnsPolicy"] == "ClusterFirstWithHostNet"
     assert (slices["replicas"], job["parallelism"], job["completions"]) == (2, 8, 8)
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x8"
     container = pod["containers"][0]
@@ -312,6 +325,75 @@ def test_gke_applies_a_complete_manifest(machine):
         .replace('"$@"', "")
         .split("apiVersion")[1]
     )
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_gke_asks_for_spot_nodes_and_a_queue_where_it_is_told(on, machine):
+    yaml = pytest.importorskip("yaml")
+    machine.fake("gcloud", "kubectl")
+    env = {"SPOT": "1", "QUEUE": "team-a"} if on else {"SPOT": "0"}
+    result = machine.run("gke.sh", *RUN, BUCKET, IMAGE="i", NAMESPACE="ml", **env)
+    assert result.returncode == 0, result
+    jobset = yaml.safe_load((machine.home / "manifest.yaml").read_text())
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    pod = job["template"]["spec"]
+    assert jobset["metadata"]["namespace"] == "ml"
+    assert ("labels" in jobset["metadata"], "tolerations" in pod) == (on, on)
+    assert pod["nodeSelector"].get("cloud.google.com/gke-spot") == (
+        "true" if on else None
+    )
+    if on:
+        label = jobset["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
+        assert label == "team-a"
+
+
+@pytest.mark.parametrize(("state", "more", "status"), [
+    ("", {}, 2), ("", {"REPLACE": "1"}, 0), ("Completed", {}, 0),
+])  # fmt: skip
+def test_gke_deletes_no_run_that_has_not_ended(state, more, status, machine):
+    machine.fake("gcloud", "kubectl")
+    (machine.home / "jobset").write_text(state)
+    result = machine.run("gke.sh", *RUN, BUCKET, IMAGE="i", **more)
+    assert result.returncode == status, result
+    assert any("delete" in c for c in machine.calls) == (status == 0)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_every_script_has_help(path, machine):
+    if path.name == "checks.sh":
+        return
+    asked = machine.run(path.name, "--help")
+    assert asked.returncode == 0
+    assert f"launch/{path.name} --config=" in asked.stdout
+    assert "shellcheck" not in asked.stdout
+    assert "SBATCH" not in asked.stdout
+    if path.name != "colab.sh":  # which needs no arguments
+        bare = machine.run(path.name)
+        assert (bare.returncode, bare.stderr) == (2, asked.stdout)
+
+
+@pytest.mark.parametrize(
+    ("slice_type", "version"),
+    [
+        ("v5litepod-8", "v2-alpha-tpuv5-lite"),
+        ("v6e-64", "v2-alpha-tpuv6e"),
+        ("v5p-128", "v2-alpha-tpuv5"),
+        ("v4-32", "tpu-ubuntu2204-base"),
+    ],
+)
+def test_tpu_vm_takes_the_runtime_that_fits(slice_type, version, machine):
+    machine.fake("gcloud", "tar", runs=[0])
+    env = {"TYPE": slice_type, "WAIT": "2h", "NETWORK": "n", "SPOT": "0"}
+    result = machine.run("tpu_vm.sh", *RUN, BUCKET, PROJECT="p", ZONE="z", **env)
+    assert result.returncode == 0, result
+    create = next(c for c in machine.calls if "create" in c)
+    wanted = {
+        f"--runtime-version={version}",
+        "--valid-until-duration=2h",
+        "--network=n",
+    }
+    assert wanted <= set(create)
+    assert "--spot" not in create
 
 
 def test_slurm_submits_itself(machine):
@@ -378,7 +460,7 @@ def test_local_starts_several_processes(machine):
     ]
 
 
-@pytest.mark.parametrize(("gpu", "extra"), [(False, "."), (True, ".[cuda]")])
+@pytest.mark.parametrize(("gpu", "extra"), [(False, ".[all]"), (True, ".[all,cuda]")])
 def test_colab_installs_what_fits_the_runtime_and_trains(gpu, extra, machine):
     machine.fake("python", *(["nvidia-smi"] if gpu else []), runs=[0] * 4)
     result = machine.run("colab.sh", *RUN, "--workdir=w", PYTHON="python")

@@ -21,7 +21,7 @@ import pytest
 from vit_jax.checkpoint import load_params
 from vit_jax.distributed import Peers
 from vit_jax.errors import UserError
-from vit_jax.progress import read_metrics
+from vit_jax.workdir import read_metrics
 
 ROOT = Path(__file__).parent.parent
 # SGD: Adam would divide rounding noise by its own size where a gradient is zero (the

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from vit_jax.checkpoint import load_params
-from vit_jax.progress import read_metrics
+from vit_jax.workdir import read_metrics
 
 ROOT = Path(__file__).parent.parent
 # Big enough that a step takes some 20 ms (compiled without optimizing), so that there
@@ -172,8 +172,8 @@ def test_what_one_run_compiled_the_next_one_reads(straight, tmp_path):
 def test_the_compilation_cache_is_in_the_home_folder_and_can_be_switched_off(tmp_path):
     code = (
         "import jax\n"
-        "from vit_jax import cli\n"
-        "cli.keep_compiled()\n"
+        "from vit_jax import runtime\n"
+        "runtime.keep_compiled()\n"
         "print(jax.config.jax_compilation_cache_dir)\n"
         "jax.jit(lambda x: x + 1)(1.0)\n"
     )

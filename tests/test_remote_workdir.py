@@ -9,10 +9,10 @@ from etils import epath
 from etils.epath import backend, gpath
 from tiny import TINY
 
-from vit_jax import data, train
+from vit_jax import data
 from vit_jax.config import replace
 from vit_jax.errors import UserError
-from vit_jax.progress import MetricsWriter, read_metrics
+from vit_jax.workdir import MetricsWriter, claim, read_metrics
 
 CFG = replace(TINY, model__num_classes=5, model__image_size=(16, 16))
 
@@ -46,7 +46,7 @@ def bucket(tmp_path, monkeypatch):
 
 def test_a_run_writes_and_continues_its_metrics(bucket):
     workdir = "gs://bucket/run"
-    with train.claim(workdir, CFG, data.describe(CFG.data)):
+    with claim(workdir, CFG, data.describe(CFG.data)):
         writer = MetricsWriter(workdir, 0)
     for step in (1, 2, 3):
         writer.write(step, {"train/loss": 1 / step})
@@ -62,7 +62,7 @@ def test_a_run_writes_and_continues_its_metrics(bucket):
     )  # two in the same second share a name
 
     (bucket / "bucket/run/checkpoints/1").mkdir(parents=True)  # something to lose
-    other = train.claim(workdir, replace(CFG, seed=1), data.describe(CFG.data))
+    other = claim(workdir, replace(CFG, seed=1), data.describe(CFG.data))
     with pytest.raises(UserError, match="holds a run with another config"), other:
         pass
 
@@ -77,6 +77,6 @@ def test_a_bucket_without_permission_is_one_message(error, monkeypatch):
 
     monkeypatch.setattr(type(epath.Path("gs://bucket/x")), "exists", refuse)
     match = rf"--workdir=gs://bucket/run cannot be written \({type(error).__name__}: {error}\): check the name of"
-    refused = train.claim("gs://bucket/run", CFG, data.describe(CFG.data))
+    refused = claim("gs://bucket/run", CFG, data.describe(CFG.data))
     with pytest.raises(UserError, match=match), refused:
         pass

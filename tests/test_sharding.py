@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from vit_jax import sharding, train
+from vit_jax import sharding
 from vit_jax.config import Config, DataConfig, ModelConfig, OptimConfig, replace
 from vit_jax.errors import UserError
+from vit_jax.program import build
 
 STEPS = 20
 CONFIG = Config(
@@ -38,7 +39,7 @@ def run(cfg, steps=STEPS, start=None):
     Starts from ``start``, wherever that lies, or from what the program itself
     initializes.
     """
-    program = train.build(cfg)
+    program = build(cfg)
     with jax.set_mesh(program.mesh):
         state = (
             program.init()
@@ -65,7 +66,7 @@ def run(cfg, steps=STEPS, start=None):
 def runs():
     """Runs by variant, each trained once however many tests look at it."""
     done = {}
-    start = jax.device_get(train.build(CONFIG).init())
+    start = jax.device_get(build(CONFIG).init())
 
     def get(name):
         if name not in done:
@@ -136,7 +137,7 @@ def test_accumulation_in_parts():
     cfg = replace(
         CONFIG, accumulate=2, model__depth=1, model__dropout=0.0, optim__polyak=0.0
     )
-    start = jax.device_get(train.build(cfg).init())
+    start = jax.device_get(build(cfg).init())
     expected, *_ = run(cfg, 5, start)
     losses, *_ = run(replace(cfg, sharding="fsdp"), 5, start)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
@@ -215,4 +216,4 @@ def test_restore_into_another_strategy(runs, tmp_path, saved, restored):
 )
 def test_bad_input(changes, message):
     with pytest.raises(UserError, match=message):
-        train.build(replace(CONFIG, **changes))
+        build(replace(CONFIG, **changes))

@@ -22,14 +22,15 @@ from vit_jax.checkpoint import Checkpointer, load_params
 from vit_jax.distributed import Preemption
 from vit_jax.errors import UserError
 from vit_jax.feed import Feed, put
-from vit_jax.progress import read_metrics
+from vit_jax.program import build
+from vit_jax.workdir import claim, read_metrics
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def program():
-    return train.build(TINY)
+    return build(TINY)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def finished(tmp_path_factory):
 
 def curve(cfg, devices, steps):
     """Losses of the first steps."""
-    program = train.build(cfg, devices)
+    program = build(cfg, devices)
     state = program.init()
     source = data.train_batches(program.cfg.data, batch=cfg.batch, seed=cfg.seed)
     losses = []
@@ -89,7 +90,7 @@ def test_micro_batches_train_like_one_batch_with_labels_that_do_not_count(batche
     label = batches[0]["label"].at[jnp.array([0, 1, 4, 5, 8])].set(-1)
     found = []
     for accumulate in (1, 2):
-        program = train.build(config.replace(TINY, accumulate=accumulate))
+        program = build(config.replace(TINY, accumulate=accumulate))
         batch = put(
             jax.device_get(batches[0] | {"label": label}), program.batch_sharding
         )
@@ -100,7 +101,7 @@ def test_micro_batches_train_like_one_batch_with_labels_that_do_not_count(batche
 
 def test_polyak_average_follows_the_formula(batches):
     cfg = config.replace(TINY, optim__polyak=0.9)
-    program = train.build(cfg)
+    program = build(cfg)
     state = program.init()
     expected = jax.device_get(state.params)
     for batch in batches:
@@ -218,9 +219,9 @@ def test_a_workdir_of_another_run_is_refused(finished, change):
 
 def test_a_run_that_saved_nothing_may_be_corrected(program, tmp_path):
     info = data.describe(program.cfg.data)
-    with train.claim(str(tmp_path), config.replace(program.cfg, seed=7), info):
+    with claim(str(tmp_path), config.replace(program.cfg, seed=7), info):
         pass
-    with train.claim(str(tmp_path), program.cfg, info):
+    with claim(str(tmp_path), program.cfg, info):
         assert config.read(tmp_path / "config.json") == program.cfg
 
 
@@ -329,9 +330,9 @@ def test_the_command_names_an_image_that_cannot_be_read(tmp_path):
 def test_a_live_workdir_is_refused(program, tmp_path):
     info = data.describe(program.cfg.data)
     with (
-        train.claim(str(tmp_path), program.cfg, info),
+        claim(str(tmp_path), program.cfg, info),
         pytest.raises(UserError, match="in use by another process"),
-        train.claim(str(tmp_path), program.cfg, info),
+        claim(str(tmp_path), program.cfg, info),
     ):
         pass
 
@@ -346,7 +347,7 @@ def test_a_batch_that_does_not_divide():
     with pytest.raises(
         UserError, match=r"config\.batch=12 does not divide over 8 devices"
     ):
-        train.build(config.replace(TINY, batch=12))
+        build(config.replace(TINY, batch=12))
 
 
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tmp_path):
@@ -401,7 +402,7 @@ def test_evaluation_counts_every_example_once():
     )
     info = data.describe(cfg.data)
     assert info.num_test % TINY.batch
-    program = train.build(cfg, info=info)
+    program = build(cfg, info=info)
     results = train.evaluate(program, info, program.init())
     assert results["test/count"] == info.num_test
     right = results["test/accuracy"] * info.num_test
@@ -410,7 +411,7 @@ def test_evaluation_counts_every_example_once():
 
 def test_checkpoints_restore_the_whole_state(finished):
     workdir, _ = finished
-    program = train.build(TINY)
+    program = build(TINY)
     checkpoints = Checkpointer(str(workdir), TINY.checkpoint)
     state = checkpoints.restore(program.state_shape)
     assert int(state.step) == 20

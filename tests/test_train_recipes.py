@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the recipes rely on in the real program: accumulation, averaging, losses."""
 
+import dataclasses
 import math
 
 import jax
 import numpy as np
 import pytest
 
-from vit_jax import objectives, train
+from vit_jax import objectives
 from vit_jax.config import Config, DataConfig, ModelConfig, OptimConfig, replace
 from vit_jax.data import DataInfo
 from vit_jax.errors import UserError
+from vit_jax.program import build
 
 K, B, SIZE = 10, 64, 16
 CFG = Config(
@@ -40,7 +42,7 @@ def place(program, data):
 
 def steps(cfg, count=1, devices=8, data=None):
     """The program, and state and metrics after ``count`` steps on different batches."""
-    program = train.build(cfg, jax.devices()[:devices])
+    program = build(cfg, jax.devices()[:devices])
     state, seen = program.init(), []
     for i in range(count):
         state, metrics = program.train_step(state, place(program, data or batch(i)))
@@ -81,7 +83,8 @@ def test_every_micro_batch_has_its_own_key(monkeypatch):
 
         return loss_fn
 
-    monkeypatch.setitem(objectives.OBJECTIVES, "softmax", draw)
+    softmax = dataclasses.replace(objectives.OBJECTIVES["softmax"], create=draw)
+    monkeypatch.setitem(objectives.OBJECTIVES, "softmax", softmax)
     _, _, seen = steps(replace(CFG, accumulate=8), count=2, devices=1)
     for m in seen:  # the variance of equal draws would be 0
         assert m["squared"] - m["u"] ** 2 > 1e-3
@@ -91,7 +94,7 @@ def test_every_micro_batch_has_its_own_key(monkeypatch):
 def test_accumulation_saves_memory():
     def temporary(n):
         cfg = replace(CFG, accumulate=n, model__depth=2)
-        p = train.build(cfg, jax.devices()[:1])
+        p = build(cfg, jax.devices()[:1])
         lowered = jax.jit(p.train_step).lower(p.state_shape, p.batch_shape)
         analysis = lowered.compile().memory_analysis()
         assert analysis
@@ -109,7 +112,7 @@ def special():
     optim = OptimConfig(
         schedule="constant", learning_rate=0.01, polyak=0.75, freeze=("embedding/.*",)
     )
-    return train.build(replace(CFG, optim=optim, max_bad_steps=3), jax.devices()[:1])
+    return build(replace(CFG, optim=optim, max_bad_steps=3), jax.devices()[:1])
 
 
 def host(tree):
@@ -194,7 +197,7 @@ def test_masked_patch_prediction_learns_far_below_the_entropy_of_the_colors():
         model__head="masked_patch",
         optim=OptimConfig(schedule="constant", learning_rate=3e-3, clip=1.0),
     )
-    program = train.build(cfg, jax.devices()[:1])
+    program = build(cfg, jax.devices()[:1])
     rng = np.random.default_rng(0)
     state, losses = program.init(), []
     for _ in range(120):
@@ -213,7 +216,7 @@ def test_masked_patch_prediction_learns_far_below_the_entropy_of_the_colors():
 def test_multi_hot_labels_with_a_softmax_recipe_are_refused():
     info = DataInfo(K, tuple("abcdefghij"), 100, 100, multilabel=True)
     with pytest.raises(UserError, match="multi-hot"):
-        train.build(CFG, jax.devices()[:1], info)
+        build(CFG, jax.devices()[:1], info)
 
 
 @pytest.mark.parametrize(
@@ -227,4 +230,4 @@ def test_multi_hot_labels_with_a_softmax_recipe_are_refused():
 )
 def test_what_cannot_work_is_refused_when_the_program_is_built(change, words):
     with pytest.raises(UserError, match=words):
-        train.build(replace(CFG, **change))
+        build(replace(CFG, **change))

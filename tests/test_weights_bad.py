@@ -13,6 +13,7 @@ from weights_files import save_npz, small_model
 from vit_jax import checkpoint, weights
 from vit_jax.config import CheckpointConfig
 from vit_jax.errors import UserError
+from vit_jax.program import State
 from vit_jax.weights import contents, fit
 
 
@@ -192,7 +193,7 @@ def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("workdir")
     saver = checkpoint.Checkpointer(str(folder), CheckpointConfig())
     params = fit.unflatten(small_model()[1])
-    saver.save(checkpoint.State(params, {}, np.int32(3), {}), 3, {})
+    saver.save(State(params, {}, np.int32(3), {}), 3, {})
     saver.wait()
     saver.close()
     return folder

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vit_jax.models import ResNet, ViT
 
-__version__ = "0.1.0"
 __all__ = ["create_model", "load", "load_for_finetune"]
 
 
@@ -49,3 +48,11 @@ def load_for_finetune(source: Any, *args: Any, **options: Any) -> Any:
     from vit_jax import weights
 
     return weights.load_for_finetune(source, *args, **options)
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        from importlib import metadata
+
+        return metadata.version("vit_jax")
+    raise AttributeError(f"module 'vit_jax' has no attribute {name!r}")

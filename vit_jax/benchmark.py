@@ -30,9 +30,10 @@ from vit_jax.config import Config
 from vit_jax.distributed import Preemption
 from vit_jax.errors import UserError
 from vit_jax.feed import put
-from vit_jax.progress import read_metrics
+from vit_jax.program import build
+from vit_jax.workdir import read_metrics
 
-flags.DEFINE_string("what", "train", "Comma-separated: train, infer, data, fewshot.")
+flags.DEFINE_string("what", "train", "Comma-separated: train, infer, data.")
 flags.DEFINE_bool("json", False, "Print one JSON object instead of lines.")
 flags.DEFINE_integer("rounds", 5, "Alternating rounds; the median is reported.")
 flags.DEFINE_integer("round_steps", 10, "Steps per round.")
@@ -62,7 +63,7 @@ def train(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
         pretrained="",
     )
     info = data.describe(cfg.data)
-    program = training.build(cfg, info=info)
+    program = build(cfg, info=info)
     start = time.perf_counter()
     compiled = program.train_step.lower(
         program.state_shape, program.batch_shape
@@ -105,7 +106,7 @@ def train(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
 def infer(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
     """Images/s of the forward pass, for batches of 1 up to config.batch (paper, section
     D.5 and Figure 12)."""
-    program = training.build(cfg, info=data.describe(cfg.data))
+    program = build(cfg, info=data.describe(cfg.data))
     params = program.init().params
     source = data.train_batches(program.cfg.data, batch=cfg.batch, seed=cfg.seed)
     images = put(next(source), program.batch_sharding)["image"]
@@ -135,13 +136,7 @@ def _data(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
     return benchmark.run(cfg.data, rounds=rounds, steps=steps)
 
 
-def _fewshot(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
-    from vit_jax.evaluators import fewshot
-
-    return fewshot.benchmark()
-
-
-WHAT = {"train": train, "infer": infer, "data": _data, "fewshot": _fewshot}
+WHAT = {"train": train, "infer": infer, "data": _data}
 
 
 def _seconds(step: Callable[..., Any], state: Any, batch: Any, steps: int) -> float:
@@ -178,7 +173,6 @@ def main(argv: list[str]) -> None:
         )
     f = flags.FLAGS
     cfg = cli.read_config()
-    cli.keep_memory()
     results: dict[str, Any] = {
         "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
         "model": cfg.model.name or "ViT",

@@ -10,7 +10,7 @@ needed to resume: data order and randomness follow from the step number.
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,17 +24,8 @@ from vit_jax.errors import UserError
 FOLDER = "checkpoints"
 
 
-class State(NamedTuple):
-    """All that training changes."""
-
-    params: Any  # nested dict of float32 arrays, named like the released files
-    opt_state: Any
-    step: Any  # () int32, optimizer steps done
-    ema: Any  # Polyak average of params; {} if there is none
-
-
 class Checkpointer:
-    """Saves and restores the States of one run, asynchronously and on any number of
+    """Saves and restores the States (``program.State``) of one run, asynchronously and on any number of
     processes."""
 
     def __init__(self, workdir: str, cfg: CheckpointConfig):
@@ -67,7 +58,7 @@ class Checkpointer:
         """Step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, state: State, step: int, metrics: Mapping[str, float]) -> None:
+    def save(self, state: Any, step: int, metrics: Mapping[str, float]) -> None:
         """Starts a save and returns; waits first for the one before. A step that is
         there is left alone."""
         if step in self._manager.all_steps():
@@ -83,7 +74,7 @@ class Checkpointer:
         with self._explain_failed_save():
             self._manager.save(step, args=args, metrics=use, force=True)
 
-    def restore(self, like: State) -> State | None:
+    def restore(self, like: Any) -> Any:
         """The newest complete State, placed like ``like`` (shapes with shardings); None
         if there is none.
 
@@ -102,7 +93,7 @@ class Checkpointer:
             self._check(step, items)
             found = self._manager.restore(step, args=args)
         count = jax.device_put(np.int32(step), like.step.sharding)
-        return State(
+        return type(like)(
             found["params"], found["opt"]["opt_state"], count, found.get("ema", {})
         )
 

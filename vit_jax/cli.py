@@ -5,39 +5,58 @@ TensorFlow, JAX and Abseil talk a lot at start-up; :func:`run` keeps what a user
 on.
 """
 
-import ctypes
-import dataclasses
-import glob
+import contextlib
+import inspect
+import json
 import logging
+import math
 import os
-import re
+import shutil
 import sys
+import textwrap
 import time
 import traceback
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
-from vit_jax import config, distributed
+from vit_jax import config, config_file, distributed, runtime
 from vit_jax.errors import UserError
 
 USER_ERROR = 2  # exit status: something in the command, its config or its files
-PREEMPTED = (
-    distributed.PREEMPTED
-)  # a checkpoint was saved, or a peer was lost: start the same command again
+# Exit status: a checkpoint was saved, or a peer was lost: start the same command again.
+PREEMPTED = distributed.PREEMPTED
+
+# Which extra of the package brings a module that is not part of the core.
+EXTRAS = {
+    "clu": "train",
+    "cv2": "train",
+    "google_crc32c": "train",
+    "tensorboard": "train",
+    "tensorflow": "train",
+    "tensorflow_datasets": "train",
+    "matplotlib": "analysis",
+    "sklearn": "analysis",
+    "libtpu": "plan",
+    "pyarrow": "parquet",
+}
+
+# Flags belong to the command that asks for them, whose --help shows them.
+flags.disclaim_key_flags()
 
 
 def define_config_flag() -> None:
     """Adds ``--config=configs/X.py`` and ``--config.key=value``."""
     config_flags.DEFINE_config_file(
-        "config", None, "Config file; --config.key=value overrides one of its fields."
+        "config",
+        None,
+        "Config: a file, or the name of one that comes with vit_jax, such as digits; "
+        "--config.key=value overrides a field, and vit_jax/config.py explains each.",
     )
-    flags.FLAGS["config"].parser = _ConfigFile()
+    flags.FLAGS["config"].parser = config_file.Parser()
 
 
 def define_process_flags() -> None:
@@ -54,45 +73,11 @@ def define_process_flags() -> None:
 
 
 def connect() -> None:
-    """Connects the processes that the flags of :func:`define_process_flags` describe;
-    compiled programs and freed memory are kept."""
-    keep_compiled()
-    keep_memory()
+    """Connects the processes that the flags of :func:`define_process_flags` describe."""
     f = flags.FLAGS
     distributed.initialize(
         f.coordinator, f.num_processes, f.process_id, f.process_timeout
     )
-
-
-def keep_compiled() -> None:
-    """Compiled programs are kept on disk, so that a run that starts again, or another
-    like it, need not compile.
-
-    In ``~/.cache/vit_jax/xla``, or where ``JAX_COMPILATION_CACHE_DIR`` says (gs://
-    works); none with ``JAX_ENABLE_COMPILATION_CACHE=false``.
-    """
-    if not jax.config.jax_compilation_cache_dir:
-        folder = os.path.expanduser("~/.cache/vit_jax/xla")
-        jax.config.update("jax_compilation_cache_dir", folder)
-
-
-def keep_memory() -> None:
-    """On a machine without accelerators, memory that a step frees is kept for the next
-    one. Call it before JAX starts.
-
-    XLA for CPUs takes its buffers from malloc, and glibc returns large ones to the
-    system, which clears every page anew at the next step: a third of the time of a step
-    of configs/cifar10.py. One arena, because only the main one can grow without limit.
-    """
-    accelerators = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kfd")
-    if sys.platform != "linux" or any(map(glob.glob, accelerators)):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's only
-    if mallopt:
-        trim_threshold, mmap_max, arena_max = -1, -4, -8  # of malloc.h
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_max, 0)
-        mallopt(arena_max, 1)
 
 
 def read_config() -> config.Config:
@@ -110,7 +95,71 @@ def read_config() -> config.Config:
     return config.from_dict(dict(values.items()))
 
 
-def _log_only_our_own() -> None:
+def only_json(wanted: bool) -> contextlib.AbstractContextManager[Any]:
+    """Whatever is printed meanwhile goes to standard error, where standard output is
+    for :func:`print_json`."""
+    return (
+        contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext()
+    )
+
+
+def print_json(value: Any) -> None:
+    """One JSON document, the only thing on standard output; NaN and infinity are null."""
+    print(json.dumps(_finite(value), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def run(main: Callable[[list[str]], Any]) -> None:
+    """Runs ``main(positional arguments)`` as a command and exits.
+
+    Exit status: 0, or what ``main`` returned; 2 after a ``UserError``, a bad flag or a
+    package that is not installed, reported in one line.
+    """
+    quiet()
+    runtime.prepare()
+
+    def guarded(argv: list[str]) -> int:
+        try:
+            status = main(argv[1:]) or 0
+            sys.stdout.flush()
+        except UserError as e:
+            print(f"error: {e}", file=sys.stderr)
+            status = USER_ERROR
+        except BrokenPipeError:
+            # Whoever read the output, such as `head`, has seen enough. The interpreter
+            # flushes once more at its end, which must not fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = 128 + 13
+        except ModuleNotFoundError as e:
+            extra = EXTRAS.get((e.name or "").split(".")[0])
+            if not extra:
+                raise
+            print(
+                f"error: {e.name} is not installed, and this needs it: "
+                f"pip install 'vit_jax[{extra}]'",
+                file=sys.stderr,
+            )
+            status = USER_ERROR
+        except Exception:
+            if not distributed.connected():
+                raise
+            time.sleep(1)  # a lost peer explains it better, and ends the process
+            traceback.print_exc()
+            status = 1
+        distributed.leave(status)
+        return status
+
+    app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, main))
+
+
+def quiet() -> None:
     """Orbax and Flax warn about what is normal here, and log as pages what they raise
     as well."""
     absl_logging.use_absl_handler()
@@ -131,96 +180,54 @@ def _log_only_our_own() -> None:
     sys.unraisablehook = unraisable
 
 
-def run(main: Callable[[list[str]], Any]) -> None:
-    """Runs ``main(positional arguments)`` as a command and exits.
-
-    Exit status: 0, or what ``main`` returned; 2 after a ``UserError`` or a bad flag,
-    reported in one line.
-    """
-    _log_only_our_own()
-
-    def guarded(argv: list[str]) -> int:
-        try:
-            status = main(argv[1:]) or 0
-        except UserError as e:
-            print(f"error: {e}", file=sys.stderr)
-            status = USER_ERROR
-        except Exception:
-            if not distributed.connected():
-                raise
-            time.sleep(1)  # a lost peer explains it better, and ends the process
-            traceback.print_exc()
-            status = 1
-        distributed.leave(status)
-        return status
-
-    app.run(guarded, flags_parser=_parse_flags)
-
-
-class _ConfigFile(flags.ArgumentParser):
-    """Says what is wrong with a config file in one line, where that of ml_collections
-    shows a traceback."""
-
-    def parse(self, argument: str) -> ConfigDict:
-        """What ``get_config`` of a FILE returns, or ``get_config(X)`` of FILE:X."""
-        path, *options = os.path.expanduser(argument).split(":", 1)
-        names: dict[str, Any] = {"__name__": "config", "__file__": path}
-        try:
-            source = Path(path).read_bytes()
-        except OSError as e:
-            raise UserError(f"cannot be read: {e.strerror}") from e
-        try:
-            exec(compile(source, path, "exec"), names)
-            if "get_config" not in names:
-                raise UserError("it defines no function get_config()")
-            values = names["get_config"](*options)
-        except UserError:
-            raise
-        except Exception as e:  # whatever someone's program raises
-            frames = traceback.extract_tb(e.__traceback__)
-            lines = [f"line {f.lineno}: " for f in frames if f.filename == path]
-            reason = f"{type(e).__name__}: {' '.join(str(e).split())}"
-            raise UserError("".join(lines[-1:]) + reason) from e
-        if isinstance(values, config.Config):
-            values = config.config_dict(values)
-        if not isinstance(values, ConfigDict):
-            raise UserError(
-                f"get_config() returned {values!r:.80}: it must return a "
-                "vit_jax.config.Config"
-            )
-        return values.lock()
-
-
-def _check_overrides(argv: list[str]) -> None:
-    """Refuses ``--config.key`` where a Config has no such key."""
-    for argument in argv:
-        found = re.match(r"--?config\.(\w+(\.\w+)*)", argument)
-        value: Any = config.Config()
-        path = "config"
-        for name in found[1].split(".") if found else ():
-            keys = config.to_dict(value) if dataclasses.is_dataclass(value) else {}
-            if name not in keys:
-                raise UserError(
-                    f"{argument}: unknown key {path}.{name}: "
-                    f"{config.nearest(name, keys)}{path} has {sorted(keys) or 'no keys'}"
-                )
-            value, path = getattr(value, name), f"{path}.{name}"
-
-
-def _parse_flags(argv: list[str]) -> list[str]:
+def _parse_flags(argv: list[str], main: Callable[[list[str]], Any]) -> list[str]:
     """Parses flags; whatever is wrong with them, or with the config file, becomes one
     line."""
+    if any(a in ("-h", "--h", "-help", "--help", "--helpfull") for a in argv[1:]):
+        print(help_text(inspect.getmodule(main).__doc__ or ""))
+        sys.exit(0)
     try:
-        _check_overrides(argv)
+        config_file.check_overrides(argv)
         return flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as e:
+        name = e.flagname
+        known = [f.name for f in _flags()]
+        message = (
+            f"unknown flag --{name}: {config.nearest(name, known)}the flags are "
+            f"{', '.join(f'--{k}' for k in known)}"
+        )
     except (flags.Error, UserError) as e:
         message = str(e)
     except (AttributeError, LookupError, TypeError, ValueError) as e:
         # str() of a KeyError is the repr of its message
         text = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
-        message = f"{_config_argument(argv)}: {text}".replace("\n", " ")
-    print(f"error: {message}", file=sys.stderr)
+        message = f"{_config_argument(argv)}: {text}"
+    print("error:", message.replace("\n", " "), file=sys.stderr)
     sys.exit(USER_ERROR)
+
+
+def help_text(about: str) -> str:
+    """What ``--help`` prints: what the command is for, and all of its flags.
+
+    Args:
+      about: the docstring of the command's module, with an example.
+    """
+    columns = min(max(shutil.get_terminal_size().columns, 40), 88)
+    lines = [about.strip(), "", "Flags:"]
+    for flag in _flags():
+        default = "" if flag.default in (None, "", False, 0) else f" ({flag.default})"
+        lines.append(f"  --{flag.name}{'' if flag.boolean else '=...'}{default}")
+        text = " ".join((flag.help or "").split())
+        lines += textwrap.wrap(
+            text, columns, initial_indent=" " * 6, subsequent_indent=" " * 6
+        )
+    return "\n".join(lines)
+
+
+def _flags() -> list[flags.Flag]:
+    """The flags of this command, without those that Abseil brings."""
+    own = flags.FLAGS.get_flags_for_module(sys.argv[0])
+    return sorted(own, key=lambda flag: flag.name)
 
 
 def _config_argument(argv: list[str]) -> str:

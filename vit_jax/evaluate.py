@@ -10,6 +10,7 @@ arrays behind them. ``--vtab`` instead reads SOURCE as a folder of fine-tuned wo
 one per VTAB task.
 """
 
+import contextlib
 import json
 import math
 import tempfile
@@ -18,17 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
+from etils import epath
 
-from vit_jax import cli, config, data, evaluators, models, sharding, weights
-from vit_jax.config import Config, DataConfig
+from vit_jax import cli, config, data, evaluators, inference, weights
+from vit_jax.config import Config
 from vit_jax.errors import UserError
 from vit_jax.evaluators import vtab
-from vit_jax.feed import Feed
-
-Batch = dict[str, jax.Array]
 
 
 def evaluate(source: str, cfg: Config | None = None, out: str = "") -> dict[str, float]:
@@ -56,14 +53,13 @@ def evaluate(source: str, cfg: Config | None = None, out: str = "") -> dict[str,
             "--config.eval.evaluators=\"({'type':'fewshot'},)\""
         )
     if out:
-        _write(out, {})  # fails before the work, not after it
+        _check_writable(out)
     context = _context(source, cfg, out)
     metrics = evaluators.run(context)
     if out:
         values = {"source": source, "metrics": _nullable(metrics)}
-        text = json.dumps(values, indent=2) + "\n"
-        numbers = table(metrics) + "\n"
-        _write(out, {"evaluation.json": text, "evaluation.txt": numbers})
+        _write(out, "evaluation.json", json.dumps(values, indent=2) + "\n")
+        _write(out, "evaluation.txt", table(metrics) + "\n")
     return metrics
 
 
@@ -92,45 +88,13 @@ def _context(source: str, cfg: Config, out: str) -> evaluators.Context:
     found = weights.read(source, size, dtype=cfg.model.dtype)
     found.report.log()
     about = found.metadata
-    model = models.create(found.cfg)
-    # The batch of training need not divide over the devices of this machine.
-    here = config.replace(
-        cfg, sharding="replicate", mesh=(), batch=jax.device_count(), accumulate=1
-    )
-    mesh = sharding.create_mesh(here)
-    rows = sharding.batch_sharding(mesh)
-    params = jax.device_put(found.params, sharding.replicated(mesh))
     if about.transforms and not cfg.data.eval_transforms:
         ops = tuple(_square(t) for t in about.transforms if t["op"] != "normalize")
         cfg = config.replace(cfg, data__eval_transforms=ops)
-
-    @jax.jit
-    def forward(params: Any, images: jax.Array) -> dict[str, jax.Array]:
-        x = _normalize(images, about.transforms)
-        outputs: Any = model.apply({"params": params}, x, method="forward")
-        logits, features = outputs
-        return {"logits": logits, "pre_logits": features["pre_logits"]}
-
-    def batches(data_cfg: DataConfig, split: str) -> Iterator[Batch]:
-        n = mesh.size
-        feed = Feed(
-            data.eval_batches(
-                data_cfg,
-                batch=-(-(cfg.eval.batch or cfg.batch) // n) * n,
-                split=split,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-            ),
-            rows,
-        )
-        try:
-            yield from feed
-        finally:
-            feed.close()
-
+    predictor = inference.create(found.cfg, found.params, about.transforms)
     info = data.describe(cfg.data)
     names = _class_names(about.class_names, info.class_names, found.cfg.num_classes)
-    return evaluators.Context(cfg, params, forward, batches, info, names, out)
+    return evaluators.Context(cfg, predictor, info, names, out)
 
 
 def _class_names(
@@ -149,19 +113,6 @@ def _class_names(
     return of_data if len(of_data) == count else tuple(map(str, range(count)))
 
 
-def _normalize(images: jax.Array, transforms: tuple[dict[str, Any], ...]) -> jax.Array:
-    """uint8 to what the checkpoint was trained on: [-1, 1], or the mean and deviation
-    that it states."""
-    if images.dtype != jnp.uint8:
-        return images
-    stated = next((t for t in transforms if t["op"] == "normalize"), None)
-    if stated is None:
-        return images.astype(jnp.float32) / 127.5 - 1.0
-    mean, std = (np.reshape(stated[k], (1, 1, 1, -1)) for k in ("mean", "std"))
-    scaled = images.astype(jnp.float32) / 255.0
-    return (scaled - mean.astype(np.float32)) / std.astype(np.float32)
-
-
 def _square(transform: dict[str, Any]) -> dict[str, Any]:
     """The same with one number for a (height, width) of equal sides: the images of a
     data set are squares, and its operations take the side."""
@@ -172,27 +123,34 @@ def _square(transform: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stored_config(source: str) -> Config:
-    path = Path(source) / "config.json"
-    if not path.is_file():
+    path = epath.Path(source) / "config.json"
+    if not path.exists():
         raise UserError(
             f"{source} brings no config.json: say what to measure with --config=configs/X.py"
         )
     return config.read(path)
 
 
-def _write(folder: str, texts: Mapping[str, str]) -> None:
-    """Writes files of these names; none: only finds out whether it could."""
-    if jax.process_index():
-        return
-    path = Path(folder)
+def _check_writable(folder: str) -> None:
+    """Fails before the work, not after it."""
+    with _explained(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+def _write(folder: str, name: str, text: str) -> None:
+    if not jax.process_index():
+        with _explained(folder):
+            Path(folder, name).write_text(text)
+
+
+@contextlib.contextmanager
+def _explained(folder: str) -> Iterator[None]:
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-        for name, text in texts.items():
-            (path / name).write_text(text)
+        yield
     except OSError as e:
         raise UserError(
-            f"cannot write to {folder}: {e.strerror}; choose another --out"
+            f"cannot write to --out={folder}: {e.strerror}; choose another folder"
         ) from e
 
 

@@ -3,8 +3,8 @@
 
     python -m vit_jax.main --config=FILE --workdir=DIR [--config.key=value ...]
 
-Run the same command again to continue. This file has no logic: flags -> Config ->
-train.train.
+For example --config=configs/digits.py --workdir=/tmp/digits. Run the same command again
+to continue.
 """
 
 from absl import flags
@@ -26,7 +26,17 @@ def main(argv: list[str]) -> int:
         )
     cfg = cli.read_config()
     if not flags.FLAGS.workdir:
-        raise UserError("--workdir is missing: give the folder that the run writes to")
+        data = cfg.data
+        wanted = {
+            "folder": f"images from --config.data.path={data.path or 'FOLDER'}",
+            "records": f"shards from --config.data.path={data.path or 'FOLDER'}",
+            "tfds": f"the tfds set {data.name!r}, in --config.data.path={data.path or 'FOLDER'}",
+        }.get(data.source, f"data of the source {data.source!r}")
+        raise UserError(
+            "--workdir is missing: give the folder that the run writes to, local or "
+            f"gs://; this config reads {wanted}; to try the machine without data, add "
+            "--config.data.source=synthetic --config.data.num_classes=1000"
+        )
     cli.connect()
     from vit_jax import train
 

@@ -3,7 +3,7 @@
 
     python -m vit_jax.plan --config=... --topology=v5e:16x16 [--json]
 
-Compiles the training step of :func:`vit_jax.train.build` with the real TPU compiler, on
+Compiles the training step of :func:`vit_jax.program.build` with the real TPU compiler, on
 this CPU, and reads the result: memory per chip, whether it fits, arithmetic, network
 traffic, an estimate of the time of a step and of the whole run. ``--search`` compiles
 it for several strategies, meshes, remat policies and micro-batches and shows the best
@@ -25,9 +25,10 @@ import numpy as np
 from absl import flags
 from jax.experimental import topologies
 
-from vit_jax import cli, config, data, hlo, models, train
+from vit_jax import cli, config, data, hlo, models, objectives
 from vit_jax.config import Config, DataConfig, choose, nearest
 from vit_jax.errors import UserError
+from vit_jax.program import build
 
 GIB = 2**30
 
@@ -139,7 +140,7 @@ def plan(cfg: Config, target: Topology) -> dict[str, Any]:
       UserError: a config that contradicts itself or the topology, or whose number of
         classes cannot be found out.
     """
-    program = train.build(cfg, target.devices, _describe(cfg))
+    program = build(cfg, target.devices, _describe(cfg))
     cfg, chips = program.cfg, len(target.devices)
     state = memory_of_state(program.state_shape)
     images = cfg.batch
@@ -221,7 +222,7 @@ def plan(cfg: Config, target: Topology) -> dict[str, Any]:
 def _describe(cfg: Config) -> data.DataInfo | None:
     """What the data say about the program; nothing is read where the config says it
     all, and nothing is downloaded."""
-    if cfg.model.num_classes or cfg.loss == "masked_patch":
+    if cfg.model.num_classes or not objectives.of(cfg).reads_labels:
         return None
     try:
         if cfg.data.source == "tfds":

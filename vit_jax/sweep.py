@@ -29,7 +29,7 @@ from etils import epath
 from vit_jax import cli, evaluators
 from vit_jax.config import Config, smaller_is_better
 from vit_jax.errors import UserError
-from vit_jax.progress import read_metrics
+from vit_jax.workdir import read_metrics
 
 
 class Run(NamedTuple):

@@ -1,280 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training program, and the loop that runs it.
-
-:func:`train_step` is the program; :func:`build` places it on a mesh; :func:`train`
-feeds it. ``plan`` compiles what ``build`` returns, ``benchmark`` times it and the
-config tests trace it, so none of them can drift from training.
-"""
+"""Trains: feeds the program of :mod:`vit_jax.program` and writes down what comes out."""
 
 import contextlib
 import dataclasses
-import functools
-import json
 import math
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
-from jax.stages import Wrapped
 
-from vit_jax import (
-    checkpoint,
-    config,
-    data,
-    evaluators,
-    models,
-    objectives,
-    optim,
-    sharding,
-    weights,
-)
-from vit_jax.checkpoint import Checkpointer, State
+from vit_jax import config, data, evaluators, weights
+from vit_jax.checkpoint import Checkpointer
 from vit_jax.config import Config
 from vit_jax.distributed import Preemption
 from vit_jax.errors import UserError
-from vit_jax.feed import Feed, put
-from vit_jax.progress import Bar, MetricsWriter, phase, say, write_whole
-
-Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
-
-
-def train_step(
-    state: State,
-    batch: Batch,
-    *,
-    cfg: Config,
-    loss_fn: Callable[[Any, Batch, jax.Array], tuple[jax.Array, Metrics]],
-    tx: optax.GradientTransformation,
-    schedule: optax.Schedule,
-) -> tuple[State, Metrics]:
-    """One optimizer step on one global batch.
-
-    ``batch["image"]`` is (B, H, W, C), uint8 or float in [-1, 1]. A step whose loss or
-    gradient is not finite changes nothing but the step number, and says so in
-    ``metrics["skipped"]``.
-    """
-    key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
-    batch = batch | {"image": normalize(batch["image"])}
-    if cfg.mixup:
-        batch = objectives.mixup_batch(cfg, jax.random.fold_in(key, 0), batch)
-    loss, metrics, grads = _gradient(cfg, loss_fn, state.params, batch, key)
-    norm = optax.tree.norm(grads)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = (
-        optax.incremental_update(params, state.ema, 1 - cfg.optim.polyak)
-        if cfg.optim.polyak
-        else state.ema
-    )
-
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
-    params, opt_state, ema = jax.tree.map(
-        lambda a, b: jnp.where(finite, a, b), new, old
-    )
-    metrics = metrics | {
-        "loss": loss,
-        "grad_norm": norm,
-        "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-        "skipped": 1.0 - finite.astype(jnp.float32),
-    }
-    return State(params, opt_state, state.step + 1, ema), metrics
-
-
-def normalize(images: jax.Array) -> jax.Array:
-    """uint8 pixels 0..255 -> float32 in [-1, 1]; float images are in that range already."""
-    if images.dtype == jnp.uint8:
-        return images.astype(jnp.float32) / 127.5 - 1.0
-    return images
-
-
-def _gradient(cfg, loss_fn, params, batch, key):
-    """Loss, metrics and gradient of the mean over the batch, in ``cfg.accumulate``
-    micro-batches one after another."""
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-    n = cfg.accumulate
-    if n == 1:
-        (loss, metrics), grads = value_and_grad(
-            params, batch, jax.random.fold_in(key, 1)
-        )
-        return loss, metrics, grads
-    count = jnp.maximum(objectives.counted(cfg, batch), 1.0)
-    # Micro-batch i takes rows i, i + n, ...: every device keeps its own rows.
-    micro = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), batch)
-
-    def add(total, i_batch):
-        i, part = i_batch
-        (loss, metrics), grads = value_and_grad(
-            params, part, jax.random.fold_in(key, 1 + i)
-        )
-        # Examples that do not count may lie anywhere: parts weigh what they count.
-        share = objectives.counted(cfg, part) / count
-        weighed = jax.tree.map(lambda x: share * x, (loss, metrics, grads))
-        return jax.tree.map(jnp.add, total, weighed), None
-
-    first = jax.tree.map(lambda x: x[0], micro)
-    (loss, metrics), grads = jax.eval_shape(value_and_grad, params, first, key)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (loss, metrics, grads))
-    total, _ = jax.lax.scan(add, zeros, (jnp.arange(n), micro))
-    return total
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """What a run computes, placed on a mesh. Shapes carry their shardings, so
-    everything can be lowered as it is."""
-
-    cfg: Config  # with model.num_classes and model.image_size filled in
-    model: Any
-    mesh: jax.sharding.Mesh
-    state_shape: State
-    batch_shape: dict[str, jax.ShapeDtypeStruct]
-    # Jitted functions, which can be called or lowered:
-    init: Wrapped  # () -> State
-    start_from: Wrapped  # (params) -> State
-    train_step: Wrapped  # (State, batch) -> (State, metrics); consumes the State
-    forward: Wrapped  # (params, images) -> {"logits": (B, K), "pre_logits": (B, D)}
-
-    @property
-    def state_sharding(self) -> State:
-        return jax.tree.map(lambda s: s.sharding, self.state_shape)
-
-    @property
-    def batch_sharding(self) -> jax.sharding.NamedSharding:
-        return sharding.batch_sharding(self.mesh)
-
-
-def build(
-    cfg: Config,
-    devices: Sequence[jax.Device] | None = None,
-    info: data.DataInfo | None = None,
-) -> Program:
-    """The one definition of the program: the loop runs it, ``plan`` compiles it for
-    devices that are not there.
-
-    Args:
-      cfg: the run.
-      devices: to place it on; all devices of all processes if not given.
-      info: what ``data.describe(cfg.data)`` says; asked for only where the config
-        leaves the number of classes open.
-
-    Raises:
-      UserError: a config that contradicts itself, the data or the number of devices.
-    """
-    cfg, info = _complete(config.checked(cfg), info)
-    for hint in objectives.check(
-        cfg, bool(info and info.multilabel), cfg.model.num_classes
-    ):
-        say(f"hint         {hint}")
-    evaluators.check(cfg)
-    mesh = sharding.create_mesh(cfg, devices)
-    model = models.create(cfg.model)
-    images = jax.ShapeDtypeStruct(
-        (1, *cfg.model.image_size, cfg.model.channels), jnp.float32
-    )
-
-    def init_params():
-        key = jax.random.fold_in(jax.random.key(cfg.seed), 0)
-        return model.init(key, jnp.zeros(images.shape, images.dtype))["params"]
-
-    params_shape = jax.eval_shape(init_params)
-    tx, schedule = optim.create(cfg.optim, cfg.steps, params_shape)
-
-    def start_from(params):
-        ema = jax.tree.map(jnp.copy, params) if cfg.optim.polyak else {}
-        return State(params, tx.init(params), jnp.zeros((), jnp.int32), ema)
-
-    state_shape = jax.eval_shape(lambda: start_from(init_params()))
-    state_sharding = sharding.state_sharding(cfg, mesh, state_shape)
-    batch_sharding = sharding.batch_sharding(mesh)
-    # The same model, reading parameters in parts.
-    placed = models.create(cfg.model, sharding.gather_block(cfg, mesh))
-    loss_of_whole = objectives.OBJECTIVES[cfg.loss](placed, cfg)
-
-    def loss_fn(params, batch, key):
-        return loss_of_whole(sharding.gather(cfg, mesh, params), batch, key)
-
-    def forward(params, images):
-        params = sharding.gather(cfg, mesh, params)
-        logits, out = placed.apply(
-            {"params": params}, normalize(images), method="forward"
-        )
-        return {"logits": logits, "pre_logits": out["pre_logits"]}
-
-    step = functools.partial(
-        train_step, cfg=cfg, loss_fn=loss_fn, tx=tx, schedule=schedule
-    )
-    return Program(
-        cfg=cfg,
-        model=model,
-        mesh=mesh,
-        state_shape=_with_sharding(state_shape, state_sharding),
-        batch_shape={
-            k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=batch_sharding)
-            for k, s in _batch_shape(cfg, info).items()
-        },
-        init=jax.jit(lambda: start_from(init_params()), out_shardings=state_sharding),
-        start_from=jax.jit(start_from, out_shardings=state_sharding),
-        train_step=jax.jit(
-            step,
-            in_shardings=(state_sharding, batch_sharding),
-            out_shardings=(state_sharding, sharding.replicated(mesh)),
-            donate_argnums=0,
-        ),
-        forward=jax.jit(forward),
-    )
-
-
-def _complete(
-    cfg: Config, info: data.DataInfo | None
-) -> tuple[Config, data.DataInfo | None]:
-    """Fills in what the data and the objective decide."""
-    classes = cfg.model.num_classes
-    if cfg.loss == "masked_patch":
-        resolved = dataclasses.replace(cfg, model=models.resolve(cfg.model))
-        classes = objectives.masked_outputs(resolved)
-    elif not classes:
-        info = info or data.describe(cfg.data)
-        classes = info.num_classes
-    if info and cfg.loss != "masked_patch" and classes < info.num_classes:
-        raise UserError(
-            f"config.model.num_classes={classes}, but the data has {info.num_classes} classes: "
-            "set it to 0 to take the number from the data"
-        )
-    size = cfg.model.image_size
-    if size == (0, 0):
-        size = (cfg.data.image_size, cfg.data.image_size)
-    return config.replace(cfg, model__num_classes=classes, model__image_size=size), info
-
-
-def _batch_shape(
-    cfg: Config, info: data.DataInfo | None
-) -> dict[str, jax.ShapeDtypeStruct]:
-    size = cfg.data.image_size
-    label = jax.ShapeDtypeStruct((cfg.batch,), jnp.int32)
-    if info and info.multilabel:
-        label = jax.ShapeDtypeStruct((cfg.batch, cfg.model.num_classes), jnp.float32)
-    image = jax.ShapeDtypeStruct((cfg.batch, size, size, cfg.model.channels), jnp.uint8)
-    return {"image": image, "label": label}
-
-
-def _with_sharding(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh),
-        shapes,
-        shardings,
-    )
-
-
-# The loop --------------------------------------------------------------------
+from vit_jax.feed import Feed
+from vit_jax.inference import Predictor
+from vit_jax.program import Batch, Metrics, Program, State, build
+from vit_jax.progress import Bar, phase, say
+from vit_jax.workdir import MetricsWriter, claim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,6 +60,8 @@ def train(
         info = data.describe(cfg.data)
     program = build(cfg, devices, info)
     cfg = program.cfg
+    for hint in program.hints:
+        say(f"hint         {hint}")
     _say_sizes(program, info)
     with contextlib.ExitStack() as stack:
         preemption = stack.enter_context(contextlib.closing(Preemption()))
@@ -492,24 +244,12 @@ def evaluate(
     cfg = program.cfg
     params = state.ema if cfg.optim.polyak else state.params
 
-    def batches(data_cfg: config.DataConfig, split: str) -> Iterator[Batch]:
-        n = program.mesh.size
-        size = -(-(cfg.eval.batch or cfg.batch) // n) * n
-        source = data.eval_batches(
-            data_cfg,
-            batch=size,
-            split=split,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        for batch in source:
-            if preemption and preemption.requested():
-                raise _Stopped
-            yield put(batch, program.batch_sharding)
+    def interrupt() -> None:
+        if preemption and preemption.requested():
+            raise _Stopped
 
-    context = evaluators.Context(
-        cfg=cfg, params=params, forward=program.forward, batches=batches, info=info
-    )
+    predictor = Predictor(params, program.forward, program.mesh, interrupt)
+    context = evaluators.Context(cfg, predictor, info)
     try:
         return {k: float(v) for k, v in evaluators.run(context).items()}
     except _Stopped:
@@ -600,106 +340,6 @@ def _initial_state(program: Program) -> State:
         return program.init()
     params = weights.load_for_training(cfg.pretrained, cfg.model)
     return program.start_from(params)
-
-
-# A workdir -------------------------------------------------------------------
-
-# A run may be resumed with other values of these only: they leave its model, data and
-# optimizer state as they are.
-_MAY_CHANGE = (
-    "steps", "eval.", "checkpoint.", "sweep.", "log_every", "profile", "max_bad_steps", "sharding", "mesh", "accumulate",
-    "model.remat", "data.cache_gib", "data.max_bad", "optim.learning_rate", "optim.schedule",
-    "optim.end_learning_rate", "optim.warmup", "optim.cooldown", "optim.timescale",
-)  # fmt: skip
-
-
-@contextlib.contextmanager
-def claim(workdir: str, cfg: Config, info: data.DataInfo) -> Iterator[None]:
-    """Creates ``workdir`` with ``config.json`` and ``dataset.json``, or checks that it
-    belongs to the same run.
-
-    Raises:
-      UserError: it cannot be written, another process is using it, or its config has
-        another model or other data.
-    """
-    folder = epath.Path(workdir)
-    stored = folder / "config.json"
-    with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
-            with _explain_no_access(workdir):
-                # A run that saved nothing has nothing to lose.
-                if stored.exists() and checkpoint.steps(workdir):
-                    _check_same_run(workdir, config.read(stored), cfg)
-                folder.mkdir(parents=True, exist_ok=True)
-                if "://" not in workdir:
-                    stack.enter_context(_lock(workdir))
-                write_whole(stored, config.to_json(cfg))
-                write_whole(
-                    folder / "dataset.json",
-                    json.dumps(_dataset(cfg, info), indent=2) + "\n",
-                )
-        yield
-
-
-@contextlib.contextmanager
-def _explain_no_access(workdir: str) -> Iterator[None]:
-    remote = "://" in workdir
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as e:  # on gs:// an error class of tensorflow's or gcsfs's own
-        if not remote and not isinstance(e, OSError):
-            raise
-        hint = (
-            ": check the name of the bucket and your permission to write there"
-            if remote
-            else ""
-        )
-        reason = " ".join(str(e).split())[:300]
-        raise UserError(
-            f"--workdir={workdir} cannot be written ({type(e).__name__}: {reason}){hint}"
-        ) from e
-
-
-def _check_same_run(workdir: str, old: Config, new: Config) -> None:
-    changes = config.difference(old, new)
-    fatal = [c for c in changes if not c.startswith(_MAY_CHANGE)]
-    if fatal:
-        raise UserError(
-            f"{workdir} holds a run with another config ({'; '.join(fatal)}): give the same values, or another --workdir"
-        )
-    for change in changes:
-        say(f"config       {change}")
-
-
-@contextlib.contextmanager
-def _lock(workdir: str) -> Iterator[None]:
-    import fcntl  # not on Windows, where nothing is locked
-
-    with open(epath.Path(workdir) / ".lock", "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"--workdir={workdir} is in use by another process: wait for it or give another --workdir"
-            ) from None
-        yield
-
-
-def _dataset(cfg: Config, info: data.DataInfo) -> dict[str, Any]:
-    """What a user of the checkpoint must know about the data."""
-    return {
-        "source": cfg.data.source,
-        "name": cfg.data.name,
-        "num_classes": info.num_classes,
-        "class_names": list(info.class_names),
-        "num_train": info.num_train,
-        "num_test": info.num_test,
-        "multilabel": info.multilabel,
-        "image_size": list(cfg.model.image_size),
-        "eval_transforms": config.to_dict(cfg.data)["eval_transforms"],
-    }
 
 
 def _say_sizes(program: Program, info: data.DataInfo) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.errors import UserError
-from vit_jax.progress import read_metrics
+from vit_jax.workdir import read_metrics
 
 
 def read_curves(workdir: str | Path) -> dict[str, np.ndarray]:

@@ -7,13 +7,13 @@ add one to ``transforms.TRANSFORMS``. Nothing here imports tensorflow until a so
 that needs it is read.
 """
 
+from vit_jax.data.examples import DataInfo
 from vit_jax.data.pipeline import (
     bad_examples,
     describe,
     eval_batches,
     train_batches,
 )
-from vit_jax.data.sources import DataInfo
 
 __all__ = [
     "DataInfo",

@@ -21,7 +21,7 @@ import numpy as np
 
 from vit_jax.config import DataConfig
 from vit_jax.data import decode, folders, graph, order, pipeline, transforms
-from vit_jax.data.sources import Labels
+from vit_jax.data.examples import Labels
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from vit_jax.config import DataConfig, nearest
-from vit_jax.data.sources import (
+from vit_jax.data.examples import (
     IGNORED,
     Dataset,
     Labels,

@@ -13,7 +13,7 @@ import numpy as np
 from vit_jax.config import DataConfig
 from vit_jax.data import transforms
 from vit_jax.data.decode import decode, decode_crop, shape_of
-from vit_jax.data.sources import IGNORED, Dataset, Labels, Split
+from vit_jax.data.examples import IGNORED, Dataset, Labels, Split
 from vit_jax.data.tensorflow_cpu import tf
 
 # tensorflow fails to report an error whose text quotes bytes of an image.

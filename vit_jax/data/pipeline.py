@@ -21,7 +21,7 @@ import numpy as np
 
 from vit_jax.config import DataConfig
 from vit_jax.data import order, sources, synthetic
-from vit_jax.data.sources import IGNORED, DataInfo, Dataset, Rows, Split
+from vit_jax.data.examples import IGNORED, DataInfo, Dataset, Rows, Split
 from vit_jax.errors import UserError
 
 log = logging.getLogger(__name__)

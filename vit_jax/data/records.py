@@ -33,7 +33,7 @@ import numpy as np
 
 from vit_jax.config import DataConfig
 from vit_jax.data import order
-from vit_jax.data.sources import (
+from vit_jax.data.examples import (
     Dataset,
     Labels,
     Rows,

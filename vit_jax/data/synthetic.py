@@ -12,7 +12,7 @@ import numpy as np
 
 from vit_jax.config import DataConfig, choose
 from vit_jax.data import order
-from vit_jax.data.sources import Dataset, Split
+from vit_jax.data.examples import Dataset, Split
 
 _TRAIN, _TEST = 1024, 128
 _CYCLE = 4  # different batches before they repeat

@@ -11,7 +11,7 @@ import numpy as np
 
 from vit_jax.config import DataConfig
 from vit_jax.data import records
-from vit_jax.data.sources import Dataset, Labels, Split, held_out
+from vit_jax.data.examples import Dataset, Labels, Split, held_out
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from vit_jax.config import DataConfig, choose
 from vit_jax.data import tfds_source
-from vit_jax.data.sources import Dataset, Labels, Split
+from vit_jax.data.examples import Dataset, Labels, Split
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 

@@ -29,6 +29,7 @@ from absl import flags
 from vit_jax import cli
 from vit_jax.config import DataConfig
 from vit_jax.data import order, sources
+from vit_jax.data.examples import Dataset, Split
 from vit_jax.data.records import (
     ARRAY_RECORD,
     FORMATS,
@@ -38,7 +39,6 @@ from vit_jax.data.records import (
     TFRECORD,
     read_sidecar,
 )
-from vit_jax.data.sources import Dataset, Split
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 

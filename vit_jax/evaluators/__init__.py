@@ -3,12 +3,12 @@
 options.
 
 To add one: a function ``f(context, *, option=default) -> {name: number}`` in a file
-here, and a line in ``EVALUATORS``. ``config.eval.evaluators`` chooses them, during
+here, and a row of ``EVALUATORS``. ``config.eval.evaluators`` chooses them, during
 training and for ``python -m vit_jax.evaluate``.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from vit_jax.config import Config, arguments, choose
 from vit_jax.errors import UserError
@@ -24,19 +24,27 @@ from vit_jax.evaluators import (
 )
 from vit_jax.evaluators.context import Context, changed
 
-__all__ = ["EVALUATORS", "Context", "check", "prefix", "run"]
+__all__ = ["EVALUATORS", "Context", "check", "lower_is_better", "prefix", "run"]
 
-EVALUATORS: dict[str, Callable[..., dict[str, float]]] = {
-    "accuracy": accuracy.accuracy,
-    "calibration": calibration.calibration,
-    "fewshot": fewshot.fewshot,
-    "imagenet_v2": label_maps.imagenet_v2,
-    "knn": knn.knn,
-    "linear_probe": linear_probe.linear_probe,
-    "objectnet": label_maps.objectnet,
-    "per_class": per_class.per_class,
-    "real": label_maps.real,
-    "vtab": vtab.vtab,
+
+class Evaluator(NamedTuple):
+    """What measures, and which of its numbers are better when they are lower."""
+
+    measure: Callable[..., dict[str, float]]
+    lower_is_better: tuple[str, ...] = ()
+
+
+EVALUATORS: dict[str, Evaluator] = {
+    "accuracy": Evaluator(accuracy.accuracy, ("loss",)),
+    "calibration": Evaluator(calibration.calibration, ("ece", "mce", "brier")),
+    "fewshot": Evaluator(fewshot.fewshot),
+    "imagenet_v2": Evaluator(label_maps.imagenet_v2),
+    "knn": Evaluator(knn.knn),
+    "linear_probe": Evaluator(linear_probe.linear_probe),
+    "objectnet": Evaluator(label_maps.objectnet),
+    "per_class": Evaluator(per_class.per_class),
+    "real": Evaluator(label_maps.real),
+    "vtab": Evaluator(vtab.vtab),
 }
 
 
@@ -45,9 +53,19 @@ def run(context: Context) -> dict[str, float]:
     metrics = {}
     entries = context.cfg.eval.evaluators
     for entry, options in zip(entries, check(context.cfg), strict=True):
-        numbers = EVALUATORS[entry["type"]](context, **options)
+        numbers = EVALUATORS[entry["type"]].measure(context, **options)
         metrics |= {f"{prefix(entry)}/{k}": v for k, v in numbers.items()}
     return metrics
+
+
+def lower_is_better(cfg: Config, metric: str) -> bool:
+    """Whether the best value of a metric that :func:`run` returns, such as
+    ``test/loss``, is the lowest."""
+    return any(
+        metric == f"{prefix(entry)}/{name}"
+        for entry in cfg.eval.evaluators
+        for name in EVALUATORS[entry["type"]].lower_is_better
+    )
 
 
 def prefix(entry: Mapping[str, Any]) -> str:
@@ -75,10 +93,14 @@ def check(cfg: Config) -> list[dict[str, Any]]:
     result = []
     for i, entry in enumerate(cfg.eval.evaluators):
         knob = f"config.eval.evaluators[{i}]"
-        function = choose(f"{knob} type", str(entry.get("type", "")), EVALUATORS)
-        given = {k: v for k, v in entry.items() if k != "type"}
-        options = arguments(function, given, knob)
+        measure = choose(f"{knob} type", str(entry.get("type", "")), EVALUATORS).measure
+        given = {k: v for k, v in entry.items() if k not in ("type", "prefix")}
+        options = arguments(measure, given, knob)
         changed(cfg.data, options.get("data"))
+        if not isinstance(entry.get("prefix", ""), str):
+            raise UserError(
+                f"{knob}.prefix is {entry['prefix']!r}: it must be a string"
+            )
         result.append(options)
         if prefix(entry) in seen:
             raise UserError(

@@ -18,30 +18,54 @@ from vit_jax import objectives
 from vit_jax.config import DataConfig
 from vit_jax.errors import UserError
 from vit_jax.evaluators.context import Batch, Context, name_of
-from vit_jax.evaluators.features import num_classes
 
 
 def accuracy(
-    context: Context,
-    *,
-    split: str = "test",
-    data: Mapping[str, Any] | None = None,
-    prefix: str = "",
+    context: Context, *, split: str = "test", data: Mapping[str, Any] | None = None
 ) -> dict[str, float]:
     """``accuracy``, ``top5`` (from 6 classes on), ``loss`` and ``count`` over a split.
 
     Exact on any number of devices and processes: padding is masked, nothing is dropped.
     ``loss`` is nan if an output is.
     """
-    del prefix  # belongs to the name under which the caller writes the numbers
-    config = context.data(data)
-    loss = class_loss(context)
-    check_classes(context, config)
+    config = classified(context, data)
+    loss = context.cfg.loss
 
     def step(outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
         return _step(outputs["logits"], batch["label"], batch["mask"], loss=loss)
 
     return means(context.sum(step, config, split, finite=False))
+
+
+def classified(context: Context, data: Mapping[str, Any] | None) -> DataConfig:
+    """The run's data with some fields changed, if the outputs of the model are its
+    classes.
+
+    Raises:
+      UserError: the model has no classes, or another number of them.
+    """
+    config = context.data(data)
+    check_classes(context, config)
+    return config
+
+
+def check_classes(context: Context, data: DataConfig) -> None:
+    """Refuses labels that mean something else than the outputs of the model.
+
+    Raises:
+      UserError: the model has no classes, or another number of them.
+    """
+    if not objectives.of(context.cfg).reads_labels:
+        raise UserError(
+            f"config.loss={context.cfg.loss!r} trains no classes: choose the evaluators "
+            "'fewshot', 'knn' or 'linear_probe' in config.eval.evaluators"
+        )
+    count, outputs = context.describe(data).num_classes, len(context.class_names)
+    if count != outputs:
+        raise UserError(
+            f"the data set {name_of(data)!r} has {count} classes and the model {outputs}: choose "
+            "the evaluators 'fewshot', 'knn' or 'linear_probe', which bring their own classifier"
+        )
 
 
 def means(sums: Mapping[str, Any]) -> dict[str, float]:
@@ -59,60 +83,47 @@ def means(sums: Mapping[str, Any]) -> dict[str, float]:
     return result | {"count": float(count)}
 
 
-def class_loss(context: Context) -> str:
-    """The loss that the numbers report; masked patch prediction has no classes to be
-    right about."""
-    if context.cfg.loss == "masked_patch":
-        raise UserError(
-            "config.loss='masked_patch' trains no classes: choose the evaluators "
-            "'fewshot', 'knn' or 'linear_probe' in config.eval.evaluators"
-        )
-    return context.cfg.loss
+def likeliest(logits: jax.Array) -> jax.Array:
+    """The classes with the largest logits, best first: (B, K) -> (B, 5), or (B, 1) where
+    five of them would be nearly all."""
+    return jax.lax.top_k(logits, 5 if logits.shape[1] > 5 else 1)[1]
 
 
-def check_classes(context: Context, data: DataConfig) -> None:
-    """Refuses labels that mean something else than the outputs of the model.
-
-    Raises:
-      UserError: another number of classes.
-    """
-    count, outputs = num_classes(context, data), len(context.class_names)
-    if count != outputs:
-        raise UserError(
-            f"the data set {name_of(data)!r} has {count} classes and the model {outputs}: choose "
-            "the evaluators 'fewshot', 'knn' or 'linear_probe', which bring their own classifier"
-        )
-
-
-def correct(logits: jax.Array, label: jax.Array, k: int) -> jax.Array:
-    """Whether one of the k largest logits is a label. (B, K), (B,) or (B, K) -> (B,)
-    bool."""
-    top = jax.lax.top_k(logits, k)[1]  # (B, k)
+def hits(classes: jax.Array, label: jax.Array) -> jax.Array:
+    """Which classes (B, n) are a label of their image: label (B,) or (B, K) -> bool
+    (B, n)."""
     if label.ndim == 1:
-        return (top == label[:, None]).any(1)
-    return jnp.take_along_axis(label > 0, top, axis=1).any(1)
+        return classes == label[:, None]
+    return jnp.take_along_axis(label > 0, classes, axis=1)
 
 
-def counted(label: jax.Array, mask: jax.Array) -> jax.Array:
+def labelled(label: jax.Array, mask: jax.Array) -> jax.Array:
     """Which examples count: not padding, and with at least one label. -> (B,) bool."""
-    labelled = label >= 0 if label.ndim == 1 else (label > 0).any(1)
-    return labelled & (mask > 0)
+    has = label >= 0 if label.ndim == 1 else (label > 0).any(1)
+    return has & (mask > 0)
+
+
+def top_sums(hit: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
+    """What ``means`` reads of one batch.
+
+    Args:
+      hit: (B, n) whether each of the n likeliest classes is right.
+      valid: (B,) which examples count.
+    """
+    count = lambda x: jnp.sum(x & valid, dtype=jnp.int32)
+    sums = {"top1": count(hit[:, 0]), "count": count(valid)}
+    return sums | {"top5": count(hit.any(1))} if hit.shape[1] == 5 else sums
 
 
 @functools.partial(jax.jit, static_argnames="loss")
 def _step(
     logits: jax.Array, label: jax.Array, mask: jax.Array, *, loss: str
 ) -> dict[str, jax.Array]:
-    valid = counted(label, mask)
+    valid = labelled(label, mask)
     # An image without a label still has a sigmoid loss: all classes are wrong.
     with_loss = mask > 0 if loss == "sigmoid" and label.ndim == 2 else valid
     losses = objectives.example_losses(loss, logits, label)
-    sums = {
-        "top1": jnp.sum(correct(logits, label, 1) & valid, dtype=jnp.int32),
-        "count": jnp.sum(valid, dtype=jnp.int32),
+    return top_sums(hits(likeliest(logits), label), valid) | {
         "loss": jnp.sum(jnp.where(with_loss, losses, 0)),
         "losses": jnp.sum(with_loss, dtype=jnp.int32),
     }
-    if logits.shape[1] > 5:
-        sums["top5"] = jnp.sum(correct(logits, label, 5) & valid, dtype=jnp.int32)
-    return sums

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a probability of 0.8 mean right in 8 of 10 cases? The expected calibration
+"""Is a prediction with probability 0.8 right in 8 of 10 cases? The expected calibration
 error.
 
 B batch, K classes. Predictions are put into bins of equal width by the probability of
@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vit_jax import objectives
 from vit_jax.config import Positive
 from vit_jax.errors import UserError
-from vit_jax.evaluators.accuracy import check_classes, class_loss, correct, counted
+from vit_jax.evaluators.accuracy import classified, hits, labelled
 from vit_jax.evaluators.context import Batch, Context
 
 
@@ -27,7 +28,6 @@ def calibration(
     split: str = "test",
     data: Mapping[str, Any] | None = None,
     bins: Positive = 15,
-    prefix: str = "",
 ) -> dict[str, float]:
     """``ece``, ``mce`` (the worst bin), ``brier``, mean ``confidence`` and
     ``accuracy``.
@@ -35,14 +35,12 @@ def calibration(
     With the sigmoid loss the confidence is the sigmoid of the largest logit. The bins
     are written to ``calibration.npz`` where the run has a folder for them.
     """
-    del prefix
-    config = context.data(data)
-    loss = class_loss(context)
-    check_classes(context, config)
+    config = classified(context, data)
+    loss = context.cfg.loss
 
     def step(outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
-        args = (outputs["logits"], batch["label"], batch["mask"])
-        return _step(*args, bins=bins, loss=loss)
+        logits, label = outputs["logits"], batch["label"]
+        return _step(logits, label, batch["mask"], bins=bins, loss=loss)
 
     s = context.sum(step, config, split, finite=False)
     count = np.asarray(s["count"], np.float64)
@@ -67,22 +65,19 @@ def _step(
     logits: jax.Array, label: jax.Array, mask: jax.Array, *, bins: int, loss: str
 ) -> dict[str, jax.Array]:
     logits = logits.astype(jnp.float32)
-    valid = counted(label, mask)
+    valid = labelled(label, mask)
     p = jax.nn.sigmoid(logits) if loss == "sigmoid" else jax.nn.softmax(logits)
     confidence = p.max(1)
     at = jnp.clip(jnp.ceil(confidence * bins).astype(jnp.int32) - 1, 0, bins - 1)
-    target = (
-        jax.nn.one_hot(label, p.shape[1])
-        if label.ndim == 1
-        else (label > 0).astype(jnp.float32)
-    )
+    target = objectives.multi_hot(label, p.shape[1])
+    hit = hits(logits.argmax(1)[:, None], label)[:, 0]
 
     def per_bin(x: jax.Array) -> jax.Array:
         return jax.ops.segment_sum(jnp.where(valid, x, jnp.zeros_like(x)), at, bins)
 
     return {
         "count": per_bin(jnp.ones_like(at)),
-        "right": per_bin(correct(logits, label, 1).astype(jnp.int32)),
+        "right": per_bin(hit.astype(jnp.int32)),
         "confidence": per_bin(confidence),
         "brier": jnp.sum(jnp.where(valid, jnp.square(p - target).sum(1), 0)),
     }

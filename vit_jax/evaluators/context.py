@@ -6,29 +6,28 @@ Dimension letters: B batch (global, padded), K classes, D width.
 """
 
 import functools
+import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vit_jax import config
+from vit_jax import data as datasets
 from vit_jax.config import Amount, Config, DataConfig, Positive
+from vit_jax.data import DataInfo
 from vit_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from vit_jax.data import DataInfo
-
-Batch = dict[str, jax.Array]
+from vit_jax.inference import Batch, Predictor
 
 
 class _Filled:
-    """Beside the type of an option that is a list: it has at least one entry."""
+    """A constraint: the list is not empty."""
 
     def __contains__(self, value: Any) -> bool:
         return len(value) > 0
@@ -40,7 +39,7 @@ class _Filled:
 Counts = Annotated[Sequence[Positive], _Filled()]
 Amounts = Annotated[Sequence[Amount], _Filled()]
 
-# Of a run's data, what another data set has as well.
+# Fields that another data set inherits from the run.
 _READING = ("image_size", "eval_transforms", "cache_gib", "max_bad")
 
 
@@ -53,15 +52,13 @@ class Context:
     """
 
     cfg: Config
-    params: Any
-    # (params, images uint8 or float (B, H, W, C)) -> {"logits": (B, K), "pre_logits":
-    # (B, D)}, jitted
-    forward: Callable[[Any, jax.Array], Mapping[str, jax.Array]]
-    # (data config, split) -> finite batches {"image", "label", "mask"} of global arrays
-    batches: Callable[[DataConfig, str], Iterator[Batch]]
-    info: "DataInfo"  # of cfg.data
-    classes: tuple[str, ...] = ()  # names of the model's outputs; (): those of the data
-    out: str = ""  # folder for the arrays behind a number (confusion matrix, ...); "": none are written
+    predictor: Predictor
+    info: DataInfo  # of cfg.data
+    # Names of the model's outputs; (): those of the data.
+    classes: tuple[str, ...] = ()
+    # Folder for the arrays behind a number, such as a confusion matrix; "": none are
+    # written.
+    out: str = ""
 
     def data(self, override: Mapping[str, Any] | None) -> DataConfig:
         """``cfg.data`` with some fields changed."""
@@ -80,12 +77,17 @@ class Context:
             values = {"path": own.path} | values  # tfds' data_dir
         return config.from_dict({"data": values}).data
 
+    def describe(self, data: DataConfig) -> DataInfo:
+        """What ``data`` holds, which need not be the data of the run."""
+        return self.info if data == self.cfg.data else datasets.describe(data)
+
     def outputs(
         self, data: DataConfig, split: str
     ) -> Iterator[tuple[Mapping[str, jax.Array], Batch]]:
         """Outputs of the model and the batch they belong to, in the order of the data."""
-        for batch in self.batches(data, split):
-            yield self.forward(self.params, batch["image"]), batch
+        size = self.cfg.eval.batch or self.cfg.batch
+        for batch in self.predictor.batches(data, split, size):
+            yield self.predictor(batch["image"]), batch
 
     def sum(
         self,
@@ -134,35 +136,31 @@ class Context:
         """What the outputs of the model mean."""
         return self.classes or self.info.class_names
 
-    @property
-    def mesh(self) -> Mesh:
-        """The devices that hold the parameters."""
-        sharding = jax.tree.leaves(self.params)[0].sharding
-        if isinstance(sharding, NamedSharding):
-            assert isinstance(sharding.mesh, Mesh)
-            return sharding.mesh
-        devices = np.array(sorted(sharding.device_set, key=lambda d: d.id))
-        return Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
-
     def put(self, x: np.ndarray, *spec: Any) -> jax.Array:
         """The same host array of every process as one global array; ``spec`` names mesh
         axes per dimension."""
-        sharding = NamedSharding(self.mesh, P(*spec))
+        sharding = NamedSharding(self.predictor.mesh, P(*spec))
         return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
 
     def save(self, name: str, **arrays: Any) -> None:
-        """Writes the arrays behind a number to ``out/name.npz``; nothing without
-        ``out``.
+        """Writes the arrays behind a number to ``out/name.npz``; see ``write``."""
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        self.write(f"{name}.npz", buffer.getvalue())
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes ``out/name`` from process 0; nothing without ``out``.
 
         Raises:
           UserError: the folder cannot be written.
         """
         if not self.out or jax.process_index():
             return
-        path = os.path.join(self.out, f"{name}.npz")
+        path = os.path.join(self.out, name)
         try:
             os.makedirs(self.out, exist_ok=True)
-            np.savez_compressed(path, **arrays)
+            with open(path, "wb") as f:
+                f.write(content)
         except OSError as e:
             raise UserError(
                 f"cannot write {path}: {e.strerror}; choose another --out"

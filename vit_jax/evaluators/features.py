@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frozen representation of a data set, streamed from the devices into one array."""
+"""Classifiers on frozen features: what few-shot, nearest neighbours and the linear probe
+share.
 
-from collections.abc import Iterator, Mapping
+Each of them collects the features of a training split (``collect``), fits a classifier,
+and counts its right answers on a test split (``score``). N examples, B batch, D width,
+K classes.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from vit_jax import data as datasets
 from vit_jax.config import DataConfig
 from vit_jax.errors import UserError
 from vit_jax.evaluators.context import Batch, Context, check_finite, fetch, name_of
@@ -72,11 +78,45 @@ def representation(outputs: Mapping[str, jax.Array]) -> jax.Array:
     return x if x.ndim == 2 else x.mean(1)
 
 
-def num_classes(context: Context, data: DataConfig) -> int:
-    """Classes of the data set an evaluator runs on, which need not be those of the
-    model."""
-    info = context.info if data == context.cfg.data else datasets.describe(data)
-    return info.num_classes
+def score(
+    context: Context,
+    data: DataConfig,
+    split: str,
+    classify: Callable[[jax.Array], Mapping[str, jax.Array]],
+) -> tuple[dict[str, Any], int]:
+    """Accuracies of classifiers on a split, and its number of images.
+
+    Args:
+      context: the model.
+      data: the data set.
+      split: to test on.
+      classify: features (B, D) float32 -> by name, the chosen classes int (..., B).
+
+    Returns:
+      By the same names, float64 (...); and the count.
+    """
+
+    def step(outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
+        chosen = classify(representation(outputs).astype(jnp.float32))
+        return _right(chosen, batch["label"], batch["mask"])
+
+    sums = context.sum(step, data, split)
+    count = int(sums.pop("count"))
+    return {n: np.float64(v) / count for n, v in sums.items()}, count
+
+
+@jax.jit
+def _right(
+    chosen: Mapping[str, jax.Array], label: jax.Array, mask: jax.Array
+) -> dict[str, jax.Array]:
+    def count(classes: jax.Array) -> jax.Array:
+        shape = (1,) * (classes.ndim - 1) + (-1,)
+        hit = (classes == label.reshape(shape)) & (mask > 0).reshape(shape)
+        return jnp.sum(hit, axis=-1, dtype=jnp.int32)
+
+    return {n: count(c) for n, c in chosen.items()} | {
+        "count": jnp.sum(mask > 0, dtype=jnp.int32)
+    }
 
 
 class Bank(NamedTuple):
@@ -96,14 +136,14 @@ def bank(context: Context, x: np.ndarray, y: np.ndarray, rows: int = 4096) -> Ba
       y: labels (N,).
       rows: m at most, the rows of a chunk that a device works on at a time.
     """
-    devices = context.mesh.size
+    devices = context.predictor.mesh.size
     m = min(rows, -(-len(x) // devices))
     chunks = -(-len(x) // (devices * m))
     n, total = len(x), chunks * devices * m
     x.resize((total, x.shape[1]), refcheck=False)  # new rows are 0
     y.resize(total, refcheck=False)
     y[n:] = -1
-    axes = (None, context.mesh.axis_names)
+    axes = (None, context.predictor.mesh.axis_names)
     shape = (chunks, devices, m)
     return Bank(
         context.put(x.reshape(*shape, -1), *axes), context.put(y.reshape(shape), *axes)

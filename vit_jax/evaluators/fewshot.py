@@ -12,7 +12,6 @@ float32 a Gram matrix whose entries differ by 10^8.
 """
 
 import functools
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +22,7 @@ import numpy as np
 from vit_jax.config import Above0, DataConfig, Positive, choose
 from vit_jax.errors import UserError
 from vit_jax.evaluators.context import Context, Counts, name_of
-from vit_jax.evaluators.features import collect, num_classes, representation
+from vit_jax.evaluators.features import collect, score
 
 CONSTANT = 100.0  # the appended feature: a bias that is nearly free of regularisation
 EPS = 1e-5
@@ -60,7 +59,6 @@ def fewshot(
     order: Literal["shuffled", "first"] = "shuffled",
     l2: Above0 = L2,
     choose_l2: bool = False,
-    prefix: str = "",
 ) -> dict[str, float]:
     """Accuracy of a linear classifier on n examples per class: ``5shot``,
     ``5shot_std``, ``5shot_seed0``, ...
@@ -71,8 +69,7 @@ def fewshot(
         run's own data. With several, names become ``cifar100/5shot`` and
         ``average/5shot``.
       data: fields of DataConfig to change for the run's own data.
-      shots: examples per class; those of a smaller number are among those of a larger
-        one.
+      shots: examples per class; the sets are nested.
       seeds: how many draws of examples; mean and standard deviation are over them.
       order: "first" takes the first examples of each class instead, as the older code
         did.
@@ -80,13 +77,11 @@ def fewshot(
       choose_l2: as the older code did, tries ``L2_GRID`` and takes for each number of
         shots the value that ranks best on average over the data sets. It is chosen on
         the test sets: compare only with the like.
-      prefix: belongs to the caller.
 
     Raises:
       UserError: a class has fewer examples than shots, several labels per image,
         unknown names.
     """
-    del prefix
     grid = L2_GRID if choose_l2 else (l2,)
     accuracies = {
         name: _one(context, config, shots, seeds if order == "shuffled" else 0, grid)
@@ -199,44 +194,6 @@ def choose_examples(
     return np.stack(chosen)
 
 
-def benchmark(
-    classes: int = 1000, shots: int = 25, width: int = 768, repeats: int = 3
-) -> dict[str, float]:
-    """Time and memory of one exact solution.
-
-    ``python -m vit_jax.benchmark --what=fewshot`` prints it.
-
-    Memory is what the compiled program asks for: arguments, results and temporaries.
-    """
-    keys = jax.random.split(jax.random.key(0), 2)
-    y = jnp.repeat(jnp.arange(classes, dtype=jnp.int32), shots)
-    x = jax.random.normal(keys[0], (classes, width))[y]
-    x = x + jax.random.normal(keys[1], x.shape)
-    solve = fit.lower(x, y, num_classes=classes).compile()
-    memory = solve.memory_analysis()
-    assert memory is not None
-    size = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-    )
-    ridge = jax.block_until_ready(solve(x, y))
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(solve(x, y))
-        seconds.append(time.perf_counter() - start)
-    right = (predict(ridge, x, L2).argmax(1) == y).mean()
-    return {
-        "examples": float(len(y)),
-        "classes": float(classes),
-        "features": float(width),
-        "seconds": float(np.median(seconds)),
-        "memory_gib": size / 2**30,
-        "train_accuracy": float(right),
-    }
-
-
 def _configs(
     context: Context,
     datasets: Sequence[str] | Mapping[str, Mapping[str, Any]],
@@ -265,59 +222,40 @@ def _one(
 ) -> np.ndarray:
     """Accuracy (seeds, shots, l2) on one data set; seeds 0: one draw of the first
     examples."""
-    classes = num_classes(context, data)
+    classes = context.describe(data).num_classes
     x, y = collect(context, data, "train")
     draws = [
         choose_examples(y, classes, max(shots), s, name_of(data))
         for s in (range(seeds) if seeds else (None,))
     ]
-    ridges = [
-        jax.tree.map(
-            lambda *a: jnp.stack(a),
-            *(_fit_on(context, x, draw[:, :n].ravel(), y, classes) for draw in draws),
-        )
-        for n in shots
-    ]
+
+    ridges = {}
+    for n in shots:
+        rows = [draw[:, :n].ravel() for draw in draws]
+        fits = [
+            fit(context.put(x[r]), context.put(y[r]), num_classes=classes) for r in rows
+        ]
+        ridges[f"{n}"] = jax.tree.map(lambda *a: jnp.stack(a), *fits)
     del x
     l2s = context.put(np.asarray(grid, np.float32))
-
-    def step(outputs: Mapping[str, jax.Array], batch: Any) -> dict[str, jax.Array]:
-        args = (representation(outputs), batch["label"], batch["mask"])
-        right = {
-            f"{n}": _right(r, *args, l2s) for n, r in zip(shots, ridges, strict=True)
-        }
-        return right | {"count": _count(batch["mask"])}
-
-    sums = context.sum(step, data, "test")
-    return np.stack([sums[f"{n}"] for n in shots], 1) / sums["count"]
-
-
-def _fit_on(
-    context: Context, x: np.ndarray, rows: np.ndarray, y: np.ndarray, classes: int
-) -> Ridge:
-    return fit(context.put(x[rows]), context.put(y[rows]), num_classes=classes)
+    found, _ = score(context, data, "test", lambda x: _classify(ridges, x, l2s))
+    return np.stack([found[f"{n}"] for n in shots], 1)
 
 
 @jax.jit
-def _right(
-    ridges: Ridge, x: jax.Array, y: jax.Array, mask: jax.Array, l2s: jax.Array
-) -> jax.Array:
-    """Right answers (seeds, l2) in a batch."""
-    x = x.astype(jnp.float32)
-
-    def for_l2(ridge: Ridge, l2: jax.Array) -> jax.Array:
-        hit = (predict(ridge, x, l2).argmax(1) == y) & (mask > 0)
-        return hit.sum(dtype=jnp.int32)
+def _classify(
+    ridges: Mapping[str, Ridge], x: jax.Array, l2s: jax.Array
+) -> dict[str, jax.Array]:
+    """Classes (seeds, l2, B) of features (B, D), by the number of shots."""
 
     # One after the other: all of them at once would be seeds x l2 x batch x K scores.
-    return jax.lax.map(
-        lambda ridge: jax.lax.map(lambda l2: for_l2(ridge, l2), l2s), ridges
-    )
+    def of_seeds(ridges: Ridge) -> jax.Array:
+        return jax.lax.map(
+            lambda ridge: jax.lax.map(lambda l2: predict(ridge, x, l2).argmax(1), l2s),
+            ridges,
+        )
 
-
-@jax.jit
-def _count(mask: jax.Array) -> jax.Array:
-    return jnp.sum(mask > 0, dtype=jnp.int32)
+    return {n: of_seeds(r) for n, r in ridges.items()}
 
 
 def _best(accuracies: Sequence[np.ndarray]) -> np.ndarray:

@@ -18,14 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from vit_jax.config import Above0
 from vit_jax.errors import UserError
-from vit_jax.evaluators.context import Batch, Context, Counts, name_of
-from vit_jax.evaluators.features import (
-    Bank,
-    bank,
-    collect,
-    num_classes,
-    representation,
-)
+from vit_jax.evaluators.context import Context, Counts, name_of
+from vit_jax.evaluators.features import Bank, bank, collect, score
 
 
 def knn(
@@ -36,7 +30,6 @@ def knn(
     temperature: Above0 = 0.07,
     train_split: str = "train",
     split: str = "test",
-    prefix: str = "",
 ) -> dict[str, float]:
     """``accuracy_k10``, ``accuracy_k20``: test examples classified by their nearest
     training examples.
@@ -46,9 +39,7 @@ def knn(
     Raises:
       UserError: more neighbours than training examples, several labels per image.
     """
-    del prefix
     config = context.data(data)
-    classes = num_classes(context, config)
     x, y = collect(context, config, train_split)
     if max(k) > len(x):
         raise UserError(
@@ -57,55 +48,47 @@ def knn(
         )
     neighbours = bank(context, x, y)
     del x, y
-
-    def step(outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
-        return _right(
-            neighbours,
-            representation(outputs),
-            batch["label"],
-            batch["mask"],
-            k=tuple(k),
-            temperature=temperature,
-            classes=classes,
-            mesh=context.mesh,
-        )
-
-    sums = context.sum(step, config, split)
-    count = int(sums.pop("count"))
-    return {n: int(v) / count for n, v in sums.items()} | {"count": float(count)}
+    vote = functools.partial(
+        _vote,
+        k=tuple(k),
+        temperature=temperature,
+        classes=context.describe(config).num_classes,
+        mesh=context.predictor.mesh,
+    )
+    found, count = score(context, config, split, lambda x: vote(neighbours, x))
+    return {n: float(v) for n, v in found.items()} | {"count": float(count)}
 
 
 @functools.partial(jax.jit, static_argnames=("k", "temperature", "classes", "mesh"))
-def _right(
+def _vote(
     neighbours: Bank,
     x: jax.Array,
-    y: jax.Array,
-    mask: jax.Array,
     *,
     k: tuple[int, ...],
     temperature: float,
     classes: int,
     mesh: Mesh,
 ) -> dict[str, jax.Array]:
-    """Right answers in a batch of features (B, D) for each number of neighbours."""
+    """The class (B,) of each of the features (B, D), for each number of neighbours."""
     # Every device compares the whole batch with its own neighbours: moving the batch is
     # cheap, moving the neighbours is not.
     x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P()))
-    similarity, labels = nearest(neighbours, x, max(k))
+    similarity, labels = nearest_neighbours(neighbours, x, max(k))
     weights = jnp.exp((similarity - similarity[:, :1]) / temperature)  # (B, k)
     rows = jnp.arange(len(x))[:, None]
-    result = {"count": jnp.sum(mask > 0, dtype=jnp.int32)}
+    result = {}
     for n in k:
         votes = jnp.zeros((len(x), classes))
         votes = votes.at[rows, labels[:, :n]].add(weights[:, :n])
-        hit = (votes.argmax(1) == y) & (mask > 0)
-        result[f"accuracy_k{n}"] = jnp.sum(hit, dtype=jnp.int32)
+        result[f"accuracy_k{n}"] = votes.argmax(1)
     return result
 
 
-def nearest(neighbours: Bank, x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def nearest_neighbours(
+    neighbours: Bank, x: jax.Array, k: int
+) -> tuple[jax.Array, jax.Array]:
     """Cosine similarity (B, k) and labels (B, k) of the k nearest rows, nearest first."""
-    x = _unit(x.astype(jnp.float32))
+    x = _unit(x)
 
     def merge(best: Any, chunk: Bank) -> tuple[Any, None]:
         similarity = jnp.einsum("bd,smd->bsm", x, _unit(chunk.x), precision="highest")

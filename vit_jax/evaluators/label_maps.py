@@ -17,11 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax import data as datasets
 from vit_jax.config import DataConfig, nearest
 from vit_jax.data import sources
 from vit_jax.errors import UserError
-from vit_jax.evaluators.accuracy import check_classes, correct, counted, means
+from vit_jax.evaluators.accuracy import (
+    check_classes,
+    hits,
+    labelled,
+    likeliest,
+    means,
+    top_sums,
+)
 from vit_jax.evaluators.context import Batch, Context, name_of
 
 # Test sets are often class folders and no more: every image counts.
@@ -34,7 +40,6 @@ def real(
     labels: str = "real.json",
     split: str = "test",
     data: Mapping[str, Any] | None = None,
-    prefix: str = "",
 ) -> dict[str, float]:
     """ImageNet-ReaL: a prediction is right if it is one of the image's re-assessed
     labels.
@@ -48,12 +53,10 @@ def real(
         names, or ``{file name: [class, ...]}``.
       split: the images, from a source that knows their file names (a folder).
       data: fields of DataConfig to change.
-      prefix: belongs to the caller.
 
     Raises:
-      UserError: as many lists as images are needed, and classes of the model.
+      UserError: the file has not one list per image, or names a class the model lacks.
     """
-    del prefix
     config = context.data(data)
     k = len(context.class_names)
     files = _file_names(config, split)
@@ -68,10 +71,8 @@ def real(
         for row, chosen in enumerate(lists[start : start + size]):
             multi_hot[row, chosen] = 1
         start += size
-        new = context.put(multi_hot, context.mesh.axis_names)
-        sums = _sums(outputs["logits"], new, batch["mask"])
-        plain = _sums(outputs["logits"], batch["label"], batch["mask"])
-        return sums | {"original": plain["top1"], "images": plain["count"]}
+        new = context.put(multi_hot, context.predictor.mesh.axis_names)
+        return _real(outputs["logits"], new, batch["label"], batch["mask"])
 
     s = context.sum(step, config, split)
     original = int(s["original"]) / max(int(s["images"]), 1)
@@ -83,7 +84,6 @@ def imagenet_v2(
     *,
     split: str = "test",
     data: Mapping[str, Any] | None = None,
-    prefix: str = "",
 ) -> dict[str, float]:
     """``accuracy`` and ``top5`` on ImageNet-V2.
 
@@ -95,22 +95,21 @@ def imagenet_v2(
       split: the images.
       data: where they are: fields of DataConfig, by default
         ``{"name": "imagenet_v2/matched-frequency"}`` of tfds.
-      prefix: belongs to the caller.
 
     Raises:
       UserError: another number of classes than the model, or other names.
     """
-    del prefix
     data = {**WHOLE, **(data or {"name": "imagenet_v2/matched-frequency"})}
     if data.get("source", "tfds") == "tfds":
         data = {"train_split": "test", **data}  # its only split
     config = context.other_data(data)
     check_classes(context, config)
-    names = datasets.describe(config).class_names
+    names = context.describe(config).class_names
     lookup = context.put(_one_to_one(names, context.class_names, name_of(config)))
 
     def step(outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
-        return _sums_of_mapped(outputs["logits"], batch["label"], batch["mask"], lookup)
+        args = (outputs["logits"], batch["label"], batch["mask"])
+        return _one_to_one_sums(*args, lookup)
 
     return means(context.sum(step, config, split))
 
@@ -122,7 +121,6 @@ def objectnet(
     split: str = "test",
     data: Mapping[str, Any] | None = None,
     restrict: bool = False,
-    prefix: str = "",
 ) -> dict[str, float]:
     """``accuracy`` and ``top5`` on the classes of a test set that the model knows.
 
@@ -139,21 +137,19 @@ def objectnet(
       data: where they are, for example ``{"source": "folder", "path":
         "objectnet/images"}``; None: they are the run's own data.
       restrict: choose among the mapped classes of the model only.
-      prefix: belongs to the caller.
 
     Raises:
       UserError: a class that the model or the test set does not have, or one of the
         model that is mapped twice.
     """
-    del prefix
     config = context.other_data({**WHOLE, **data}) if data else context.cfg.data
-    names = datasets.describe(config).class_names
+    names = context.describe(config).class_names
     of_model = _many_to_one(mapping, names, context.class_names)
     to_set = context.put(of_model)
 
     def step(outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
-        args = (outputs["logits"], batch["label"], batch["mask"], to_set)
-        return _mapped_step(*args, restrict=restrict)
+        args = (outputs["logits"], batch["label"], batch["mask"])
+        return _many_to_one_sums(*args, to_set, restrict=restrict)
 
     sums = context.sum(step, config, split)
     known = np.unique(of_model[of_model >= 0])
@@ -161,26 +157,26 @@ def objectnet(
 
 
 @jax.jit
-def _sums(logits: jax.Array, label: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    valid = counted(label, mask)
-    sums = {
-        "top1": jnp.sum(correct(logits, label, 1) & valid, dtype=jnp.int32),
-        "count": jnp.sum(valid, dtype=jnp.int32),
-    }
-    if logits.shape[1] > 5:
-        sums["top5"] = jnp.sum(correct(logits, label, 5) & valid, dtype=jnp.int32)
-    return sums
+def _real(
+    logits: jax.Array, lists: jax.Array, label: jax.Array, mask: jax.Array
+) -> dict[str, jax.Array]:
+    """``lists`` (B, K): multi-hot, the re-assessed labels of each image."""
+    top = likeliest(logits)
+    plain = top_sums(hits(top[:, :1], label), labelled(label, mask))
+    sums = top_sums(hits(top, lists), labelled(lists, mask))
+    return sums | {"original": plain["top1"], "images": plain["count"]}
 
 
 @jax.jit
-def _sums_of_mapped(
+def _one_to_one_sums(
     logits: jax.Array, label: jax.Array, mask: jax.Array, to_model: jax.Array
 ) -> dict[str, jax.Array]:
-    return _sums(logits, jnp.where(label < 0, -1, to_model[label]), mask)
+    label = jnp.where(label < 0, -1, to_model[label])
+    return top_sums(hits(likeliest(logits), label), labelled(label, mask))
 
 
 @functools.partial(jax.jit, static_argnames="restrict")
-def _mapped_step(
+def _many_to_one_sums(
     logits: jax.Array,
     label: jax.Array,
     mask: jax.Array,
@@ -192,16 +188,8 @@ def _mapped_step(
     if restrict:
         logits = jnp.where((to_set < 0)[None], -jnp.inf, logits)
     known = (to_set[None] == label[:, None]).any(1)
-    valid = counted(label, mask) & known
-    top = to_set[jax.lax.top_k(logits, min(5, logits.shape[1]))[1]]  # (B, 5)
-    hit = top == label[:, None]
-    sums = {
-        "top1": jnp.sum(hit[:, 0] & valid, dtype=jnp.int32),
-        "count": jnp.sum(valid, dtype=jnp.int32),
-    }
-    if logits.shape[1] > 5:
-        sums["top5"] = jnp.sum(hit.any(1) & valid, dtype=jnp.int32)
-    return sums
+    top = to_set[likeliest(logits)]  # (B, 5)
+    return top_sums(hits(top, label), labelled(label, mask) & known)
 
 
 def _file_names(config: DataConfig, split: str) -> list[str]:

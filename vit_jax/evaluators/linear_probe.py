@@ -16,15 +16,8 @@ import numpy as np
 import optax
 
 from vit_jax.config import Positive, Range
-from vit_jax.evaluators.context import Amounts, Batch, Context
-from vit_jax.evaluators.features import (
-    Bank,
-    bank,
-    collect,
-    moments,
-    num_classes,
-    representation,
-)
+from vit_jax.evaluators.context import Amounts, Context
+from vit_jax.evaluators.features import Bank, bank, collect, moments, score
 
 L2_GRID = (1e0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 
@@ -38,7 +31,6 @@ def linear_probe(
     held_out: Annotated[float, Range(0, 0.5, above=True)] = 0.2,
     train_split: str = "train",
     split: str = "test",
-    prefix: str = "",
 ) -> dict[str, float]:
     """``accuracy`` on the test split, the chosen ``l2`` and its ``held_out_accuracy``.
 
@@ -53,14 +45,13 @@ def linear_probe(
         1/held_out-th one; afterwards all of them are used.
       train_split: examples to fit on.
       split: examples to test on.
-      prefix: belongs to the caller.
     """
-    del prefix
     config = context.data(data)
-    classes = num_classes(context, config)
     x, y = collect(context, config, train_split)
     scale = tuple(map(context.put, moments(x)))
-    zeros = context.put(np.zeros((x.shape[1] + 1, classes), np.float32))
+    zeros = context.put(
+        np.zeros((x.shape[1] + 1, context.describe(config).num_classes), np.float32)
+    )
     kept = np.arange(len(x)) % round(1 / held_out) != 0
     examples = bank(context, x, y)
     del x, y
@@ -76,14 +67,11 @@ def linear_probe(
                 best, best_l2 = a, strength
     weights = fit_on(weights, _select(context, examples, None, True), best_l2)
 
-    def step(outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
-        args = (representation(outputs), batch["label"], batch["mask"])
-        return _right(weights, scale, *args)
-
-    sums = context.sum(step, config, split)
-    count = int(sums["count"])
+    found, count = score(
+        context, config, split, lambda x: {"accuracy": _classify(weights, scale, x)}
+    )
     result = {
-        "accuracy": int(sums["right"]) / count,
+        "accuracy": float(found["accuracy"]),
         "l2": best_l2,
         "count": float(count),
     }
@@ -112,7 +100,9 @@ def _select(
         rows[:] = 1
     else:
         rows[: len(kept)] = kept == value
-    chosen = context.put(rows.reshape(examples.y.shape), None, context.mesh.axis_names)
+    chosen = context.put(
+        rows.reshape(examples.y.shape), None, context.predictor.mesh.axis_names
+    )
     return _used(chosen, examples.y)
 
 
@@ -182,11 +172,5 @@ def _accuracy(
 
 
 @jax.jit
-def _right(
-    weights: jax.Array, scale: Scale, x: jax.Array, y: jax.Array, mask: jax.Array
-) -> dict[str, jax.Array]:
-    hit = (_scores(weights, scale, x).argmax(1) == y) & (mask > 0)
-    return {
-        "right": jnp.sum(hit, dtype=jnp.int32),
-        "count": jnp.sum(mask > 0, dtype=jnp.int32),
-    }
+def _classify(weights: jax.Array, scale: Scale, x: jax.Array) -> jax.Array:
+    return _scores(weights, scale, x).argmax(1)

@@ -9,15 +9,16 @@ they are shown only for orientation.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
+
+from etils import epath
 
 from vit_jax import config
 from vit_jax.config import choose
 from vit_jax.errors import UserError
 from vit_jax.evaluators.context import Amounts, Context
 from vit_jax.evaluators.linear_probe import L2_GRID, linear_probe
-from vit_jax.progress import read_metrics
+from vit_jax.workdir import read_metrics
 
 
 class Task(NamedTuple):
@@ -60,7 +61,6 @@ def vtab(
     *,
     tasks: Sequence[str] = (),
     l2: Amounts = L2_GRID,
-    prefix: str = "",
 ) -> dict[str, float]:
     """Linear probe on each task: accuracy per task, mean per group and over all tasks.
 
@@ -69,9 +69,7 @@ def vtab(
       tasks: some of ``TASKS``; (): all 19. Means need all tasks of a group.
       l2: strengths of regularisation that ``linear_probe`` chooses from on 200 of the
         1,000 examples.
-      prefix: belongs to the caller.
     """
-    del prefix
     for task in tasks:
         choose("VTAB task", task, TASKS)
     found = {}
@@ -101,7 +99,7 @@ def read(folder: str) -> dict[str, float]:
     """
     found = {}
     for task in TASKS:
-        for row in read_metrics(str(Path(folder) / task)):
+        for row in read_metrics(str(epath.Path(folder) / task)):
             if "test/accuracy" in row:
                 found[task] = row["test/accuracy"]
     if not found:

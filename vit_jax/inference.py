@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model with its parameters on the devices: images in, outputs out.
+
+Evaluation during training, ``evaluate``, ``predict``, ``embed`` and ``analysis`` all use
+:class:`Predictor`, so that an image gives the same numbers everywhere. B images, K
+classes, D width.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from vit_jax import data, models, sharding
+from vit_jax.config import DataConfig, ModelConfig
+from vit_jax.feed import Feed
+
+Batch = dict[str, jax.Array]
+
+
+def normalize(images: jax.Array) -> jax.Array:
+    """uint8 pixels 0..255 -> float32 in [-1, 1]; float images are in that range already."""
+    if images.dtype == jnp.uint8:
+        return images.astype(jnp.float32) / 127.5 - 1.0
+    return images
+
+
+def outputs(model: Any, params: Any, images: jax.Array) -> dict[str, jax.Array]:
+    """``{"logits": (B, K), "pre_logits": (B, D)}`` of images (B, H, W, C), uint8 or in
+    [-1, 1]."""
+    logits, out = model.apply({"params": params}, normalize(images), method="forward")
+    return {"logits": logits, "pre_logits": out["pre_logits"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """What computes outputs, and the way of a data set to it.
+
+    ``predictor(images)`` gives what :func:`outputs` describes. Arrays of a batch are
+    global: with several processes each one holds its rows.
+    """
+
+    params: Any
+    # (params, images) -> outputs; jitted
+    forward: Callable[[Any, jax.Array], Mapping[str, jax.Array]]
+    mesh: Mesh
+    # Called before each batch; what it raises ends the iteration.
+    interrupt: Callable[[], None] = lambda: None
+
+    def __call__(self, images: jax.Array | np.ndarray) -> Mapping[str, jax.Array]:
+        return self.forward(self.params, images)  # pyright: ignore[reportArgumentType]
+
+    def batches(self, cfg: DataConfig, split: str, batch: int) -> Iterator[Batch]:
+        """Finite batches ``image``, ``label`` and ``mask`` of a split, read ahead.
+
+        Args:
+          cfg: the data set.
+          split: of it.
+          batch: images at a time, rounded up to a multiple of the devices.
+        """
+        source = data.eval_batches(
+            cfg,
+            batch=-(-batch // self.mesh.size) * self.mesh.size,
+            split=split,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        feed = Feed(source, sharding.batch_sharding(self.mesh))
+        try:
+            for found in feed:
+                self.interrupt()
+                yield found
+        finally:
+            feed.close()
+
+
+def create(
+    cfg: ModelConfig, params: Any, transforms: Sequence[Mapping[str, Any]] = ()
+) -> Predictor:
+    """A Predictor on all devices, each of which holds all parameters.
+
+    Args:
+      cfg: of the model.
+      params: its parameters.
+      transforms: that a checkpoint states; of them, ``normalize`` is applied here.
+    """
+    devices = np.array(jax.devices())
+    mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
+    model = models.create(cfg)
+    stated = [t for t in transforms if t["op"] == "normalize"]
+
+    def forward(params: Any, images: jax.Array) -> dict[str, jax.Array]:
+        if stated and images.dtype == jnp.uint8:
+            mean, std = (
+                np.reshape(np.asarray(stated[0][k], np.float32), (1, 1, 1, -1))
+                for k in ("mean", "std")
+            )
+            images = (images.astype(jnp.float32) / 255.0 - mean) / std
+        return outputs(model, params, images)
+
+    replicated = jax.device_put(params, sharding.replicated(mesh))
+    return Predictor(replicated, jax.jit(forward), mesh)
