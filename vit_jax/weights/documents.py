@@ -464,7 +464,11 @@ def _of_timm(values: dict[str, Any], where: str) -> Metadata:
 
 
 def crops(
-    size: tuple[int, int] | None, share: float, mode: str, method: str, where: str = ""
+    size: tuple[int, int] | None,
+    share: float,
+    mode: str = "center",
+    method: str = "bicubic",
+    where: str = "",
 ) -> tuple[dict[str, Any], ...]:
     """Resize, then the central ``share`` of the short side ("center") or of both
     ("squash"). Without a size, both are made for what the model takes."""

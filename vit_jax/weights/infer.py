@@ -20,6 +20,26 @@ _MLP = f"{_BLOCK}/MlpBlock_3"
 _POOL = "MAPHead_0/MultiHeadDotProductAttention_0/query/kernel"
 
 
+# What the caller may say where the file does not: it changes no array.
+ASKABLE = (
+    "heads",
+    "map_heads",
+    "head",
+    "positions",
+    "position_at",
+    "gelu",
+    "layer_norm_eps",
+    "image_mean",
+    "image_std",
+    "rope",
+    "rope_theta",
+    "rope_grid",
+    "rope_offset",
+)
+# Where 0 means that the value follows from others.
+_DERIVED = ("map_heads", "map_mlp_dim", "rope_theta", "rope_grid", "image_size")
+
+
 class Facts:
     """Fields of ``ModelConfig`` by who says so, in the order of trust.
 
@@ -37,9 +57,12 @@ class Facts:
         assumed: Mapping[str, Any],
         report: Report,
     ):
-        self.stated, self.asked, self.assumed = stated, asked, assumed
+        self.stated = {k: v for k, v in stated.items() if v or k not in _DERIVED}
+        self.asked = {k: v for k, v in asked.items() if v or k not in _DERIVED}
+        self.assumed = assumed
         self.report = report
         self.settled: dict[str, Any] = {}
+        self.known: set[str] = set()  # stated or shown, not only asked for or assumed
 
     def settle(self, field: str, shown: Any = None, default: Any = None) -> Any:
         """The value of a field: stated, or shown by the arrays (None: they do not), or
@@ -61,6 +84,8 @@ class Facts:
                 self.report.problem(
                     f"model.{field}: {said[0][0]} {said[0][1]!r}, {who} {value!r}"
                 )
+        if shown is not None or field in self.stated:
+            self.known.add(field)
         if said:
             value = said[0][1]
         else:
@@ -320,7 +345,7 @@ def _positions(arrays: dict[str, Array], facts: Facts) -> None:
         value = value or ("sincos2d" if waves else "none")
         facts.settled["positions"] = value
         if stated is None:
-            facts.report.change(
+            facts.report.warn(
                 f"assumed: the file has no position table, so positions={value!r}"
                 + (
                     " (fixed waves, as in the published files without a table); if it was "
@@ -345,7 +370,7 @@ def _image_size(
     if not name:
         size = stated or (wanted if wanted != (0, 0) else ())
         if not size and cfg.depth:
-            report.change(
+            report.warn(
                 "assumed: no array shows the image size, so image_size=224; pass "
                 "image_size= for another"
             )

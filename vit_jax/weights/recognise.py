@@ -132,7 +132,7 @@ def _measured(
     pattern = re.compile(rf"{re.escape(block)}(\d{{1,9}})\.")
     numbers = (int(m[1]) for name in arrays if block and (m := pattern.match(name)))
     depth = count_up(numbers, 0, f"{where}: block ")
-    shape = lambda role: _shape(arrays, names, role)
+    shape = lambda role: shape_of(arrays, names, role)
     up, down = shape("up"), shape("down")
     packed = "gate" not in names and len(down) == 2 and up[:1] == (2 * down[1],)
     if packed:
@@ -148,8 +148,12 @@ def _measured(
     )
 
 
-def _shape(arrays: dict[str, Array], names: roles.Names, role: str) -> tuple[int, ...]:
-    array = arrays.get(f"{names.get(role, '')}.weight".replace("{i}", "0"))
+def shape_of(
+    arrays: dict[str, Array], names: roles.Names, role: str
+) -> tuple[int, ...]:
+    """Of the first array of a role, in the first block; (): it is not there."""
+    name = names.get(role, "").replace("{i}", "0")
+    array = arrays.get(f"{name}.weight") or arrays.get(name)
     return array.shape if array else ()
 
 

@@ -19,7 +19,7 @@ from vit_jax.weights.contents import (
 )
 
 # bfloat16 as two raw bytes, which to_float32 knows.
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "V2"}
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "V2", "I64": "<i8", "I32": "<i4"}
 
 
 def header(path: Path, where: str) -> tuple[dict[str, str], dict[str, Any], int]:
@@ -57,8 +57,10 @@ def read(path: Path, where: str) -> tuple[dict[str, Array], dict[str, str]]:
     arrays = {}
     for name, entry in table.items():
         kind = entry.get("dtype", "")
-        if name == "__metadata__" or kind.startswith(("I", "U", "BOOL")):
-            continue  # counters and position ids are no parameters
+        if name == "__metadata__":
+            continue
+        if kind.startswith(("I", "U", "BOOL")) and entry["shape"]:
+            continue  # indices are no parameters; single numbers may betray a family
         if kind not in _DTYPES:
             raise UserError(f"{where}: the array {name} has type {kind}: not supported")
         start = begin + entry["data_offsets"][0]

@@ -5,7 +5,6 @@ Nothing is ever unpickled, and each thing that is no checkpoint has a message th
 what it is and what to do.
 """
 
-import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.errors import UserError
-from vit_jax.weights import fetch, metadata, npz, safetensors, torch
+from vit_jax.weights import fetch, metadata, npz, safetensors
 from vit_jax.weights.contents import (
     Contents,
     Damaged,
@@ -32,15 +31,8 @@ _TORCH_WAY_OUT = (
 
 
 @contextmanager
-def open_source(
-    source: str | Path, facts: dict[str, Any] | None = None
-) -> Iterator[tuple[Contents, str]]:
+def open_source(source: str | Path) -> Iterator[tuple[Contents, str]]:
     """The contents of a checkpoint, and the subtree asked for as in ``file.npz:img``.
-
-    Args:
-      source: file, folder or URL; see ``weights.load``.
-      facts: fields of ModelConfig that the caller knows, such as the heads of a torch
-        file.
 
     Raises:
       UserError: it is missing, unreadable, or not a checkpoint.
@@ -52,7 +44,7 @@ def open_source(
             return
         path = local(source)
         try:
-            yield _open(path, source, stack, facts or {}), tree
+            yield _open(path, source, stack), tree
         except Damaged as e:
             if not fetch.is_remote(source):
                 raise
@@ -156,9 +148,9 @@ def sniff(path: Path, where: str) -> str:
     )
 
 
-def _open(path: Path, where: str, stack: ExitStack, facts: dict[str, Any]) -> Contents:
+def _open(path: Path, where: str, stack: ExitStack) -> Contents:
     if path.is_dir():
-        return _open_folder(path, where, stack, facts)
+        return _open_folder(path, where, stack)
     if not path.is_file():
         raise UserError(f"{where} is neither a file nor a folder")
     try:
@@ -171,24 +163,22 @@ def _open(path: Path, where: str, stack: ExitStack, facts: dict[str, Any]) -> Co
         return Contents(where, arrays, metadata.of_npz(path))
     if kind == "msgpack":
         return _open_msgpack(path, where)
-    return _open_torch([path], path.parent / "config.json", where, facts, False)
+    return _open_torch([path], where, False)
 
 
-def _open_folder(
-    path: Path, where: str, stack: ExitStack, facts: dict[str, Any]
-) -> Contents:
+def _open_folder(path: Path, where: str, stack: ExitStack) -> Contents:
     names = {p.name for p in path.iterdir()}
     index = path / "model.safetensors.index.json"
     if index.exists():
         files = [path / part for part in metadata.parts(index)]
         if lost := [f.name for f in files if not f.exists()]:
             raise UserError(f"{where}: {index.name} names {lost}, which are missing")
-        return _open_torch(files, path / "config.json", where, facts, True)
+        return _open_torch(files, where, True)
     found = sorted(path.glob("*.safetensors"))
     model = path / "model.safetensors"
     if model in found or len(found) == 1:
         files = [model if model in found else found[0]]
-        return _open_torch(files, path / "config.json", where, facts, True)
+        return _open_torch(files, where, True)
     if found:
         raise UserError(f"{where} holds {[f.name for f in found]}: name one of them")
     if _is_orbax(path) or "checkpoints" in names:
@@ -204,26 +194,20 @@ def _open_folder(
         )
     inside = sorted(n for n in names if n.endswith((".npz", ".msgpack")))
     if len(inside) == 1:
-        return _open(path / inside[0], f"{where}/{inside[0]}", stack, facts)
+        return _open(path / inside[0], f"{where}/{inside[0]}", stack)
     flax = sorted(n for n in names if re.fullmatch(r"checkpoint_\d+", n))
     if flax:
         newest = max(flax, key=lambda n: int(n.split("_")[1]))
         if (path / newest).is_dir():
             return _open_orbax(path.absolute() / newest, f"{where}/{newest}")
-        return _open(path / newest, f"{where}/{newest}", stack, facts)
+        return _open(path / newest, f"{where}/{newest}", stack)
     raise UserError(
         f"{where} holds no checkpoint: neither model.safetensors nor checkpoints/ nor one "
         f".npz file is among {sorted(names)[:6]}"
     )
 
 
-def _open_torch(
-    files: list[Path],
-    config: Path,
-    where: str,
-    facts: dict[str, Any],
-    own_folder: bool,
-) -> Contents:
+def _open_torch(files: list[Path], where: str, own_folder: bool) -> Contents:
     arrays: dict[str, Any] = {}
     header: dict[str, str] = {}
     for file in files:
@@ -231,18 +215,25 @@ def _open_torch(
         arrays |= part
         header |= found
     about = metadata.of_safetensors(header, where)
-    if config.exists() and not about.model:
-        try:
-            about = metadata.of_torch_folder(config, where)
-        except UserError:
-            # A file among strangers: the config beside it may be another model's.
-            if own_folder:
-                raise
-    arrays, fields, layout, notes = torch.from_torch(arrays, about.model | facts, where)
-    about = dataclasses.replace(about, model=fields, layout=layout)
-    if layout == "timm" and "classifier.weight" not in arrays and not about.transforms:
-        about = dataclasses.replace(about, transforms=metadata.DEFAULT_TRANSFORMS)
-    return Contents(where, arrays, about, tuple(notes))
+    beside = {} if about.model else _beside(files[0].parent, own_folder)
+    return Contents(where, arrays, about, torch=True, files=beside)
+
+
+# What Hugging Face, timm and OpenCLIP write beside the weights.
+_DOCUMENTS = ("config.json", "preprocessor_config.json", "open_clip_config.json")
+
+
+def _beside(folder: Path, own_folder: bool) -> dict[str, dict[str, Any]]:
+    """The JSON objects beside torch weights; a file among strangers may have none."""
+    found = {}
+    for name in _DOCUMENTS:
+        if (folder / name).exists():
+            try:
+                found[name] = metadata.read_json(folder / name)
+            except UserError:
+                if own_folder:
+                    raise
+    return found
 
 
 def _open_msgpack(path: Path, where: str) -> Contents:
