@@ -52,6 +52,7 @@ def test_the_shapes_cover_every_head():
 SHAPES = {
     "token": (2, 16),
     "gap": (2, 16),
+    "token_gap": (2, 32),
     "map": (2, 16),
     "none": (2, 6, 16),
     "masked_patch": (2, 6, 16),
@@ -61,7 +62,7 @@ SHAPES = {
 @pytest.mark.parametrize("pre_logits", [False, True])
 @pytest.mark.parametrize("head", SHAPES)
 def test_shapes_and_initial_values(head, pre_logits, images):
-    pre_logits = pre_logits and head != "masked_patch"
+    pre_logits = pre_logits and head not in ("masked_patch", "token_gap")
     model = create(head=head, num_classes=7, head_bias=-10.0, pre_logits=pre_logits)
     init = lambda: model.init_with_output(jax.random.key(0), images, method="forward")
     (logits, out), variables = jax.eval_shape(init)

@@ -279,16 +279,23 @@ def test_a_wrong_name_suggests_the_nearest(name, suggestion):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"heads": 5}, "model.heads is 5: it does not divide model.width 24"),
+        ({"heads": 5}, "model.heads is 5: it does not divide config.model.width 24"),
         ({"patch": 0}, "model.patch is 0"),
         ({"depth": -1}, "model.depth is -1"),
         ({"channels": 0}, "model.channels is 0"),
         ({"num_classes": -2}, "model.num_classes is -2"),
         ({"image_size": (7, 16)}, r"model.image_size is \(7, 16\): smaller than one"),
-        ({"image_size": (-8, 16)}, r"model.image_size is \(-8, 16\): smaller"),
+        ({"image_size": (-8, 16)}, r"model.image_size\[0\] is -8"),
         ({"dropout": 1.0}, "model.dropout is 1.0"),
         ({"stochastic_depth": -0.1}, "model.stochastic_depth is -0.1"),
-        ({"resnet": (2, 0)}, "model.resnet is"),
+        ({"resnet": (2, 0)}, r"model.resnet\[1\] is 0"),
+        ({"width": 18, "rope": "pe"}, "model.rope is 'pe'"),
+        ({"relative_bias": True, "registers": 1}, "model.relative_bias is True"),
+        ({"distillation": "head", "head": "gap"}, "model.distillation is 'head'"),
+        ({"distillation": "head", "pre_logits": True}, "model.distillation is 'head'"),
+        ({"head": "map", "map_heads": 5}, "model.map_heads is 5"),
+        ({"image_mean": (0.5,)}, r"model.image_mean is \(0.5,\): .*channels=3"),
+        ({"image_std": (0.5, 0.0, 0.5)}, r"model.image_std\[1\] is 0.0"),
         ({"width": 27, "positions": "learned2d"}, "model.positions is 'learned2d'"),
         ({"width": 6, "positions": "sincos2d"}, "model.positions is 'sincos2d'"),
         ({"positions": "none", "position_at": "every"}, "model.position_at is 'every'"),
@@ -344,6 +351,8 @@ def test_images_that_do_not_fit_the_model(basic):
         apply(2, 16, 16, 1)
     with pytest.raises(UserError, match="4x16 pixels are smaller than one patch, 8x8"):
         apply(2, 4, 16, 3)
+    with pytest.raises(UserError, match=r"images are uint8: .*\[-1, 1\]"):
+        model.apply({"params": params}, np.zeros((2, 16, 16, 3), np.uint8))
 
 
 @pytest.mark.parametrize("sized", [True, False])

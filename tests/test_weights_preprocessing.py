@@ -79,6 +79,33 @@ def test_modes_of_image_files(tmp_path, mode):
     assert preprocessing.read_image(file, channels=1).shape == (4, 5, 1)
 
 
+def test_exif_orientation_is_applied_as_in_training(photo, tmp_path):
+    tf = pytest.importorskip("tensorflow")
+    from vit_jax.data.decode import decode
+
+    exif = Image.Exif()
+    for orientation in (3, 6):
+        exif[0x0112] = orientation
+        Image.fromarray(photo).save(tmp_path / "x.png", exif=exif)
+        pixels = preprocessing.read_image(tmp_path / "x.png")
+        np.testing.assert_array_equal(pixels, np.rot90(photo, orientation // 3 + 1))
+        stored = (tmp_path / "x.png").read_bytes()
+        np.testing.assert_array_equal(pixels, decode(tf.constant(stored)))
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    file = tmp_path / "x.jpg"
+    with pytest.raises(UserError, match=r"x\.jpg does not exist"):
+        preprocessing.read_image(file)
+    with pytest.raises(UserError, match="is a folder"):
+        preprocessing.read_image(tmp_path)
+    Image.new("RGB", (50, 50)).save(file)
+    for content in (b"", b"hello", file.read_bytes()[:-20]):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r"image .*x\.jpg cannot be read"):
+            preprocessing.read_image(file)
+
+
 def test_errors(photo):
     with pytest.raises(UserError, match=r"randaugment.*choose one of"):
         preprocessing.prepare(photo, ({"op": "randaugment"},), (8, 8))

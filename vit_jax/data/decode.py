@@ -2,10 +2,11 @@
 """Encoded image -> uint8 (H, W, 3), whatever the file holds, and resizing.
 
 Grey, palette, alpha, CMYK and 16-bit images become 8-bit RGB (alpha is dropped, the
-first frame of an animation is taken, EXIF rotation is applied). What cannot be decoded
-raises a tensorflow error. For a JPEG that is damaged in the middle this depends on the
-crop, so the pipeline tries it again at every position (``graph.torn``); any other file
-fails whatever the crop.
+first frame of an animation is taken, EXIF rotation is applied). Tensorflow decodes JPEG
+and PNG, Pillow the rest (see image_files.py). What cannot be decoded raises a
+tensorflow error. For a JPEG that is damaged in the middle this depends on the crop, so
+the pipeline tries it again at every position (``graph.torn``); any other file fails
+whatever the crop.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,23 +15,22 @@ from typing import Any
 import cv2
 import numpy as np
 
+from vit_jax.data import image_files
 from vit_jax.data.tensorflow_cpu import tf
 
 cv2.setNumThreads(1)  # tf.data keeps every core busy already
-
-# More would take over a gigabyte per image and thread; a header may claim anything.
-MAX_PIXELS = 2**28
 
 Image = Any  # tf.Tensor: string () or uint8 (H, W, 3)
 
 _FILE = tf.TensorSpec((), tf.string)
 _WINDOW = tf.TensorSpec((4,), tf.int32)
+_HEADER = tf.TensorSpec((3,), tf.int32)  # height and width as stored, orientation
 
 
 def _rarely(*signature: Any) -> Callable[[Callable[..., Any]], Any]:
-    """For what few images need. Traced once per process, so that building a pipeline
-    does not take seconds; not inlined, because the executor visits every operation of a
-    branch that is not taken, and there are hundreds (a tenth of the time per image)."""
+    """For rare cases. Traced once per process, so that building a pipeline does not take
+    seconds; not inlined, because the executor visits every operation of a branch that
+    is not taken, and there are hundreds (a tenth of the time per image)."""
     return tf.function(
         autograph=False,
         input_signature=signature,
@@ -39,19 +39,10 @@ def _rarely(*signature: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 def shape_of(image: Image) -> Any:
-    """int32 (3,): height, width, channels; from the header alone for JPEG."""
+    """int32 (3,): height, width, channels; of a file from its header alone."""
     if image.dtype != tf.string:
         return tf.shape(image)
-
-    def of_jpeg() -> Any:
-        shape = tf.image.extract_jpeg_shape(image)
-        return tf.cond(
-            _orientation(image) >= 5,  # these swap the sides
-            lambda: tf.gather(shape, [1, 0, 2]),
-            lambda: shape,
-        )
-
-    return tf.cond(is_jpeg(image), of_jpeg, lambda: tf.shape(_decode_other(image)))
+    return _upright_shape(_header(image))
 
 
 def decode(image: Image) -> Image:
@@ -76,18 +67,25 @@ def decode_crop(image: Image, place: Callable[[Any], Any], *, target: int) -> Im
         return tf.slice(pixels, begin, tf.concat([window[2:], [3]], 0))
 
     def fused() -> Image:
-        window = place(tf.image.extract_jpeg_shape(image))
-        if not target:
-            return _decode_window(image, window, precision="INTEGER_ACCURATE")
-        return tf.cond(
-            tf.reduce_all(window[2:] >= 2 * target),
-            lambda: _decode_smaller(image, window, target),
-            lambda: _decode_window(image, window),
+        header = _header(image)
+        window = place(_upright_shape(header))
+        is_turned = header[2] > 1
+        window = tf.cond(
+            is_turned, lambda: _stored_window(window, header), lambda: window
         )
+        if not target:
+            part = _decode_window(image, window, precision="INTEGER_ACCURATE")
+        else:
+            part = tf.cond(
+                tf.reduce_all(window[2:] >= 2 * target),
+                lambda: _decode_smaller(image, window, target),
+                lambda: _decode_window(image, window),
+            )
+        return tf.cond(is_turned, lambda: _upright(part, header[2]), lambda: part)
 
     if image.dtype != tf.string:
         return _rgb(full())
-    return _rgb(tf.cond(_is_plain_jpeg(image), fused, full))
+    return _rgb(tf.cond(_is_whole_jpeg(image), fused, full))
 
 
 def resize_to(
@@ -101,7 +99,7 @@ def resize_to(
     height, width = (size, size) if isinstance(size, int) else size
     if method == "bilinear" and not antialias:
         resized = tf.raw_ops.ResizeBilinear(
-            images=tf.cast(image[None], tf.float32),  # a fifth faster than from uint8
+            images=image[None],
             size=[height, width],
             half_pixel_centers=True,
         )[0]
@@ -142,26 +140,49 @@ def resize_many(images: Sequence[Image], mirror: Any, size: int) -> Image:
 _ALIGNMENT = 64  # tensorflow copies arrays that begin elsewhere
 
 
-def is_jpeg(image: Image) -> Any:
-    """Whether the file starts as a JPEG does."""
-    return tf.strings.substr(image, 0, 2) == b"\xff\xd8"
+def _header(image: Image) -> Any:
+    """int32 (3,), see ``_HEADER``. Python looks at those files only that may be rotated
+    or too large."""
+
+    def of_plain() -> Any:
+        return tf.concat([tf.image.extract_jpeg_shape(image)[:2], [1]], 0)
+
+    found = tf.cond(_is_plain_jpeg(image), of_plain, lambda: tf.zeros([3], tf.int32))
+    pixels = tf.reduce_prod(tf.cast(found[:2], tf.int64))
+    return tf.cond(
+        (pixels > 0) & (pixels <= image_files.SMALL),
+        lambda: found,
+        lambda: _any_header(image),
+    )
+
+
+@_rarely(_FILE)
+def _any_header(image: Image) -> Any:
+    return _in_python(
+        lambda data: np.array(image_files.header(data), np.int32), image, (3,)
+    )
 
 
 @_rarely(_FILE)
 def _decode_file(image: Image) -> Image:
-    return tf.cond(
-        is_jpeg(image), lambda: _decode_jpeg(image), lambda: _decode_other(image)
-    )
+    header = _header(image)
 
+    def by_tensorflow() -> Image:
+        pixels = tf.cond(
+            is_jpeg(image),
+            lambda: tf.io.decode_jpeg(image, channels=3, dct_method="INTEGER_ACCURATE"),
+            lambda: tf.io.decode_png(image, channels=3),
+        )
+        return tf.cond(
+            header[2] > 1, lambda: _upright(pixels, header[2]), lambda: pixels
+        )
 
-def _decode_jpeg(image: Image) -> Image:
-    with tf.control_dependencies([_not_huge(tf.image.extract_jpeg_shape(image))]):
-        pixels = tf.io.decode_jpeg(image, channels=3, dct_method="INTEGER_ACCURATE")
-    return tf.cond(
-        _has_exif(image),
-        lambda: _orient(pixels, _orientation(image)),
-        lambda: pixels,
-    )
+    with tf.control_dependencies([header]):  # which refuses what is too large
+        return tf.cond(
+            is_jpeg(image) | _is_png(image),
+            by_tensorflow,
+            lambda: _in_python(image_files.read, image, (None, None, 3)),
+        )
 
 
 def _decode_window(
@@ -190,86 +211,69 @@ def _decode_smaller(image: Image, window: Any, target: Any) -> Image:
     return tf.switch_case(power, [at(2), at(4), at(8)])
 
 
-@_rarely(_FILE)
-def _decode_other(image: Image) -> Image:
-    is_png = tf.strings.substr(image, 1, 3) == b"PNG"
-
-    def png_sides() -> Any:
-        # Bytes 16 to 23 hold the width and the height, most significant byte first.
-        header = tf.io.decode_raw(tf.strings.substr(image, 16, 8), tf.uint8)
-        parts = tf.reshape(tf.cast(header, tf.int64), (2, 4))
-        return tf.reduce_sum(parts * [[2**24, 2**16, 2**8, 1]], axis=1)
-
-    sides = tf.cond(is_png, png_sides, lambda: tf.zeros([2], tf.int64))
-    with tf.control_dependencies([_not_huge(sides)]):
-        decoded = tf.io.decode_image(image, channels=3, expand_animations=False)
-    return _rgb(decoded)
+def _in_python(function: Callable[[bytes], Any], image: Image, shape: tuple) -> Any:
+    """``function(bytes of the file)``; what it raises is an error of tensorflow."""
+    dtype = tf.int32 if len(shape) == 1 else tf.uint8
+    made = tf.numpy_function(function, [image], dtype, stateful=False)
+    return tf.ensure_shape(made, shape)
 
 
-def _not_huge(shape: Any) -> Any:
-    pixels = tf.reduce_prod(tf.cast(shape[:2], tf.int64))
-    return tf.debugging.Assert(
-        pixels <= MAX_PIXELS, [f"more than {MAX_PIXELS} pixels:", shape]
-    )
+def is_jpeg(image: Image) -> Any:
+    """Whether the file starts as a JPEG does."""
+    return tf.strings.substr(image, 0, 2) == b"\xff\xd8"
+
+
+def _is_png(image: Image) -> Any:
+    return tf.strings.substr(image, 0, 8) == b"\x89PNG\r\n\x1a\n"
+
+
+def _is_whole_jpeg(image: Image) -> Any:
+    """Whether a JPEG has its end. One cut short still decodes above the cut: it must
+    fail as a whole, not only in those crops that reach down to it."""
+    parts = tf.strings.substr(tf.reshape(image, [1]), [0, -2], [2, 2])
+    return tf.reduce_all(tf.equal(parts, [b"\xff\xd8", b"\xff\xd9"]))
 
 
 def _is_plain_jpeg(image: Image) -> Any:
-    """Whether a JPEG needs nothing but decoding: complete, and never rotated.
-
-    One cut short still decodes above the cut: it must fail as a whole, not only in
-    those crops that reach down to it.
-    """
-    at, size = [0, -2, *_EXIF_AT], [2, 2, *(len(_EXIF) for _ in _EXIF_AT)]
-    parts = tf.strings.substr(tf.reshape(image, [1]), at, size)
-    found = tf.equal(parts, [b"\xff\xd8", b"\xff\xd9", *(_EXIF for _ in _EXIF_AT)])
-    return tf.reduce_all(tf.equal(found, [True, True, *(False for _ in _EXIF_AT)]))
-
-
-_EXIF = b"Exif\x00\x00"
-_EXIF_AT = (6, 24)  # it comes first (APP1) or right behind the JFIF header (APP0)
-_HEADER = 4096  # bytes searched for the orientation; cameras write it near the start
+    """Whether tables for decoding (DQT) come first, or right behind the JFIF header, and
+    no EXIF soon after: so most files of data sets begin."""
+    parts = tf.strings.substr(tf.reshape(image, [1]), [0, 2, 20], [2, 2, 2])
+    soi, first, second = tf.unstack(parts, 3)
+    dqt, jfif = b"\xff\xdb", b"\xff\xe0"
+    starts = (soi == b"\xff\xd8") & ((first == dqt) | (first == jfif) & (second == dqt))
+    head = tf.strings.substr(image, 0, 1024)
+    return starts & ~tf.strings.regex_full_match(head, rb"\C*Exif\x00\x00\C*")
 
 
-def _has_exif(image: Image) -> Any:
-    found = [tf.strings.substr(image, at, len(_EXIF)) == _EXIF for at in _EXIF_AT]
-    return tf.reduce_any(tf.stack(found))
+def _upright_shape(header: Any) -> Any:
+    sides = tf.where(header[2] >= 5, header[1::-1], header[:2])
+    return tf.concat([sides, [3]], 0)
 
 
-@_rarely(_FILE)
-def _orientation(image: Image) -> Any:
-    """EXIF orientation, int32 in [1, 8]; 1 where there is none.
-
-    The entry is tag 0x0112, type 3 (short), count 1, value, in either byte order.
-    """
-
-    def search() -> Any:
-        # Not all files are that long: the padding keeps substr in range.
-        head = tf.strings.substr(image, 0, _HEADER)
-        head = tf.cast(tf.io.decode_raw(head, tf.uint8), tf.int32)
-        length = tf.size(head) - 9
-
-        def find(pattern: list[int], at: int) -> Any:
-            hit = tf.reduce_all(
-                tf.stack([head[i : i + length] == b for i, b in enumerate(pattern)]), 0
-            )
-            value = tf.boolean_mask(head[at : at + length], hit)
-            return tf.concat([value, [1]], 0)[0]
-
-        big = find([0x01, 0x12, 0, 3, 0, 0, 0, 1, 0], 9)
-        little = find([0x12, 0x01, 3, 0, 1, 0, 0, 0], 8)
-        value = tf.maximum(big, little)
-        return tf.where(value > 8, 1, value)
-
-    return tf.cond(_has_exif(image), search, lambda: tf.constant(1))
+@_rarely(_WINDOW, _HEADER)
+def _stored_window(window: Any, header: Any) -> Any:
+    """Where the window of an upright image lies in the pixels as they are stored."""
+    transposed, rows, columns = _turns(header[2])
+    begin, extent = window[:2], window[2:]
+    ends = _upright_shape(header)[:2] - begin - extent
+    begin = tf.where(tf.stack([rows, columns]), ends, begin)
+    swapped = tf.concat([begin[::-1], extent[::-1]], 0)
+    return tf.where(transposed, swapped, tf.concat([begin, extent], 0))
 
 
-def _orient(pixels: Image, orientation: Any) -> Image:
+@_rarely(tf.TensorSpec((None, None, 3), tf.uint8), tf.TensorSpec((), tf.int32))
+def _upright(pixels: Image, orientation: Any) -> Image:
     """Undoes the rotation or mirroring that EXIF orientation 1 to 8 records."""
-    # 5 to 8 are 1 to 4 of the transposed image; 2 mirrors, 4 turns upside down, 3 both.
-    axes = tf.where(orientation >= 5, [1, 0, 2], [0, 1, 2])
-    turn = (orientation - 1) % 4
-    dims = tf.stack([turn >= 2, (turn == 1) | (turn == 2), tf.constant(False)])
-    return tf.raw_ops.Reverse(tensor=tf.transpose(pixels, axes), dims=dims)
+    transposed, rows, columns = _turns(orientation)
+    pixels = tf.transpose(pixels, tf.where(transposed, [1, 0, 2], [0, 1, 2]))
+    dims = tf.stack([rows, columns, tf.constant(False)])
+    return tf.raw_ops.Reverse(tensor=pixels, dims=dims)
+
+
+def _turns(orientation: Any) -> list[Any]:
+    """bool () each: transpose first, then reverse the rows, reverse the columns."""
+    table = tf.constant([image_files.turns(i) for i in range(1, 9)])
+    return tf.unstack(table[orientation - 1], 3)
 
 
 def _rgb(image: Image) -> Image:

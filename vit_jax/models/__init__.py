@@ -18,7 +18,7 @@ final_norm          "tokens" ``Transformer/encoder_norm``, "pooled" ``fc_norm``
 positions           rows of ``Transformer/posembed_input/pos_embedding`` (1, S', D): class
                     token, distillation token, patches; registers have none
 relative_bias       in every ``MultiHeadDotProductAttention_1``:
-                    ``relative_bias`` ((2h-1)(2w-1) + 3, k), BEiT's order
+                    ``posembed_bias/pos_embedding`` ((2h-1)(2w-1) + 3, k), BEiT's order
 qk_norm             there: ``query_norm`` and ``key_norm`` (D_h)
 attention_norm      there: ``norm`` (k, D_h)
 parallel            no ``LayerNorm_2``

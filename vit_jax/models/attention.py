@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two halves of a block: multi-head attention (equations 5 to 8) and the MLP.
 
-Letters: B batch; S tokens, T that ask them; D width; k heads; D_h = D / k; M MLP width.
+Letters: B batch; S keys, T queries; D width; k heads; D_h = D / k; M MLP width.
 """
 
 from functools import partial
@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.config import ModelConfig
-from vit_jax.models.positions import RelativePosition
+from vit_jax.models.norms import norm
+from vit_jax.models.positions import RELATIVE, RelativeBias, rotate
 
 _XAVIER = nn.initializers.xavier_uniform()
 
 
 @jax.custom_jvp
-def computed(x: jax.Array) -> jax.Array:
+def materialize(x: jax.Array) -> jax.Array:
     """``x``, which XLA for TPUs then computes once rather than anew for each tile read.
 
     Left alone it merges a projection into the product that reads it. Kept apart, an
@@ -28,7 +29,7 @@ def computed(x: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x, tpu=barrier, default=lambda x: x)
 
 
-computed.defjvp(lambda primals, tangents: (computed(*primals), *tangents))
+materialize.defjvp(lambda primals, tangents: (materialize(*primals), *tangents))
 
 
 class MultiHeadAttention(nn.Module):
@@ -36,7 +37,8 @@ class MultiHeadAttention(nn.Module):
 
     Queries, keys and values are three projections rather than one, which compiles to
     faster code for TPUs and gives each the initialisation of a square matrix.
-    ``image_size`` is given where attention is relative to positions.
+    ``image_size`` is read where attention is relative to positions; ``rotation`` is
+    that of ``positions.rotation``.
 
     The plain einsums are what ``jax.nn.dot_product_attention`` is on CPUs and TPUs too
     (a block compiled for a v5e: 5.8 and 5.9 ms), so that looking at A costs nothing
@@ -45,10 +47,15 @@ class MultiHeadAttention(nn.Module):
 
     cfg: ModelConfig
     train: bool = False
-    image_size: tuple[int, int] | None = None
+    image_size: tuple[int, int] = (0, 0)
 
     @nn.compact
-    def __call__(self, queries: jax.Array, tokens: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        queries: jax.Array,
+        tokens: jax.Array,
+        rotation: tuple[jax.Array, jax.Array] | None = None,
+    ) -> jax.Array:
         c = self.cfg
         head_dim = c.width // c.heads
         dense = partial(nn.DenseGeneral, dtype=c.dtype, kernel_init=_XAVIER)
@@ -56,21 +63,29 @@ class MultiHeadAttention(nn.Module):
         q = dense((c.heads, head_dim), name="query")(queries)  # (B, T, k, D_h), eq. 5
         k = dense((c.heads, head_dim), name="key")(tokens)  # (B, S, k, D_h)
         v = dense((c.heads, head_dim), name="value")(tokens)
-        q, k, v = computed(q), computed(k), computed(v)
+        if c.qk_norm:
+            q, k = norm(c, "query_norm")(q), norm(c, "key_norm")(k)
+        if rotation is not None:
+            q, k = rotate(c, q, *rotation), rotate(c, k, *rotation)
+        q, k, v = materialize(q), materialize(k), materialize(v)
         q = q / head_dim**0.5
         logits = jnp.einsum("btkd,bskd->bkts", q, k, preferred_element_type=jnp.float32)
-        if self.image_size:
-            relative = RelativePosition(c, self.image_size, name="posembed_relative")
-            logits += relative(q)
+        if c.positions in RELATIVE:
+            relative = RELATIVE[c.positions]
+            logits += relative(c, self.image_size, name="posembed_relative")(q)
+        if c.relative_bias:
+            logits += RelativeBias(c, self.image_size, name="posembed_bias")()
         weights = nn.softmax(logits)  # A, (B, k, T, S) in float32, equation 6
         self.sow("intermediates", "attention", weights)  # kept only if asked for
         weights = nn.Dropout(c.attention_dropout, deterministic=not self.train)(weights)
         heads = jnp.einsum("bkts,bskd->btkd", weights.astype(v.dtype), v)  # equation 7
+        if c.attention_norm:
+            heads = norm(c, "norm", axes=(-2, -1))(heads)
         return dense(c.width, axis=(-2, -1), name="out")(heads)  # (B, T, D), eq. 8
 
 
 class MlpBlock(nn.Module):
-    """D -> M -> D, with a GELU between."""
+    """D -> M -> D, with a GELU between, or with a gate."""
 
     cfg: ModelConfig
     train: bool = False
@@ -82,7 +97,19 @@ class MlpBlock(nn.Module):
         dense = partial(
             nn.Dense, dtype=c.dtype, kernel_init=_XAVIER, bias_init=bias_init
         )
-        y = computed(dense(c.mlp_dim, name="Dense_0")(z))
-        y = nn.gelu(y, approximate=c.gelu == "tanh")
+        y = materialize(dense(c.mlp_dim, name="Dense_0")(z))
+        if c.mlp == "swiglu":
+            y = nn.silu(materialize(dense(c.mlp_dim, name="gate")(z))) * y
+        else:
+            y = GELUS[c.gelu](y)
         y = nn.Dropout(c.dropout, deterministic=not self.train)(y)
+        if c.mlp_norm:
+            y = norm(c, "norm")(y)
         return dense(c.width, name="Dense_1")(y)
+
+
+GELUS = {
+    "tanh": partial(nn.gelu, approximate=True),
+    "exact": partial(nn.gelu, approximate=False),
+    "quick": lambda x: x * nn.sigmoid(1.702 * x),
+}

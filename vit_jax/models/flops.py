@@ -2,32 +2,47 @@
 """Multiplications of a forward pass, counted as the paper counts them (section D.5)."""
 
 from vit_jax.config import ModelConfig
-from vit_jax.models.variants import has_class_token, is_resnet, resolve, token_grid
+from vit_jax.models.variants import (
+    has_stem,
+    is_resnet,
+    prefix_tokens,
+    resolve,
+    token_grid,
+)
 
 
 def macs(cfg: ModelConfig) -> int:
     """Multiply-accumulate operations per image of ``cfg.image_size``.
 
-    N P^2 C D + L (4 S D^2 + 2 S^2 D + 2 S D M) for the Transformer, the convolutions of
-    a ResNet stem or baseline, and the head. Norms and activations are left out, as is
-    usual. A training step costs 6 FLOPs per MAC and image, inference 2.
+    N P^2 C D + L (4 S D^2 + 2 S^2 D + 2 S D M) for the Transformer, 3 S D M with a gate,
+    the convolutions of a ResNet stem or baseline, and the head. Norms, rotations and
+    activations are left out, as is usual. A training step costs 6 FLOPs per MAC and
+    image, inference 2.
     """
     cfg = resolve(cfg)
     rows, columns = token_grid(cfg, cfg.image_size)
     n = rows * columns
-    stem, channels = _resnet(cfg) if cfg.resnet_width else (0, cfg.channels)
+    stem, channels = _resnet(cfg) if has_stem(cfg) else (0, cfg.channels)
     if is_resnet(cfg):
         return stem + cfg.width * cfg.num_classes
     d, m = cfg.width, cfg.mlp_dim
-    s = n + has_class_token(cfg)
+    s = n + prefix_tokens(cfg)
     embedding = n * cfg.patch**2 * channels * d
-    blocks = cfg.depth * (4 * s * d * d + 2 * s * s * d + 2 * s * d * m)
-    outputs = s if cfg.head in ("none", "masked_patch") else 1
-    head = outputs * d * (cfg.num_classes + (d if cfg.pre_logits else 0))
-    probe = (
-        2 * s * d * d + 2 * d * d + 2 * s * d + 2 * d * m if cfg.head == "map" else 0
-    )
-    return stem + embedding + blocks + probe + head
+    dense = 3 if cfg.mlp == "swiglu" else 2
+    blocks = cfg.depth * (4 * s * d * d + 2 * s * s * d + dense * s * d * m)
+    return stem + embedding + blocks + _head(cfg, n, s)
+
+
+def _head(cfg: ModelConfig, n: int, s: int) -> int:
+    """MACs of what reads the s tokens, of which n are patches."""
+    d, m = cfg.width, cfg.map_mlp_dim or cfg.mlp_dim
+    outputs = {"none": s, "masked_patch": n}.get(cfg.head, 1)
+    features = 2 * d if cfg.head == "token_gap" else d
+    classes = cfg.num_classes * (2 if cfg.distillation == "head" else 1)
+    total = outputs * (features * classes + (d * d if cfg.pre_logits else 0))
+    if cfg.head == "map":
+        total += 2 * s * d * d + 2 * d * d + 2 * s * d + 2 * d * m
+    return total
 
 
 def _resnet(cfg: ModelConfig) -> tuple[int, int]:

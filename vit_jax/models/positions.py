@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Position embeddings: E_pos of equation 1 and the alternatives of Appendix D.4.
+"""Position embeddings: E_pos of equation 1, the alternatives of Appendix D.4, and what
+other families do to queries, keys and logits instead.
 
-Letters: h, w rows and columns of patches; S tokens, h w and the class token if there
-is one; D width; D_h width of a head.
+Letters: h, w rows and columns of patches; S tokens, h w and those before them; B batch;
+D width; k heads of size D_h.
 """
 
 import math
@@ -15,7 +16,7 @@ import numpy as np
 
 from vit_jax.config import ModelConfig
 from vit_jax.errors import UserError
-from vit_jax.models.variants import has_class_token, token_grid, token_stride
+from vit_jax.models.variants import prefix_tokens, token_grid, token_stride
 
 _INIT = nn.initializers.normal(0.02)
 
@@ -32,7 +33,12 @@ class PositionEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        return POSITIONS[self.cfg.positions](self)
+        table = POSITIONS[self.cfg.positions](self)
+        if not self.cfg.registers:
+            return table
+        zeros = jnp.zeros((1, self.cfg.registers, self.cfg.width))
+        before, patches = jnp.split(table, [_rows_before_patches(self.cfg)], axis=1)
+        return jnp.concatenate([before, zeros, patches], axis=1)
 
 
 class RelativePosition(nn.Module):
@@ -55,11 +61,37 @@ class RelativePosition(nn.Module):
         return jnp.einsum("bikd,ijd->bkij", q, r, preferred_element_type=jnp.float32)
 
 
+class RelativeBias(nn.Module):
+    """BEiT's relative attention: a logit per head and 2-D offset (2106.08254).
+
+    The table ends with the logits of the class token to patches, of patches to it, and
+    of it to itself.
+    """
+
+    cfg: ModelConfig
+    image_size: tuple[int, int]
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        """Logits (1, k, S, S) in float32."""
+        h, w = token_grid(self.cfg, self.image_size)
+        offsets = (2 * h - 1) * (2 * w - 1)
+        table = _param(self, "pos_embedding", (offsets + 3, self.cfg.heads))
+        row, column = np.indices((h, w)).reshape(2, h * w)
+        rows = row[:, None] - row + h - 1
+        columns = column[:, None] - column + w - 1
+        index = np.empty((1 + h * w, 1 + h * w), np.int32)
+        index[1:, 1:] = rows * (2 * w - 1) + columns
+        index[0, :], index[:, 0], index[0, 0] = offsets, offsets + 1, offsets + 2
+        return table[index].transpose(2, 0, 1)[None]
+
+
 def learned(module: PositionEmbedding) -> jax.Array:
     """A vector per token; nothing says which patches are neighbours."""
     cfg = module.cfg
-    tokens = math.prod(token_grid(cfg, module.image_size)) + has_class_token(cfg)
-    return _param(module, "pos_embedding", (1, tokens, cfg.width))
+    patches = math.prod(token_grid(cfg, module.image_size))
+    shape = (1, _rows_before_patches(cfg) + patches, cfg.width)
+    return _param(module, "pos_embedding", shape)
 
 
 def learned2d(module: PositionEmbedding) -> jax.Array:
@@ -69,9 +101,10 @@ def learned2d(module: PositionEmbedding) -> jax.Array:
     x = jnp.broadcast_to(_param(module, "pos_embedding_x", (1, w, d)), (h, w, d))
     y = jnp.broadcast_to(_param(module, "pos_embedding_y", (h, 1, d)), (h, w, d))
     table = jnp.concatenate([x, y], axis=-1).reshape(1, h * w, 2 * d)
-    if not has_class_token(cfg):
+    rows = _rows_before_patches(cfg)
+    if not rows:
         return table
-    cls = _param(module, "pos_embedding_cls", (1, 1, 2 * d))
+    cls = _param(module, "pos_embedding_cls", (1, rows, 2 * d))
     return jnp.concatenate([cls, table], axis=1)
 
 
@@ -85,18 +118,71 @@ def sincos2d(module: PositionEmbedding) -> jax.Array:
     omega = 10_000.0 ** (-np.arange(d) / max(d - 1, 1))
     y, x = np.indices((h, w)).reshape(2, h * w, 1) * omega.reshape(1, 1, d)
     table = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=-1)
-    if has_class_token(module.cfg):
-        table = np.concatenate([np.zeros((1, 4 * d)), table])
-    return jnp.asarray(table[None], jnp.float32)
+    zeros = np.zeros((_rows_before_patches(module.cfg), 4 * d))
+    return jnp.asarray(np.concatenate([zeros, table])[None], jnp.float32)
 
 
-# "relative" is not here, because attention adds it; "none" is nothing at all.
+# A position kind is added to the tokens or, in RELATIVE, to the logits of attention;
+# "none" is nothing at all.
 POSITIONS = {"learned": learned, "learned2d": learned2d, "sincos2d": sincos2d}
+RELATIVE = {"relative": RelativePosition}
 
 
-def _param(
-    module: PositionEmbedding | RelativePosition, name: str, shape: tuple[int, ...]
-) -> jax.Array:
+def rotation(
+    cfg: ModelConfig, image_size: tuple[int, int]
+) -> tuple[jax.Array, jax.Array] | None:
+    """Cosines and sines of ``model.rope``, each (1, S, 1, D_h / 2) in float32, or None.
+
+    A patch is turned by its row times D_h / 4 frequencies theta^(-4 i / D_h), and by
+    its column times the same ones. Tokens without a position are turned by nothing.
+    """
+    if cfg.rope == "none":
+        return None
+    grid = token_grid(cfg, image_size)
+    row, column = (
+        _coordinates(cfg, count, reference)
+        for count, reference in zip(grid, cfg.rope_grid, strict=True)
+    )
+    row, column = np.meshgrid(row, column, indexing="ij")
+    axes = (column, row) if cfg.rope == "pe" else (row, column)
+    head_dim = cfg.width // cfg.heads
+    theta = cfg.rope_theta or (100.0 if cfg.rope == "dinov3" else 10_000.0)
+    frequencies = theta ** (-4 * np.arange(head_dim // 4) / head_dim)
+    angles = np.concatenate([a.reshape(-1, 1) * frequencies for a in axes], axis=-1)
+    angles = np.pad(angles, ((prefix_tokens(cfg), 0), (0, 0)))[None, :, None]
+    return jnp.float32(np.cos(angles)), jnp.float32(np.sin(angles))
+
+
+def rotate(cfg: ModelConfig, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Queries or keys (B, S, k, D_h), whose pairs of entries are turned by the angles.
+
+    "dinov3" pairs the two halves of D_h, the others entries next to each other.
+    """
+    halves = cfg.rope == "dinov3"
+    shape = (*x.shape[:-1], 2, -1) if halves else (*x.shape[:-1], -1, 2)
+    axis = -2 if halves else -1
+    a, b = jnp.moveaxis(x.reshape(shape).astype(jnp.float32), axis, 0)
+    turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def _coordinates(cfg: ModelConfig, count: int, reference: int) -> np.ndarray:
+    """Where ``model.rope`` sees the ``count`` rows or columns of the patches."""
+    i = np.arange(count)
+    if cfg.rope == "dinov3":  # centres of the patches from -1 to 1, as angles
+        return 2 * np.pi * (2 * (i + 0.5) / count - 1)
+    return (i + cfg.rope_offset) * (reference or count) / count
+
+
+def _rows_before_patches(cfg: ModelConfig) -> int:
+    """Tokens before the patches that have a position: all but the registers."""
+    return prefix_tokens(cfg) - cfg.registers
+
+
+_Table = PositionEmbedding | RelativePosition | RelativeBias
+
+
+def _param(module: _Table, name: str, shape: tuple[int, ...]) -> jax.Array:
     """A learned table; one of another size is a UserError that speaks of images."""
     cfg, size = module.cfg, module.image_size
     made_for, sized = cfg.image_size, cfg.image_size != (0, 0)
@@ -112,20 +198,21 @@ def _param(
     )
 
 
-def _image_size_of(
-    module: PositionEmbedding | RelativePosition,
-) -> tuple[int | str, int | str]:
+def _image_size_of(module: _Table) -> tuple[int | str, int | str]:
     """The (height, width) that the tables are for, "?" where they cannot tell."""
     cfg, stride = module.cfg, token_stride(module.cfg)
     length = {k: max(v.shape[:-1]) for k, v in module.variables["params"].items()}
-    if cfg.positions == "learned2d":
+    if "pos_embedding_x" in length:
         return (
             length["pos_embedding_y"] * stride,
             length["pos_embedding_x"] * stride,
         )
     tokens = length["pos_embedding"]
-    if cfg.positions == "relative":
-        tokens = (tokens + 1) // 2
-    side = math.sqrt(tokens - has_class_token(cfg))
+    if isinstance(module, RelativeBias):
+        side = (math.sqrt(tokens - 3) + 1) / 2
+    elif isinstance(module, RelativePosition):
+        side = math.sqrt((tokens + 1) // 2 - prefix_tokens(cfg))
+    else:
+        side = math.sqrt(tokens - _rows_before_patches(cfg))
     pixels = int(side) * stride if side.is_integer() else "?"
     return pixels, pixels

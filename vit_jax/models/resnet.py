@@ -14,7 +14,7 @@ import jax
 
 from vit_jax.config import ModelConfig
 from vit_jax.models import heads
-from vit_jax.models.variants import check_images
+from vit_jax.models.images import standardize
 
 
 class ResNet(nn.Module):
@@ -31,9 +31,8 @@ class ResNet(nn.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Logits, and {"tokens": (B, S, D) last feature map, "pre_logits": (B, D)}."""
         del train  # nothing differs
-        check_images(self.cfg, images.shape)
-        x = features(self.cfg, images)
-        tokens = x.reshape(len(x), -1, x.shape[-1])
+        x = features(self.cfg, standardize(self.cfg, images))
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
         logits, y = heads.classify(self.cfg, tokens.mean(axis=1))
         return logits, {"tokens": tokens, "pre_logits": y}
 

@@ -3,9 +3,10 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from vit_jax.config import ModelConfig, nearest
+from vit_jax.config import Config, ModelConfig, checked, nearest
 from vit_jax.errors import UserError
 
 
@@ -73,6 +74,7 @@ def resolve(cfg: ModelConfig) -> ModelConfig:
     Raises:
       UserError: naming the field.
     """
+    cfg = checked(Config(model=cfg)).model
     row = _sizes_of(cfg.name) if cfg.name else {}
     cfg = dataclasses.replace(
         cfg, **{k: v for k, v in row.items() if not getattr(cfg, k)}
@@ -126,23 +128,8 @@ def token_stride(cfg: ModelConfig) -> int:
     return _stem_stride(cfg) * cfg.patch
 
 
-def check_images(cfg: ModelConfig, shape: tuple[int, ...]) -> None:
-    """UserError unless images of this shape can go through the model ``cfg``."""
-    if len(shape) != 4 or shape[3] != cfg.channels:
-        raise UserError(
-            f"images have the shape {shape}: the model wants (batch, height, width, "
-            f"{cfg.channels}), the last being model.channels"
-        )
-    if 0 in token_grid(cfg, shape[1:3]):
-        raise UserError(
-            f"images of {shape[1]}x{shape[2]} pixels are smaller than one patch, "
-            f"{token_stride(cfg)}x{token_stride(cfg)} (model.name {cfg.name!r}, "
-            f"model.patch {cfg.patch})"
-        )
-
-
 def _stem_stride(cfg: ModelConfig) -> int:
-    return 4 * 2 ** max(len(cfg.resnet) - 1, 0) if cfg.resnet_width else 1
+    return 4 * 2 ** max(len(cfg.resnet) - 1, 0) if has_stem(cfg) else 1
 
 
 def _sizes_of(name: str) -> dict[str, Any]:
@@ -178,21 +165,20 @@ def _check(cfg: ModelConfig) -> None:
     """UserError for sizes that no model can have, naming the field."""
 
     def refuse(field: str, reason: str) -> None:
-        raise UserError(f"model.{field} is {getattr(cfg, field)!r}: {reason}")
+        value = getattr(cfg, field)
+        raise UserError(f"config.model.{field} is {value!r}: {reason}")
 
     transformer = () if is_resnet(cfg) else ("depth", "mlp_dim", "heads")
-    for field in ("width", *transformer, "patch", "channels"):
+    for field in ("width", *transformer, "patch"):
         if getattr(cfg, field) < 1:
             row = f"the name {cfg.name!r} does not give it" if cfg.name else "no name"
             refuse(field, f"it must be at least 1 ({row})")
-    for field in ("num_classes", "resnet_width"):
-        if getattr(cfg, field) < 0:
-            refuse(field, "it must not be negative")
-    if min(cfg.resnet, default=1) < 1:
-        refuse("resnet", "every stage must have at least one unit")
     for field in ("dropout", "attention_dropout", "stochastic_depth"):
         if not 0 <= getattr(cfg, field) < 1:
             refuse(field, "it must be at least 0 and below 1")
+    for field in ("image_mean", "image_std"):
+        if len(getattr(cfg, field)) not in (0, cfg.channels):
+            refuse(field, f"it must have config.model.channels={cfg.channels} entries")
     if is_resnet(cfg):
         for field in ("pre_logits", "dropout", "attention_dropout", "stochastic_depth"):
             if getattr(cfg, field):
@@ -201,14 +187,33 @@ def _check(cfg: ModelConfig) -> None:
             refuse("head", "a ResNet baseline only has 'gap'")
         return
     if cfg.width % cfg.heads:
-        refuse("heads", f"it does not divide model.width {cfg.width}")
+        refuse("heads", f"it does not divide config.model.width {cfg.width}")
+    if cfg.head == "map" and cfg.map_heads and cfg.width % cfg.map_heads:
+        refuse("map_heads", f"it does not divide config.model.width {cfg.width}")
+    if cfg.pre_logits and cfg.head in ("masked_patch", "token_gap"):
+        refuse("pre_logits", f"the head {cfg.head!r} is one linear layer")
+    if cfg.distillation != "none" and not has_class_token(cfg):
+        refuse("distillation", "it comes after a class token, and there is none")
+    if cfg.distillation == "head":
+        plain = cfg.final_norm != "pooled" and not cfg.pre_logits
+        if cfg.head != "token" or not plain:
+            refuse("distillation", "its head is beside a plain config.model.head=token")
+    _check_positions(cfg, refuse)
+
+
+def _check_positions(cfg: ModelConfig, refuse: Callable[[str, str], None]) -> None:
     parts = {"learned2d": 2, "sincos2d": 4}.get(cfg.positions, 1)
     if cfg.width % parts:
-        refuse("positions", f"{parts} does not divide model.width {cfg.width}")
+        refuse("positions", f"{parts} does not divide config.model.width {cfg.width}")
     if cfg.positions in ("relative", "none") and cfg.position_at != "stem":
-        refuse("position_at", f"model.positions {cfg.positions!r} adds nothing there")
-    if cfg.pre_logits and cfg.head == "masked_patch":
-        refuse("pre_logits", "the head 'masked_patch' is one linear layer")
+        refuse(
+            "position_at", f"config.model.positions={cfg.positions} adds nothing there"
+        )
+    if cfg.relative_bias and prefix_tokens(cfg) != 1:
+        refuse("relative_bias", "it is for patches after one class token")
+    if cfg.rope != "none" and cfg.width // cfg.heads % 4:
+        size = f"{cfg.width} / {cfg.heads}"
+        refuse("rope", f"4 does not divide the size of a head, {size}")
     if cfg.image_size != (0, 0) and min(token_grid(cfg, cfg.image_size)) < 1:
         size = token_stride(cfg)
         refuse("image_size", f"smaller than one patch, which is {size}x{size} pixels")

@@ -2,13 +2,12 @@
 """The Vision Transformer: equations 1 to 4 in order; 5 to 8 are in attention.py.
 
 Letters: B batch; H, W, C image height, width, channels; P patch side; N patches;
-S tokens, N and the class token if there is one; D width; L depth; K classes.
+S tokens, N and those before them; D width; L depth; K classes.
 
 Parameters have the names and shapes of the released files, hence _1, _2 and _3.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import chex
@@ -19,8 +18,10 @@ import jax.numpy as jnp
 from vit_jax.config import ModelConfig
 from vit_jax.models import heads, masked, resnet
 from vit_jax.models.attention import MlpBlock, MultiHeadAttention
-from vit_jax.models.positions import POSITIONS, PositionEmbedding
-from vit_jax.models.variants import check_images, has_class_token
+from vit_jax.models.images import standardize
+from vit_jax.models.norms import norm
+from vit_jax.models.positions import POSITIONS, PositionEmbedding, rotation
+from vit_jax.models.variants import has_class_token, has_stem
 
 
 class ViT(nn.Module):
@@ -37,7 +38,7 @@ class ViT(nn.Module):
         train: bool = False,
         corruption: dict[str, jax.Array] | None = None,
     ) -> jax.Array:
-        """Logits of ``forward``, which has the arguments explained."""
+        """Only the logits; see ``forward``."""
         return self.forward(images, train=train, corruption=corruption)[0]
 
     @nn.compact
@@ -62,22 +63,22 @@ class ViT(nn.Module):
           UserError: the images do not fit the model or its position embeddings.
         """
         c = self.cfg
-        check_images(c, images.shape)
-        x = resnet.features(c, images) if c.resnet_width else images
+        x = standardize(c, images)
+        if has_stem(c):
+            x = resnet.features(c, x)
         patch = (c.patch, c.patch)
         embed = nn.Conv(
             c.width, patch, patch, padding="VALID", dtype=c.dtype, name="embedding"
         )
-        x = embed(x).reshape(len(x), -1, c.width)  # x_p E, (B, N, D)
+        x = embed(x).reshape(x.shape[0], -1, c.width)  # x_p E, (B, N, D)
+        if c.patch_norm:
+            x = norm(c, "embedding_norm")(x)
 
         if c.head == "masked_patch":
             token = self.param("mask_token", nn.initializers.zeros, (1, 1, c.width))
             if corruption is not None:
                 x = masked.corrupt(x, **corruption, mask_token=token)
-        if has_class_token(c):
-            cls = self.param("cls", nn.initializers.zeros, (1, 1, c.width))
-            cls = jnp.broadcast_to(cls.astype(x.dtype), (len(x), 1, c.width))
-            x = jnp.concatenate([cls, x], axis=1)  # (B, S, D)
+        x = jnp.concatenate([*self._prefix(x), x], axis=1)  # (B, S, D)
 
         height, width = images.shape[1:3]
         encoder = Encoder(
@@ -86,6 +87,22 @@ class ViT(nn.Module):
         z = encoder(x)
         logits, y = heads.read(c, z)
         return logits, {"tokens": z, "pre_logits": y}
+
+    def _prefix(self, x: jax.Array) -> list[jax.Array]:
+        """The learned tokens that come before the patches x, each (B, n, D)."""
+        c = self.cfg
+        counts = {
+            "cls": int(has_class_token(c)),
+            "dist": int(c.distillation != "none"),
+            "registers": c.registers,
+        }
+        tokens = []
+        for name, count in counts.items():
+            if count:
+                zeros = nn.initializers.zeros
+                token = self.param(name, zeros, (1, count, c.width)).astype(x.dtype)
+                tokens.append(jnp.broadcast_to(token, (x.shape[0], count, c.width)))
+        return tokens
 
 
 class Encoder(nn.Module):
@@ -107,6 +124,9 @@ class Encoder(nn.Module):
             # Without the cast a float32 table would make the whole stream float32.
             x, shared = x + shared.astype(x.dtype), None
         z = nn.Dropout(c.dropout, deterministic=not self.train)(x)  # z_0, equation 1
+        if c.norm_pre:
+            z = norm(c, "norm_pre")(z)
+        turn = rotation(c, self.image_size)
 
         Block = _with_remat(c, _with_params(EncoderBlock, self.on_block_params))
         rates = c.stochastic_depth * jnp.linspace(0, 1, c.depth)
@@ -115,15 +135,16 @@ class Encoder(nn.Module):
                 Block,
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+                in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=c.depth,
             )
-            z, _ = Blocks(*args, name="encoderblock")(z, rates, shared)
+            z, _ = Blocks(*args, name="encoderblock")(z, rates, shared, turn)
         else:
             for i in range(c.depth):
-                z, _ = Block(*args, name=f"encoderblock_{i}")(z, rates[i], shared)
-        norm = nn.LayerNorm(c.layer_norm_eps, dtype=c.dtype, name="encoder_norm")
-        return norm(z)  # equation 4, of every token
+                z, _ = Block(*args, name=f"encoderblock_{i}")(z, rates[i], shared, turn)
+        if c.final_norm == "tokens":
+            z = norm(c, "encoder_norm")(z)  # equation 4, of every token
+        return z
 
 
 class EncoderBlock(nn.Module):
@@ -135,7 +156,11 @@ class EncoderBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, z: jax.Array, rate: jax.Array, shared: jax.Array | None
+        self,
+        z: jax.Array,
+        rate: jax.Array,
+        shared: jax.Array | None,
+        turn: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, None]:
         """One block.
 
@@ -143,12 +168,11 @@ class EncoderBlock(nn.Module):
           z: (B, S, D).
           rate: of stochastic depth in this block.
           shared: position embeddings that every block adds, (1, S, D).
+          turn: the ``positions.rotation`` of queries and keys.
         """
         c = self.cfg
-        norm = partial(nn.LayerNorm, epsilon=c.layer_norm_eps, dtype=c.dtype)
-        relative = self.image_size if c.positions == "relative" else None
         attend = MultiHeadAttention(
-            c, self.train, relative, name="MultiHeadDotProductAttention_1"
+            c, self.train, self.image_size, name="MultiHeadDotProductAttention_1"
         )
         mlp = MlpBlock(c, self.train, name="MlpBlock_3")
 
@@ -156,10 +180,13 @@ class EncoderBlock(nn.Module):
             shared = PositionEmbedding(c, self.image_size, name="posembed_input")()
         if shared is not None:
             z = z + shared.astype(z.dtype)
-        y = norm(name="LayerNorm_0")(z)
-        z = self._drop(attend(y, y), rate) + z  # equation 2
-        y = norm(name="LayerNorm_2")(z)
-        z = self._drop(mlp(y), rate) + z  # equation 3
+        y = norm(c, "LayerNorm_0")(z)
+        if c.parallel:
+            z = self._drop(attend(y, y, turn) + mlp(y), rate) + z
+        else:
+            z = self._drop(attend(y, y, turn), rate) + z  # equation 2
+            y = norm(c, "LayerNorm_2")(z)
+            z = self._drop(mlp(y), rate) + z  # equation 3
         chex.assert_type(z, c.dtype)
         self.sow("intermediates", "tokens", z)  # kept only if asked for
         return z, None  # a pair, because nn.scan wants one
@@ -174,14 +201,14 @@ class EncoderBlock(nn.Module):
 
 def stochastic_depth(y: jax.Array, rate: jax.Array, key: jax.Array) -> jax.Array:
     """y (B, S, D) of some images, scaled to keep the expectation, and 0 of the others."""
-    keep = jax.random.bernoulli(key, 1 - rate, (len(y), 1, 1))
+    keep = jax.random.bernoulli(key, 1 - rate, (y.shape[0], 1, 1))
     return y * (keep / (1 - rate)).astype(y.dtype)
 
 
 def _with_params(
     Block: type[nn.Module], change: Callable[[Any], Any] | None
 ) -> type[nn.Module]:
-    """The block, which reads ``change(parameters)``; does not initialise them."""
+    """The block reading ``change(params)``. Do not use it to initialise."""
     return nn.map_variables(Block, "params", change) if change else Block
 
 

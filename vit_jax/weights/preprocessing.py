@@ -6,65 +6,50 @@ two within one grey level of each other on lossless files (JPEG decoders may dif
 few).
 """
 
-import warnings
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from vit_jax.config import choose
+from vit_jax.data import image_files
 from vit_jax.errors import UserError
 
 
 def read_image(path: Path, channels: int = 3) -> np.ndarray:
-    """uint8 (H, W, channels) of an image file; like training, without EXIF rotation.
+    """uint8 (H, W, channels) of an image file, upright, as in training.
 
     Raises:
-      UserError: missing, unreadable or no image.
+      UserError: missing, unreadable, too large or not an image.
     """
-    from PIL import Image, UnidentifiedImageError
-
-    if path.is_dir():
-        raise UserError(
-            f"{path} is a folder: give image files, for example {path}/*.jpg"
-        )
     if channels not in (1, 3):
         raise UserError(f"the model takes {channels} channels; image files have 1 or 3")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                if image.mode.startswith("I"):  # 16 bits: keep the upper 8
-                    grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255)
-                    return np.repeat(grey.astype(np.uint8)[..., None], channels, axis=2)
-                pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
-    except FileNotFoundError as e:
-        raise UserError(f"image {path} does not exist") from e
-    except UnidentifiedImageError as e:
-        with path.open("rb") as file:
-            start = file.read(8)
-        what = "is empty" if not start else f"begins with {start!r}"
-        raise UserError(
-            f"{path} is not an image that Pillow can read: it {what}; JPEG, PNG, GIF, BMP "
-            "and WebP work"
-        ) from e
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as e:
-        raise UserError(f"{path} has too many pixels: {e}") from e
-    except (OSError, SyntaxError, ValueError, EOFError) as e:
-        raise UserError(f"image {path} cannot be read, it may be truncated: {e}") from e
-    return pixels.reshape(*pixels.shape[:2], channels)
+    with _opened(path) as file:
+        return image_files.read(file.read(), channels)
 
 
 def check_image(path: Path) -> None:
     """Raises: UserError: certainly no image; reads the header only."""
-    from PIL import Image
+    with _opened(path) as file:
+        image_files.check(file)
 
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The file; what is wrong with it becomes a UserError that names it."""
+    if path.is_dir():
+        raise UserError(
+            f"{path} is a folder: give image files, for example {path}/*.jpg"
+        )
     try:
-        with Image.open(path):
-            return
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        read_image(path)  # which says what is wrong
+        with path.open("rb") as file:
+            yield file
+    except FileNotFoundError as e:
+        raise UserError(f"image {path} does not exist") from e
+    except (OSError, image_files.ImageFileError) as e:
+        raise UserError(f"image {path} cannot be read: {e}") from e
 
 
 def prepare(

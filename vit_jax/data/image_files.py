@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image files without tensorflow: what a header says, and the pixels, by Pillow.
+
+Prediction reads every file here. Training and evaluation ask here for what tensorflow's
+decoders do not tell (the EXIF orientation) or get wrong (BMP, GIF, WebP), so that all
+three see the same image.
+"""
+
+import io
+import re
+import struct
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
+
+import numpy as np
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    WebPImagePlugin,
+)
+
+# An image of more pixels is not decoded. While it is, it takes up to 12 bytes per pixel
+# (progressive JPEG and rotated images most of them): 1.5 GiB per thread at the worst.
+MAX_PIXELS = 2**27
+# Above SMALL, the file must have a byte for this many: a few bytes may claim anything.
+PIXELS_PER_BYTE = 1024
+SMALL = 2**24
+
+_JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+# Not Image.open, which warns of images with two thirds of our limit.
+_OPENERS = {
+    _JPEG: JpegImagePlugin.JpegImageFile,
+    _PNG: PngImagePlugin.PngImageFile,
+    b"BM": BmpImagePlugin.BmpImageFile,
+    b"GIF8": GifImagePlugin.GifImageFile,
+    b"RIFF": WebPImagePlugin.WebPImageFile,
+}
+
+_LOCK = threading.Lock()  # the filter of warnings belongs to the whole process
+
+
+class ImageFileError(ValueError):
+    """A file that is not an image, claims too much, or is damaged."""
+
+
+def header(data: bytes) -> tuple[int, int, int]:
+    """(height, width, orientation): the sides of the pixels as they are stored, and the
+    EXIF orientation, in [1, 8], that says how to turn them.
+
+    Raises:
+      ImageFileError: not an image, or one that claims too many pixels.
+    """
+    height = width = 0
+    if data.startswith(_PNG) and len(data) >= 24:
+        width, height = struct.unpack_from(">II", data, 16)
+    elif data.startswith(_JPEG):
+        frames = (
+            s for kind, s, e in _jpeg_segments(data) if kind in _FRAMES and e - s > 5
+        )
+        start = next(frames, 0)
+        height, width = struct.unpack_from(">HH", data, start + 1) if start else (0, 0)
+    else:
+        with _opened(io.BytesIO(data)) as image:
+            width, height = image.size
+    _check_sides(height, width, len(data))
+    return height, width, _orientation(data)
+
+
+def check(file: BinaryIO) -> None:
+    """Reads no more than a header, where the format allows it.
+
+    Raises:
+      ImageFileError: certainly not an image, or one that claims too many pixels.
+    """
+    with _opened(file) as image:
+        _check_sides(image.height, image.width, file.seek(0, io.SEEK_END))
+
+
+def read(data: bytes, channels: int = 3) -> np.ndarray:
+    """uint8 (H, W, channels): the first frame, upright. Alpha is dropped, 16 bits become
+    8; ``channels`` is 3 or, for grey, 1.
+
+    Raises:
+      ImageFileError: see ``header``; also a file that is damaged or cut short.
+    """
+    with _opened(io.BytesIO(data)) as image:
+        _check_sides(image.height, image.width, len(data))
+        try:
+            if image.mode.startswith("I"):
+                grey = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
+                pixels = np.repeat(grey[..., None], channels, axis=2)
+            else:
+                mode = "RGB" if channels == 3 else "L"
+                pixels = np.asarray(
+                    image if image.mode == mode else image.convert(mode)
+                )
+        except Exception as e:  # Pillow's decoders raise errors of any kind
+            raise ImageFileError(f"it may be truncated: {_one_line(e)}") from e
+    return upright(pixels.reshape(*pixels.shape[:2], channels), _orientation(data))
+
+
+def turns(orientation: int) -> tuple[bool, bool, bool]:
+    """What makes an image upright: (transpose first?, reverse rows?, reverse columns?)
+
+    5 to 8 are 1 to 4 of the transposed image; 2 mirrors, 4 turns upside down, 3 both.
+    """
+    turn = (orientation - 1) % 4
+    return orientation >= 5, turn >= 2, turn in (1, 2)
+
+
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """The pixels (H, W, C) turned as ``turns`` says."""
+    transpose, rows, columns = turns(orientation)
+    pixels = pixels.transpose(1, 0, 2) if transpose else pixels
+    return np.ascontiguousarray(pixels[:: -1 if rows else 1, :: -1 if columns else 1])
+
+
+def _opened(file: BinaryIO) -> Image.Image:
+    start = file.read(8)
+    file.seek(0)
+    opener = next((o for magic, o in _OPENERS.items() if start.startswith(magic)), None)
+    try:
+        # Pillow warns of damaged EXIF, which is no reason to refuse the pixels.
+        with _LOCK, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return opener(file) if opener else Image.open(file, formats=("TIFF",))
+    except Exception as e:
+        found = f"begins with {start!r}" if start else "is empty"
+        found = "has a truncated or damaged header" if opener else found
+        raise ImageFileError(
+            f"not an image, it {found}: JPEG, PNG, GIF, BMP and WebP work"
+        ) from e
+
+
+def _check_sides(height: int, width: int, size: int) -> None:
+    """Raises where the header of a file of ``size`` bytes claims too much or nothing."""
+    pixels = height * width
+    if not pixels:
+        raise ImageFileError("the header is damaged: the image has no size")
+    if pixels > MAX_PIXELS:
+        raise ImageFileError(f"{height} x {width} is more than {MAX_PIXELS} pixels")
+    if pixels > max(SMALL, PIXELS_PER_BYTE * size):
+        raise ImageFileError(f"{height} x {width} pixels cannot be in {size} bytes")
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+# -------------------------------------------------------------------------------- EXIF
+
+
+def _orientation(data: bytes) -> int:
+    """As EXIF says; 1 where it says nothing, or nothing that can be understood."""
+    exif = _exif(data)
+    order = ">" if exif.startswith(b"MM") else "<"
+    try:
+        (directory,) = struct.unpack_from(order + "I", exif, 4)
+        (count,) = struct.unpack_from(order + "H", exif, directory)
+        for entry in range(directory + 2, directory + 2 + 12 * count, 12):
+            tag, kind = struct.unpack_from(order + "HH", exif, entry)
+            if tag == 0x0112:
+                integer = {1: "B", 3: "H", 4: "I"}.get(kind, "H")
+                (value,) = struct.unpack_from(order + integer, exif, entry + 8)
+                return value if 1 <= value <= 8 else 1
+    except struct.error:  # none, or damaged
+        pass
+    return 1
+
+
+def _exif(data: bytes) -> bytes:
+    """The EXIF block, wherever it stands in a JPEG, PNG or WebP; b"": there is none."""
+    for magic, (parts, wanted) in _CONTAINERS.items():
+        if data.startswith(magic):
+            for kind, start, end in parts(data):
+                body = data[start:end] if kind == wanted else b""
+                if (body := body.removeprefix(b"Exif\0\0")).startswith((b"II", b"MM")):
+                    return body
+    return b""
+
+
+# All three give (kind, start, end) of the parts of a file.
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Those before the pixels."""
+    at = 2
+    while (marker := _MARKER.search(data, at)) and marker.end() + 2 <= len(data):
+        kind, start = marker[1][0], marker.end()
+        if kind == 0xDA:  # the pixels
+            return
+        (length,) = struct.unpack_from(">H", data, start)
+        yield kind, start + 2, start + length
+        at = start + max(length, 2)
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    at = 8
+    while at + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        yield kind, at + 8, at + 8 + length
+        at += length + 12  # a checksum follows
+
+
+def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    at = 12
+    while at + 8 <= len(data):
+        kind, length = struct.unpack_from("<4sI", data, at)
+        yield kind, at + 8, at + 8 + length
+        at += 8 + length + length % 2
+
+
+_MARKER = re.compile(rb"\xff([\x02-\xcf\xda-\xfe])")  # of segments that have a length
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # those three are tables
+_CONTAINERS: dict[bytes, tuple[Callable, bytes | int]] = {
+    _JPEG: (_jpeg_segments, 0xE1),
+    _PNG: (_png_chunks, b"eXIf"),
+    b"RIFF": (_webp_chunks, b"EXIF"),
+}
