@@ -155,7 +155,7 @@ class _Plan:
         self.used.add(path)
         if "posembed_input/" in path:
             return self._positions(path, array, shape)
-        if path.endswith("/relative_bias") and self.old != self.new:
+        if path.endswith("posembed_bias/pos_embedding") and self.old != self.new:
             return self._relative_bias(array, shape)
         if array.shape != shape:
             return self._other_shape(path, array, shape)

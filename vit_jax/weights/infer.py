@@ -286,7 +286,7 @@ def _switches(arrays: dict[str, Array]) -> dict[str, Any]:
         "final_norm": "pooled" if has("fc_norm/scale") and norm == "none" else norm,
         "qk_norm": has(f"{_ATTENTION}/query_norm/scale"),
         "attention_norm": has(f"{_ATTENTION}/norm/scale"),
-        "relative_bias": has(f"{_ATTENTION}/relative_bias"),
+        "relative_bias": has(f"{_ATTENTION}/posembed_bias/pos_embedding"),
         "parallel": not has(f"{_BLOCK}/LayerNorm_2/scale"),
         "mlp": "swiglu" if has(f"{_MLP}/gate/kernel") else "gelu",
         "mlp_norm": has(f"{_MLP}/norm/scale"),
@@ -334,7 +334,7 @@ def _positions(arrays: dict[str, Array], facts: Facts) -> None:
         facts.settle("positions", "learned")
     elif "posembed_input/pos_embedding_x" in names:
         facts.settle("positions", "learned2d")
-    elif re.search(r"MultiHead\w+/\w+/pos_embedding$", names, re.MULTILINE):
+    elif re.search(r"MultiHead\w+/posembed_relative/pos_embedding$", names, re.MULTILINE):
         facts.settle("positions", "relative")
     elif facts.settled["relative_bias"] or facts.settle("rope") != "none":
         facts.settle("positions", "none")
@@ -403,11 +403,11 @@ def _image_size(
 def _table(cfg: ModelConfig, arrays: dict[str, Array], report: Report) -> tuple[str, Any]:
     """The name of the array that shows the grid of patches, and which grids of so many
     rows and columns it may be of; (0, 0): square ones."""
-    relative = rf"{_BLOCK}/MultiHead\w+/\w+/pos_embedding"
+    relative = rf"{_BLOCK}/MultiHead\w+/posembed_relative/pos_embedding"
     names = [POSITIONS, f"{_BLOCK}/posembed_input/pos_embedding"]
     names += [name for name in arrays if re.fullmatch(relative, name)]
     name = next((name for name in names if name in arrays), "")
-    bias = f"{_ATTENTION}/relative_bias"
+    bias = f"{_ATTENTION}/posembed_bias/pos_embedding"
     if not name and bias in arrays and len(arrays[bias].shape) == 2:
         entries = arrays[bias].shape[0] - 3
         side = (int(max(entries, 0) ** 0.5) + 1) // 2

@@ -134,7 +134,7 @@ ROLES: dict[str, tuple[Part, ...]] = {
     "v_bias": _array(f"{_QKV[2]}/bias", "heads_bias"),
     "q_norm": _norm(f"{_ATTENTION}/query_norm"),
     "k_norm": _norm(f"{_ATTENTION}/key_norm"),
-    "relative": _array(f"{_ATTENTION}/relative_bias"),
+    "relative": _array(f"{_ATTENTION}/posembed_bias/pos_embedding"),
     "attention_norm": _norm(f"{_ATTENTION}/norm", "heads_bias"),
     "out": _layer(f"{_ATTENTION}/out", **_OUT),
     "norm2": _norm(f"{_BLOCK}/LayerNorm_2"),
