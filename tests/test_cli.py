@@ -244,19 +244,6 @@ def test_a_folder_of_images_trains_without_an_edit(tmp_path):
     assert not noise
 
 
-def test_the_benchmark_prints_the_cost_of_the_loop():
-    result = run(
-        TINY,
-        "--what=train,infer",
-        "--rounds=1",
-        "--round_steps=2",
-        "--json",
-        module="vit_jax.benchmark",
-    )
-    assert result.returncode == 0, result.stderr
-    assert '"loop_over_step":' in result.stdout
-
-
 def test_an_unknown_benchmark_is_one_line():
     result = run(TINY, "--what=speed", module="vit_jax.benchmark")
     assert result.returncode == 2

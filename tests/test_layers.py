@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # lines above.
 TIERS = """
 errors config runtime distributed progress feed config_file cli
-models data optim sharding checkpoint hlo hardware recipes
+models data optim sharding checkpoint hlo hardware tpu search recipes
 objectives workdir weights inference
 evaluators
 analysis program

@@ -74,12 +74,12 @@ FILES = {
     ),
     "empty": (b"", "is empty"),
     "pickle": (pickle.dumps(Bomb()), "Python pickle.*never unpickled"),
-    "torch.save": (torch_zip, "torch.save.*never unpickled.*safetensors"),
+    "torch.save": (torch_zip, "asks for 'builtins.exec'.*may run code.*safetensors"),
     "pickled arrays": (pickled_npz, "pickled Python objects"),
     "truncated zip": (truncated_npz, "truncated"),
     "truncated safetensors": (truncated_safetensors, "truncated"),
     "truncated msgpack": (b"\x82\xa6params\x82\xa4head", "msgpack file, is truncated"),
-    "header of an array": (damaged_header, "array a is truncated or damaged"),
+    "header of an array": (damaged_header, "array 'a' is truncated or damaged"),
     # Python 3.11 trips over it, later ones read the name "".
     "member without a name": (nameless_member, "truncated or damaged|it holds ''"),
     "zip of the future": (zip_of_the_future, "damaged.*version 9.9"),
@@ -108,7 +108,7 @@ def test_folders(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
         weights.read(tmp_path / "a")
     (tmp_path / "a" / "pytorch_model.bin").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"pytorch_model.bin.*never unpickled"):
+    with pytest.raises(UserError, match=r"a/pytorch_model.bin .*begins with b'PK'"):
         weights.read(tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "saved_model.pb").write_bytes(b"")

@@ -360,16 +360,6 @@ def test_array_of_another_shape(exported, tmp_path, name, shape, heads):
         weights.read(save_timm(tmp_path / "x.safetensors", arrays), **heads)
 
 
-def test_index_without_files(tmp_path):
-    for text, message in [('{"weight_map": null}', "neither"), ("{}", "neither")]:
-        (tmp_path / "model.safetensors.index.json").write_text(text)
-        with pytest.raises(UserError, match=message):
-            weights.read(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
-    with pytest.raises(UserError, match=r"index.json: weight_map is \[1\]"):
-        weights.read(tmp_path)
-
-
 def test_pooler_is_pre_logits(tmp_path):
     model, flat = small_model(num_classes=0, pre_logits=True, gelu="exact")
     weights.save(tmp_path / "hf", model.cfg, fit.unflatten(flat))

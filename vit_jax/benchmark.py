@@ -11,10 +11,10 @@ because machines are noisy:
 * infer: images/s of the forward pass over batch sizes.
 * data:  the input pipeline against the obvious one and against decoding alone
   (``data/benchmark.py``).
-* fewshot: the closed-form few-shot solver on 25 x 1000 examples of 768 features.
 """
 
-import json
+import dataclasses
+import math
 import statistics
 import tempfile
 import time
@@ -24,27 +24,17 @@ from typing import Any
 import jax
 from absl import flags
 
-from vit_jax import cli, config, data, models
+from vit_jax import cli, config, data, hardware, models, sharding
 from vit_jax import train as training
 from vit_jax.config import Config
-from vit_jax.distributed import Preemption
 from vit_jax.errors import UserError
 from vit_jax.feed import put
 from vit_jax.program import build
 from vit_jax.workdir import read_metrics
 
-flags.DEFINE_string("what", "train", "Comma-separated: train, infer, data.")
-flags.DEFINE_bool("json", False, "Print one JSON object instead of lines.")
-flags.DEFINE_integer("rounds", 5, "Alternating rounds; the median is reported.")
-flags.DEFINE_integer("round_steps", 10, "Steps per round.")
-cli.define_config_flag()
-
-# Peak bf16 matrix FLOP/s of accelerators, from their vendors' data sheets; by a part of
-# jax's device_kind.
-PEAK_FLOPS = {
-    "H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "T4": 65e12,
-    "TPU v3": 123e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12,
-}  # fmt: skip
+# Where --round_steps is 0, a round takes about as many seconds, so that the start of
+# the loop does not count.
+ROUND_SECONDS = 3.0
 
 
 def train(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
@@ -54,14 +44,7 @@ def train(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
     ``loop_over_step`` is the ratio of their images/s: 1 means that data, logging and
     dispatch cost nothing.
     """
-    cfg = config.replace(
-        cfg,
-        eval__every=0,
-        eval__evaluators=(),
-        steps=2 * steps,
-        log_every=steps,
-        pretrained="",
-    )
+    cfg = config.replace(cfg, eval__every=0, eval__evaluators=(), pretrained="")
     info = data.describe(cfg.data)
     program = build(cfg, info=info)
     start = time.perf_counter()
@@ -73,18 +56,19 @@ def train(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
     resident = put(next(source), program.batch_sharding)
     bare, loop = [], []
     with jax.set_mesh(program.mesh):
+        if not steps:
+            seconds = _seconds(compiled, program.init(), resident, 3) / 3
+            steps = max(10, math.ceil(ROUND_SECONDS / seconds))
+        # The first interval of the loop warms up.
+        cfg = config.replace(program.cfg, steps=2 * steps, log_every=steps)
+        looped = dataclasses.replace(program, cfg=cfg)
         for _ in range(rounds):
-            bare.append(
-                cfg.batch * steps / _seconds(compiled, program.init(), resident, steps)
-            )
+            seconds = _seconds(compiled, program.init(), resident, steps)
+            bare.append(cfg.batch * steps / seconds)
             with tempfile.TemporaryDirectory() as workdir:
-                run = training.Loop(
-                    program, info, workdir, None, Preemption(), compiled
-                )
+                run = training.Loop(looped, info, workdir, None, None, compiled)
                 run.run(program.init())
-                loop.append(
-                    read_metrics(workdir)[-1]
-                )  # the second interval: the first warms up
+                loop.append(read_metrics(workdir)[-1])
     speed = statistics.median(bare)
     flops = 6 * models.macs(program.cfg.model) * speed
     return {
@@ -99,7 +83,7 @@ def train(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
         "data_wait": statistics.median(m["train/data_wait"] for m in loop),
         "compile_seconds": compile_seconds,
         **_memory(compiled),
-        **_utilisation(flops),
+        **utilisation(flops),
     }
 
 
@@ -111,40 +95,48 @@ def infer(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
     source = data.train_batches(program.cfg.data, batch=cfg.batch, seed=cfg.seed)
     images = put(next(source), program.batch_sharding)["image"]
     speeds = {}
-    batch = program.mesh.size
-    while batch <= cfg.batch:
+    for batch in batches(sharding.batch_parts(program.mesh), cfg.batch):
         part = jax.device_put(images[:batch], program.batch_sharding)
         jax.block_until_ready(program.forward(params, part))
         times = []
         for _ in range(rounds):
             start = time.perf_counter()
-            jax.block_until_ready([program.forward(params, part) for _ in range(steps)])
+            out = [program.forward(params, part) for _ in range(steps or 10)]
+            jax.block_until_ready(out)
             times.append(time.perf_counter() - start)
-        speeds[batch] = batch * steps / statistics.median(times)
-        batch *= 4
+        speeds[batch] = batch * (steps or 10) / statistics.median(times)
     best = max(speeds.values())
     return {
         "images_per_second": best,
         "images_per_second_by_batch": speeds,
-        **_utilisation(2 * models.macs(program.cfg.model) * best),
+        **utilisation(2 * models.macs(program.cfg.model) * best),
     }
+
+
+def batches(smallest: int, largest: int) -> list[int]:
+    """From ``smallest`` in steps of 4 to ``largest``, which is always one of them."""
+    steps = int(math.log(max(largest // smallest, 1), 4))
+    return sorted({smallest * 4**i for i in range(steps + 1)} | {largest})
 
 
 def _data(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
     from vit_jax.data import benchmark  # imports tensorflow
 
-    return benchmark.run(cfg.data, rounds=rounds, steps=steps)
+    return benchmark.run(cfg.data, rounds=rounds, steps=steps or 10)
 
 
 WHAT = {"train": train, "infer": infer, "data": _data}
 
 
 def _seconds(step: Callable[..., Any], state: Any, batch: Any, steps: int) -> float:
+    """Of ``steps`` steps, of which at most two are in flight, as in the loop."""
     state, metrics = step(state, batch)
     jax.block_until_ready(metrics)
     start = time.perf_counter()
     for _ in range(steps):
+        previous = metrics
         state, metrics = step(state, batch)
+        jax.block_until_ready(previous)
     jax.block_until_ready((state, metrics))
     return time.perf_counter() - start
 
@@ -158,12 +150,21 @@ def _memory(compiled: Any) -> dict[str, float]:
     return {"peak_gib": (size - m.alias_size_in_bytes) / 2**30}
 
 
-def _utilisation(flops: float) -> dict[str, float]:
+def utilisation(flops: float) -> dict[str, float]:
     """Model FLOP/s, and their share of the peak where the device's peak is known (MFU)."""
-    kind = jax.devices()[0].device_kind
-    peak = next((v for k, v in PEAK_FLOPS.items() if k.lower() in kind.lower()), 0.0)
+    chip = hardware.chip_of(jax.devices()[0].device_kind)
     found = {"tflops": flops / 1e12}
-    return found | {"mfu": flops / (peak * len(jax.devices()))} if peak else found
+    return found | ({"mfu": flops / (chip.flops * jax.device_count())} if chip else {})
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("what", "train", "Comma-separated: train, infer, data.")
+    flags.DEFINE_bool("json", False, "Print one JSON object instead of lines.")
+    flags.DEFINE_integer("rounds", 5, "Alternating rounds; the median is reported.")
+    flags.DEFINE_integer(
+        "round_steps", 0, "Steps per round; 0: as many as take seconds, at least 10."
+    )
+    cli.define_config_flag()
 
 
 def main(argv: list[str]) -> None:
@@ -173,23 +174,21 @@ def main(argv: list[str]) -> None:
         )
     f = flags.FLAGS
     cfg = cli.read_config()
+    runs = {what: config.choose("--what", what, WHAT) for what in f.what.split(",")}
     results: dict[str, Any] = {
-        "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "model": cfg.model.name or "ViT",
         "batch": cfg.batch,
     }
-    for what in f.what.split(","):
-        run = config.choose("--what", what, WHAT)
-        results[what] = run(cfg, f.rounds, f.round_steps)
+    with cli.only_json(f.json):
+        for what, run in runs.items():
+            results[what] = run(cfg, f.rounds, f.round_steps)
+        for name, value in results.items():
+            numbers = value.items() if isinstance(value, dict) else [("", value)]
+            for key, number in numbers:
+                print(f"{f'{name}/{key}'.rstrip('/'):<34} {_text(number)}")
     if f.json:
-        print(json.dumps(results))
-        return
-    for name, value in results.items():
-        if not isinstance(value, dict):
-            print(f"{name:<34} {value}")
-            continue
-        for key, number in value.items():
-            print(f"{name + '/' + key:<34} {_text(number)}")
+        cli.print_json(results)
 
 
 def _text(value: Any) -> str:
@@ -197,4 +196,5 @@ def _text(value: Any) -> str:
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)

@@ -10,32 +10,26 @@ Everything here is per device and step.
 """
 
 import dataclasses
-import functools
 import re
 from collections import defaultdict
 from typing import NamedTuple
 
 import numpy as np
 
-BYTES = {
-    "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
-    "s64": 8, "u64": 8, "f64": 8,
-}  # fmt: skip
+from vit_jax.errors import UserError
+
 COLLECTIVES = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-)
+    "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
+)  # fmt: skip
 
 
 class Instruction(NamedTuple):
     name: str
-    type: str  # "f32[8,128]{1,0}" or a tuple of such
+    # "f32[8,128]{1,0}" or a tuple of such.
+    type: str
     op: str
-    rest: str  # op(operands), attributes
-    root: bool = False
+    # op(operands), attributes
+    rest: str
 
 
 @dataclasses.dataclass
@@ -43,11 +37,16 @@ class Collective:
     """All collectives of one kind and element type."""
 
     count: int = 0
-    bytes: int = 0  # of the whole array, per device that takes part
-    wire_bytes: float = 0.0  # what each device sends, in a ring
-    part_bytes: float = 0.0  # of these, within groups smaller than the mesh
+    # Of the whole array, per device that takes part.
+    bytes: float = 0
+    # What each device sends, in a ring.
+    wire_bytes: float = 0.0
+    # Of these, within groups smaller than the mesh.
+    part_bytes: float = 0.0
 
-    def add(self, count: int, size: int, wire_bytes: float, part_bytes: float) -> None:
+    def add(
+        self, count: int, size: float, wire_bytes: float, part_bytes: float
+    ) -> None:
         self.count += count
         self.bytes += size
         self.wire_bytes += wire_bytes
@@ -59,102 +58,114 @@ class Cost:
     """Of one step on one device."""
 
     cycles: int = 0
-    matmul_cycles: int = 0  # of the fusions that contain a matrix product
-    flops: int = 0  # of matrix products and convolutions, recomputation included
-    unknown: int = 0  # custom calls (Pallas kernels) that carry no estimate
+    # Of the fusions that contain a matrix product.
+    matmul_cycles: int = 0
+    # Of matrix products and convolutions, recomputation included.
+    flops: int = 0
+    # Calls of kernels (Pallas), for which the compiler has no estimate.
+    unknown: int = 0
     collectives: dict[str, Collective] = dataclasses.field(
         default_factory=lambda: defaultdict(Collective)
     )
-    fusions: list[tuple[int, str]] = dataclasses.field(
-        default_factory=list
-    )  # (cycles, where in the program)
+    # (cycles, where in the program)
+    fusions: list[tuple[int, str]] = dataclasses.field(default_factory=list)
 
 
 def cost(text: str, num_devices: int) -> Cost:
-    """Walks the program from its entry, loop bodies times their trip counts."""
+    """Walks the program from its entry, loop bodies times their trip counts.
+
+    Raises:
+      UserError: collectives of an element type of which the size is not known.
+    """
     computations, entry = parse(text)
-    total = Cost()
-    # Asynchronous fusions repeat their collective, with its channel, in several places.
-    seen: set[tuple[str, str]] = set()
+    walk = _Walk(computations, num_devices)
+    walk.add(entry, 1)
+    walk.total.collectives = dict(walk.total.collectives)
+    return walk.total
 
-    @functools.cache
-    def flops(name: str) -> int:
-        own = {i.name: i.type for i in computations[name]}
-        return sum(
-            convolution_flops(i, own)
-            if i.op in ("convolution", "dot")
-            else sum(map(flops, called(i, "calls")))
-            for i in computations[name]
-        )
 
-    def communicate(name: str, trips: int) -> None:
-        for i in computations[name]:
-            kind = i.op.removesuffix("-start")
-            if kind in COLLECTIVES:
-                channel = re.search(r"channel_id=(\d+)", i.rest)
-                where = ""
-                # A reduce-scatter is a fusion around an all-reduce of the whole array.
-                # Those that were combined, one per layer, all have channel 1.
-                if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-                    kind, where = "reduce-scatter", name.split(".clone")[0]
-                if channel:
-                    if (channel[1], where) in seen:
-                        continue
-                    seen.add((channel[1], where))
-                n = group_size(i.rest, num_devices)
-                arrays = sizes(i.type)
-                size = sum(arrays)
-                if i.op in ("all-gather-start", "collective-permute-start"):
-                    size = max(arrays)  # the type holds the operand too
-                elif i.op == "reduce-scatter":
-                    size *= n
-                ring = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}
-                sent = size * trips * ring.get(kind, (n - 1) / n)
-                part = sent if n < num_devices else 0.0
-                total.collectives[kind].add(trips, size * trips, sent, part)
-            elif (
-                i.op == "send" and "is_host_transfer=true" in i.rest
-            ):  # to other slices
-                size = sizes(i.type)[0] * trips
-                total.collectives["send"].add(trips, size, size, 0.0)
-            if i.op == "fusion" or i.op.endswith("-start"):
-                for other in called(i, "calls"):
-                    communicate(other, trips)
+class _Walk:
+    """Adds up what the computations of a program cost."""
 
-    def walk(name: str, trips: int) -> None:
-        communicate(name, trips)
-        for i in computations[name]:
+    def __init__(self, computations: dict[str, list[Instruction]], num_devices: int):
+        self.computations, self.num_devices = computations, num_devices
+        self.total = Cost()
+        self._flops: dict[str, int] = {}
+        # Asynchronous fusions repeat their collective, with its channel, in several
+        # places.
+        self._seen: set[tuple[str, str]] = set()
+
+    def add(self, name: str, trips: int) -> None:
+        """Everything that runs where computation ``name`` runs ``trips`` times."""
+        self._communicate(name, trips)
+        types = {i.name: i.type for i in self.computations[name]}
+        for i in self.computations[name]:
             if i.op == "while":
                 (body,), (condition,) = called(i, "body"), called(i, "condition")
-                walk(body, trips * trip_count(i, computations, condition))
+                self.add(body, trips * trip_count(i, self.computations, condition))
                 continue
-            for other in (
-                called(i, "branch_computations") if i.op == "conditional" else ()
-            ):
-                walk(other, trips)
-            for other in called(i, "to_apply") if i.op == "call" else ():
-                walk(other, trips)
-            n = (
-                convolution_flops(i, {j.name: j.type for j in computations[name]})
-                if i.op == "convolution"
-                else 0
-            )
-            n += sum(map(flops, called(i, "calls")))
-            total.flops += n * trips
+            inner = {"conditional": "branch_computations", "call": "to_apply"}.get(i.op)
+            for other in called(i, inner) if inner else ():
+                self.add(other, trips)
+            flops = convolution_flops(i, types) if i.op == "convolution" else 0
+            flops += sum(map(self._flops_of, called(i, "calls")))
+            self.total.flops += flops * trips
             if match := re.search(r'"estimated_cycles":"(\d+)"', i.rest):
                 cycles = int(match[1]) * trips
-                total.cycles += cycles
-                total.matmul_cycles += cycles if n else 0
+                self.total.cycles += cycles
+                self.total.matmul_cycles += cycles if flops else 0
                 where = re.search(r'op_name="([^"]*)"', i.rest)
-                total.fusions.append(
-                    (cycles, f"{i.name} {i.type[:60]} {where[1] if where else ''}")
-                )
+                line = f"{i.name} {i.type[:60]} {where[1] if where else ''}"
+                self.total.fusions.append((cycles, line))
             elif i.op == "custom-call" and "tpu_custom_call" in i.rest:
-                total.unknown += trips
+                self.total.unknown += trips
 
-    walk(entry, 1)
-    total.collectives = dict(total.collectives)
-    return total
+    def _flops_of(self, name: str) -> int:
+        if name not in self._flops:
+            types = {i.name: i.type for i in self.computations[name]}
+            self._flops[name] = sum(
+                convolution_flops(i, types)
+                if i.op in ("convolution", "dot")
+                else sum(map(self._flops_of, called(i, "calls")))
+                for i in self.computations[name]
+            )
+        return self._flops[name]
+
+    def _communicate(self, name: str, trips: int) -> None:
+        for i in self.computations[name]:
+            kind = i.op.removesuffix("-start")
+            if kind in COLLECTIVES:
+                self._collective(name, i, kind, trips)
+            # To other slices.
+            elif i.op == "send" and "is_host_transfer=true" in i.rest:
+                size = sizes(i.type)[0] * trips
+                self.total.collectives["send"].add(trips, size, size, 0.0)
+            if i.op == "fusion" or i.op.endswith("-start"):
+                for other in called(i, "calls"):
+                    self._communicate(other, trips)
+
+    def _collective(self, name: str, i: Instruction, kind: str, trips: int) -> None:
+        where = ""
+        # A reduce-scatter is a fusion around an all-reduce of the whole array. Those
+        # that were combined, one per layer, all have channel 1.
+        if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+            kind, where = "reduce-scatter", name.split(".clone")[0]
+        if channel := re.search(r"channel_id=(\d+)", i.rest):
+            if (channel[1], where) in self._seen:
+                return
+            self._seen.add((channel[1], where))
+        n = group_size(i.rest, self.num_devices)
+        arrays = sizes(i.type)
+        size = sum(arrays)
+        if i.op in ("all-gather-start", "collective-permute-start"):
+            # The type holds the operand too.
+            size = max(arrays)
+        elif i.op == "reduce-scatter":
+            size *= n
+        ring = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}
+        sent = size * trips * ring.get(kind, (n - 1) / n)
+        part = sent if n < self.num_devices else 0.0
+        self.total.collectives[kind].add(trips, size * trips, sent, part)
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
@@ -172,13 +183,9 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
                 entry = match[2] if match[1] else entry
         elif line.startswith("}"):
             body = None
-        elif match := re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*)$", line):
-            type_, rest = _split_type(match[3])
-            body.append(
-                Instruction(
-                    match[2], type_, rest.split("(", 1)[0], rest, bool(match[1])
-                )
-            )
+        elif match := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)$", line):
+            type_, rest = _split_type(match[2])
+            body.append(Instruction(match[1], type_, rest.split("(", 1)[0], rest))
     if not entry:
         raise ValueError("the text holds no ENTRY computation")
     return computations, entry
@@ -209,12 +216,28 @@ def trip_count(
     return max(constants(condition), default=1)
 
 
-def sizes(type_: str) -> list[int]:
-    """Bytes of each array in a type."""
+def sizes(type_: str) -> list[float]:
+    """Bytes of each array in a type.
+
+    Raises:
+      UserError: an element type of which the size is not known.
+    """
     return [
-        BYTES.get(dtype, 0) * int(np.prod([int(n) for n in dims.split(",") if n]))
+        _bits(dtype) / 8 * int(np.prod([int(n) for n in dims.split(",") if n]))
         for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", type_)
     ]
+
+
+def _bits(dtype: str) -> int:
+    """The first number in the name: of bf16 16, of f8e4m3fn 8."""
+    if dtype in ("pred", "token", "opaque"):
+        return 8 if dtype == "pred" else 0
+    if match := re.match(r"[a-z]+(\d+)", dtype):
+        return int(match[1])
+    raise UserError(
+        f"the compiled program communicates elements of type {dtype!r}, of which the "
+        "size is not known: its network traffic cannot be estimated"
+    )
 
 
 def group_size(rest: str, num_devices: int) -> int:
@@ -265,10 +288,8 @@ def convolution_flops(i: Instruction, types: dict[str, str]) -> int:
     for k in range(rank):
         size, stride = int(attribute("size", "1")[k]), int(attribute("stride", "1")[k])
         low = int(attribute("pad", "0_0")[k].split("_")[0])
-        lhs_dilate, rhs_dilate = (
-            int(attribute("lhs_dilate", "1")[k]),
-            int(attribute("rhs_dilate", "1")[k]),
-        )
+        lhs_dilate = int(attribute("lhs_dilate", "1")[k])
+        rhs_dilate = int(attribute("rhs_dilate", "1")[k])
         n_in = operands[0][lhs_labels.index(str(k))]
         n_out = out[out_labels.index(str(k))]
         at = np.arange(n_out)[:, None] * stride - low + np.arange(size) * rhs_dilate

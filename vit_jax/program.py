@@ -175,14 +175,14 @@ def build(
     state_sharding = sharding.state_sharding(cfg, mesh, state_shape)
     batch_sharding = sharding.batch_sharding(mesh)
     # The same model, reading parameters in parts.
-    placed = models.create(cfg.model, sharding.gather_block(cfg, mesh))
+    placed = models.create(cfg.model, sharding.block_hook(cfg, mesh))
     loss_of_whole = objectives.of(cfg).create(placed, cfg)
 
     def loss_fn(params, batch, key):
-        return loss_of_whole(sharding.gather(cfg, mesh, params), batch, key)
+        return loss_of_whole(sharding.to_compute(cfg, mesh, params), batch, key)
 
     def forward(params, images):
-        params = sharding.gather(cfg, mesh, params)
+        params = sharding.to_compute(cfg, mesh, params)
         return outputs(placed, params, images)
 
     step = functools.partial(

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from etils import epath
 
-from vit_jax import config, data, evaluators, weights
+from vit_jax import config, data, evaluators, sharding, weights
 from vit_jax.checkpoint import Checkpointer
 from vit_jax.config import Config
 from vit_jax.distributed import Preemption
@@ -93,7 +93,7 @@ class Loop:
         info: data.DataInfo,
         workdir: str,
         checkpoints: Checkpointer | None,
-        preemption: Preemption,
+        preemption: Preemption | None,
         train_step: Callable[[State, Batch], tuple[State, Metrics]] | None = None,
     ):
         self.program, self.cfg, self.info = program, program.cfg, info
@@ -123,7 +123,7 @@ class Loop:
                 batch = next(feed)
             train_step = self.train_step or self._compile(batch)
             self.interval.restart()
-            while step < last and not self.preemption.requested():
+            while step < last and not self._asked_to_stop():
                 state, metrics = train_step(state, batch)
                 batch = next(feed) if step + 1 < last else batch
                 step += 1
@@ -155,6 +155,9 @@ class Loop:
             profiler.close()
             feed.close()
             bar.close()
+
+    def _asked_to_stop(self) -> bool:
+        return self.preemption is not None and self.preemption.requested()
 
     def _feed(self) -> Feed:
         cfg = self.cfg
@@ -351,11 +354,9 @@ def _say_sizes(program: Program, info: data.DataInfo) -> None:
     say(
         f"{'':<12} {info.num_train:,} training and {info.num_test:,} test images, {info.num_classes} classes"
     )
-    say(
-        f"{'':<12} batch {cfg.batch} = {cfg.batch // jax.process_count()} per host = "
-        f"{cfg.batch // program.mesh.size} per device, in {cfg.accumulate} micro-batch(es); "
-        f"{cfg.model.name or 'ViT'} with {params:,} parameters"
-    )
+    per_device = cfg.batch // sharding.batch_parts(program.mesh)
+    batch = sharding.batch_text(cfg.batch, per_device, cfg.accumulate)
+    say(f"{'':<12} {batch}; {cfg.model.name or 'ViT'} with {params:,} parameters")
 
 
 def _say_end(

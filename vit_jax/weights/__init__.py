@@ -40,7 +40,7 @@ from vit_jax.weights import (
 )
 from vit_jax.weights.contents import Metadata
 from vit_jax.weights.report import Report
-from vit_jax.weights.understand import describe, understand
+from vit_jax.weights.understand import metadata_of, understand
 
 __all__ = [
     "Checkpoint",
@@ -228,9 +228,8 @@ def read(source: str | Path, image_size: Size = None, **overrides: Any) -> Check
 
 
 def read_metadata(source: str | Path) -> Metadata:
-    """Class names and preprocessing, without reading the weights."""
-    with sources.open_source(catalogue.resolve(str(source))) as (contents, _):
-        return describe(contents)[0] if contents.torch else contents.metadata
+    """Class names and preprocessing, without the weights where they lie beside them."""
+    return metadata_of(catalogue.resolve(str(source)))
 
 
 def save(

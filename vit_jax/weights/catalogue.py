@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from vit_jax.config import nearest
 from vit_jax.errors import UserError
-from vit_jax.weights import fetch
+from vit_jax.weights import fetch, hub
 
 _BUCKET = "gs://vit_models"
 # Why some sources are listed first: the bucket refused anonymous readers in 2026.
@@ -130,8 +130,8 @@ _AUGREG = re.compile(
 
 
 def _in_cache(source: str) -> bool:
-    if source.startswith("hf://") and source.count("/") == 3:
-        source += "/model.safetensors"
+    if source.startswith("hf://"):
+        return hub.in_cache(source)
     return fetch.cached(source).exists()
 
 

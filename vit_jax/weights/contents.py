@@ -41,9 +41,8 @@ class Metadata:
 
     class_names: tuple[str, ...] = ()
     transforms: tuple[dict[str, Any], ...] = ()  # of an image on its way to the model
-    model: dict[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # ModelConfig fields
+    # Fields of ModelConfig.
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
     multilabel: bool = False  # probabilities are independent: sigmoid, not softmax
     family: str = ""  # whose names the file has: of families.py; "": the released ones
     arrays: tuple[str, ...] = ()  # which arrays it has, see roles.write
@@ -57,13 +56,18 @@ class Contents:
     where: str  # path or URL, for messages
     arrays: dict[str, Array]
     metadata: Metadata = Metadata()
+    notes: tuple[str, ...] = ()  # lines for the report
     torch: bool = False  # the arrays have the names of a torch model
     # JSON objects beside torch weights, by file name, for example "config.json".
     files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
+# Names, arrays or instructions that a file may hold: a published ViT has some hundreds.
+MOST_ENTRIES = 100_000
+
+
 class Damaged(UserError):
-    """The bytes are not those that were written: only another copy of them helps."""
+    """The bytes are not those that were written: get another copy."""
 
 
 @contextmanager
@@ -77,10 +81,15 @@ def parsing(what: str) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except Exception as e:
-        why = str(e).partition("\n")[0] or type(e).__name__
         raise Damaged(
-            f"{what} is truncated or damaged ({why}): download or copy it again"
+            f"{what} is truncated or damaged ({one_line(e)}): download or copy it again"
         ) from e
+
+
+def one_line(error: Exception) -> str:
+    """What a foreign library says, as part of a message: its first line, printable."""
+    text = str(error).strip().partition("\n")[0] or type(error).__name__
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)[:300]
 
 
 def count_up(numbers: Iterable[int], first: int, what: str) -> int:
@@ -106,27 +115,61 @@ def in_memory(name: str, values: Any) -> Array:
     return Array(name, values.shape, lambda: to_float32(values))
 
 
+def is_weight(name: str, dtype: np.dtype, shape: tuple[int, ...], where: str) -> bool:
+    """Whether an array of this type is a parameter; counters and masks are none.
+
+    Raises:
+      UserError: it is one, but in a type that is not read here.
+    """
+    if dtype.kind == "f" or dtype == "V2":
+        return True
+    if dtype.itemsize == 1 and dtype.kind in "iu" and len(shape) > 1:
+        raise UserError(
+            f"{where}: the array {name} has type {dtype}: quantised weights are not "
+            "supported; save them as float32 or float16"
+        )
+    if dtype.kind not in "iub":
+        raise UserError(f"{where}: the array {name} has type {dtype}: not supported")
+    return False
+
+
 def to_float32(values: np.ndarray) -> np.ndarray:
     """``values`` as float32; bfloat16 that numpy wrote as two raw bytes is recovered."""
     if values.dtype.kind == "V" and values.dtype.itemsize == 2:
         import ml_dtypes
 
         values = values.view(ml_dtypes.bfloat16)
-    return np.asarray(values, np.float32)
+    # What overflows becomes infinite, which the check of all values names.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray(values, np.float32)
 
 
-def require_memory(needed: int, where: str) -> None:
-    """Refuses what cannot fit, before it is read.
+# What a file may unpack to: this many times its size, and something for small ones.
+_EXPANSION = 8
+_ALLOWANCE = 64 << 20
+
+
+def require_memory(unpacked: int, size: int, where: str) -> None:
+    """Refuses what cannot fit, or grows out of all proportion, before it is read.
+
+    Args:
+      unpacked: bytes in memory.
+      size: bytes of the file.
+      where: the file, for the message.
 
     Raises:
-      UserError: ``needed`` bytes are more than this machine has left.
+      UserError: it is more than the file can honestly hold, or than this machine has.
     """
-    available = available_memory()
-    if needed > available:
+    if unpacked > _EXPANSION * size + _ALLOWANCE:
         raise UserError(
-            f"{where} unpacks to {needed / 2**30:.1f} GiB, but this machine has "
-            f"{available / 2**30:.1f} GiB of memory left: it is damaged or hostile, or "
-            "needs a larger machine"
+            f"{where} has {size:,} bytes but claims to unpack to {unpacked:,}, more than "
+            f"{_EXPANSION} times as many: it is damaged or hostile"
+        )
+    available = available_memory()
+    if unpacked > available:
+        raise UserError(
+            f"{where} unpacks to {unpacked / 2**30:.1f} GiB, but this machine has "
+            f"{available / 2**30:.1f} GiB of memory left: use a larger machine"
         )
 
 
@@ -143,9 +186,12 @@ def available_memory() -> int:
         group = Path("/sys/fs/cgroup")
         limit = (group / "memory.max").read_text().strip()
         used = int((group / "memory.current").read_text())
+        # Cached files count as used, but the system drops them when memory is short.
+        stat = dict(map(str.split, (group / "memory.stat").read_text().splitlines()))
+        cached = int(stat["inactive_file"]) + int(stat["active_file"])
         if limit != "max":
-            limits.append(int(limit) - used)
-    except (OSError, ValueError):
+            limits.append(int(limit) - used + cached)
+    except (OSError, ValueError, LookupError):
         pass
     return max(0, min(limits, default=1 << 62))
 

@@ -13,7 +13,7 @@ from typing import Any
 from vit_jax import config
 from vit_jax.errors import UserError
 from vit_jax.weights.contents import Metadata
-from vit_jax.weights.families import Family
+from vit_jax.weights.families import FAMILIES, Family
 
 _GELU = {
     "gelu": "exact",
@@ -30,12 +30,14 @@ _RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # of Pillow
 Get = Callable[..., Any]
 
 
-def describe(files: Mapping[str, dict[str, Any]], family: Family, where: str) -> Metadata:
+def describe(
+    files: Mapping[str, dict[str, Any]], family: Family | None, where: str
+) -> Metadata:
     """What the JSON files beside torch weights state.
 
     Args:
       files: JSON objects by file name, such as "config.json".
-      family: of the weights.
+      family: of the weights; None: nobody has looked, so the one that is named.
       where: the folder, for messages.
 
     Raises:
@@ -44,9 +46,13 @@ def describe(files: Mapping[str, dict[str, Any]], family: Family, where: str) ->
     values = files.get("config.json", {})
     if is_timm(values):
         return _of_timm(values, f"{where}/config.json")
-    if values and family.hub is None:
+    if values and family is None:
+        kind = values.get("model_type", "vit")
+        known = (f for f in FAMILIES if f.hub and kind in f.hub.kinds)
+        family = next(known, FAMILIES[0])
+    if values and family and family.hub is None:
         return Metadata()  # of another model: a file among strangers
-    if values:
+    if values and family:
         processor = files.get("preprocessor_config.json", {})
         return _of_transformers(values, processor, family, where)
     if values := files.get("open_clip_config.json", {}):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Downloads: ``https://``, ``gs://`` (public buckets) and ``hf://`` into a cache.
+"""Downloads of ``https://`` and ``gs://`` (public buckets) into a cache.
 
 A file gets its name in the cache only when it is complete and looks like what was asked
 for. Until then its bytes wait beside the cache, in ``<cache>.partial``, where the next
@@ -12,20 +12,30 @@ import hashlib
 import http.client
 import os
 import re
-import sys
+import shutil
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from tqdm.auto import tqdm
 
 from vit_jax.errors import UserError
+from vit_jax.weights.contents import one_line
 
 GS_ENDPOINT = "https://storage.googleapis.com"
 _CHUNK = 1 << 20
 _ATTEMPTS = 5
+# A download may take this many seconds, and one more for so many bytes that arrive.
+PATIENCE = 60.0
+SLOWEST = 10_000
+# Bytes of a file whose server does not say how long it is.
+LONGEST = 2 << 30
 _ALTERNATIVES = (
     "Alternatives: a local path (download the file in any other way), an https:// URL "
     "of a mirror, or hf://OWNER/NAME, where timm and google publish the same weights "
@@ -55,7 +65,7 @@ def cached(url: str) -> Path:
 
 
 def to_https(url: str) -> str:
-    """The address that ``gs://`` and ``hf://owner/name[@revision]/file`` stand for.
+    """``url`` itself, or the address that ``gs://`` stands for.
 
     Raises:
       UserError: it names no file, or is not safe.
@@ -63,23 +73,13 @@ def to_https(url: str) -> str:
     scheme, _, rest = url.partition("://")
     if scheme == "gs":
         return f"{GS_ENDPOINT}/{urllib.parse.quote(rest)}"
-    if scheme == "hf":
-        match = re.fullmatch(r"([^/]+/[^/@]+)(?:@([^/]+))?/(.+)", rest)
-        if not match:
-            raise UserError(f"{url}: write hf://OWNER/NAME or hf://OWNER/NAME/FILE")
-        repo, revision, file = match.groups()
-        file = urllib.parse.quote(file)
-        return f"{_hub()}/{repo}/resolve/{revision or 'main'}/{file}"
     try:
-        host, path = (
-            urllib.parse.urlsplit(url).hostname,
-            urllib.parse.urlsplit(url).path,
-        )
+        parts = urllib.parse.urlsplit(url)
     except ValueError as e:
-        raise UserError(f"{url} is no address: {e}") from e
-    if not host or not path.rpartition("/")[2]:
+        raise UserError(f"{url} is not an address: {e}") from e
+    if not parts.hostname or not parts.path.rpartition("/")[2]:
         raise UserError(f"{url} names no file: write https://HOST/FOLDER/FILE")
-    if scheme == "http" and host not in ("localhost", "127.0.0.1", "::1"):
+    if scheme == "http" and not _here(url):
         raise UserError(f"{url}: http can be altered on the way; use https://")
     return url
 
@@ -94,61 +94,33 @@ def download(url: str, check: Callable[[Path], None] = lambda path: None) -> Pat
 
     Raises:
       Refused: 403, 404 and the like.
-      UserError: no network, a wrong size or checksum, an unusable cache, or by
-        ``check``.
+      UserError: no network, too slow or too large, a wrong checksum, an unusable
+        cache, or by ``check``.
     """
     target = cached(url)
-    stated = _stated(url)
-    if target.is_file():
-        _verify(target, stated, f"the cached copy of {url}, {target},", "delete it")
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = _partial(target)
-        waiting = partial.open("ab")
-    except OSError as e:
-        raise UserError(
-            f"the cache {cache_folder()} cannot be written ({e.strerror}): set "
-            "VIT_JAX_CACHE to a folder where it can"
-        ) from e
-    # Several processes of one machine may ask for the same file: one downloads.
-    with waiting as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if target.exists():
-            partial.unlink(missing_ok=True)
-            return target
-        tag = partial.with_name(partial.name + ".tag")
-        keep = False
-        try:
-            stated = _transfer(url, file, tag) | stated
-            _verify(partial, stated, f"{url}: the download", "it is deleted; try again")
-            check(partial)
-            os.replace(partial, target)
-        except (_Interrupted, KeyboardInterrupt):
-            keep = True
-            raise
-        finally:
-            if not keep:
-                partial.unlink(missing_ok=True)
-                tag.unlink(missing_ok=True)
-                _remove_if_empty(target.parent)
-                _remove_if_empty(partial.parent)
+    if not target.is_file():
+        with _claimed(target) as (file, partial):
+            if not target.is_file():
+                _fill(url, file, partial, check)
+                os.replace(partial, target)
+                return target
+            partial.unlink()
+    verify(target, url, f"the cached copy of {url}, {target},", "delete it")
     return target
 
 
-def repository_files(url: str) -> list[str]:
-    """Names of the files of ``hf://owner/name``; [] if that cannot be found out."""
-    import json
-
-    match = re.fullmatch(r"hf://([^/]+/[^/@]+)(?:@[^/]+)?/?", url)
-    if not match:
-        return []
-    try:
-        with _open(f"{_hub()}/api/models/{match[1]}", {}) as response:
-            listing = json.load(response)
-        return [s["rfilename"] for s in listing.get("siblings", [])]
-    except (OSError, ValueError, KeyError):
-        return []
+def verify(path: Path, url: str, what: str, advice: str) -> None:
+    """Raises: UserError: ``url`` ends in a checksum that ``path`` does not have."""
+    stated = url.partition("#sha256=")[2].lower()
+    if not stated:
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != stated:
+        raise UserError(
+            f"{what} has sha256 {found}, but {stated} was stated: {advice}, or get the "
+            "file in another way"
+        )
 
 
 class Refused(UserError):
@@ -163,33 +135,26 @@ class _Interrupted(UserError):
     """The bytes so far are good: the next attempt may resume."""
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Keeps the checksum that the Hub states before it redirects to its storage."""
-
-    stated = ""
-
-    def redirect_request(
-        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
-    ) -> urllib.request.Request | None:
-        self.stated = headers.get("X-Linked-Etag") or self.stated
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _open(url: str, headers: dict[str, str]) -> Any:
-    request = urllib.request.Request(url, headers={"User-Agent": "vit_jax", **headers})
-    token = os.environ.get("HF_TOKEN")
-    if token and url.startswith(_hub() + "/"):
-        # Unredirected: the storage that the Hub redirects to must not see the token.
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
-    redirects = _Redirects()
-    opener = urllib.request.build_opener(redirects)
-    response: Any = opener.open(request, timeout=60)
-    response.stated = redirects.stated
-    return response
-
-
-def _hub() -> str:
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+@contextmanager
+def _claimed(target: Path) -> Iterator[tuple[IO[bytes], Path]]:
+    """The partial file of ``target``, for this process alone; others wait here."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = _partial(target)
+        owned = False
+        while not owned:
+            with partial.open("ab") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                # Whoever had it before may have renamed or deleted it meanwhile.
+                with contextlib.suppress(FileNotFoundError):
+                    owned = os.path.samestat(partial.stat(), os.fstat(file.fileno()))
+                if owned:
+                    yield file, partial
+    except OSError as e:
+        raise UserError(
+            f"the cache {cache_folder()} cannot be written ({e.strerror}): set "
+            "VIT_JAX_CACHE to a folder where it can"
+        ) from e
 
 
 def _partial(target: Path) -> Path:
@@ -205,138 +170,191 @@ def _partial(target: Path) -> Path:
     return target.with_name(f".{target.name}.partial")
 
 
-def _transfer(url: str, file: Any, tag: Path) -> dict[str, str]:
-    """Appends to ``file`` until it is complete; retries what may pass.
+def _fill(
+    url: str, file: IO[bytes], partial: Path, check: Callable[[Path], None]
+) -> None:
+    """Downloads, and checks; what failed for good is not kept."""
+    tag = partial.with_name(partial.name + ".tag")
+    try:
+        _transfer(url, file, tag)
+        verify(partial, url, f"{url}: the download", "it is deleted; try again")
+        check(partial)
+    except (_Interrupted, KeyboardInterrupt):
+        raise
+    except BaseException:
+        partial.unlink()
+        tag.unlink(missing_ok=True)
+        raise
+    tag.unlink()
 
-    Returns the checksums that the server states.
-    """
+
+def _transfer(url: str, file: IO[bytes], tag: Path) -> None:
+    """Appends to ``file`` until it is complete; retries transient errors."""
     address = to_https(url.split("#")[0])
+    clock = _Clock(url)
     attempt = 0
     while True:
         before = file.seek(0, os.SEEK_END)
         try:
-            return _receive(address, url, file, tag)
+            return _receive(address, file, tag, clock)
         except urllib.error.HTTPError as e:
             e.close()
-            if e.code not in (408, 429, 500, 502, 503, 504):
+            if e.code == 416:  # it has changed: begin anew
+                tag.unlink(missing_ok=True)
+            elif e.code not in (408, 429, 500, 502, 503, 504):
                 raise _refused(url, e.code) from e
             reason = f"the server answers {e.code}"
         except (OSError, http.client.HTTPException) as e:
-            reason = str(getattr(e, "reason", e)) or type(e).__name__
+            reason = one_line(getattr(e, "reason", e))
         # Progress starts the count anew: a slow line should finish, not give up.
         attempt = 1 if file.seek(0, os.SEEK_END) > before else attempt + 1
         if attempt >= _ATTEMPTS:
-            raise _Interrupted(
-                f"{url} cannot be downloaded: {reason}. Is there a network? What arrived is "
-                f"kept, run the command again to resume. {_ALTERNATIVES}"
+            raise _interrupted(url, reason)
+        time.sleep(min(30, 0.5 * 2**attempt, clock.left()))
+
+
+def _receive(address: str, file: IO[bytes], tag: Path, clock: "_Clock") -> None:
+    """One request. Continues the bytes that are there if they are of the same file."""
+    version = tag.read_text() if tag.exists() else ""
+    start = file.seek(0, os.SEEK_END) if version else file.truncate(0)
+    ask = {"Range": f"bytes={start}-", "If-Range": version} if start else {}
+    with clock.open(address, ask) as response:
+        found = _version(response.headers)
+        if response.status == 206:
+            begins = response.headers.get("Content-Range", "").startswith(
+                f"bytes {start}-"
             )
-        time.sleep(min(30, 0.5 * 2**attempt))
-
-
-def _receive(address: str, url: str, file: Any, tag: Path) -> dict[str, str]:
-    """One request; returns the checksums that the server states."""
-    start = file.seek(0, os.SEEK_END)
-    headers = {}
-    if start:
-        headers["Range"] = f"bytes={start}-"
-        if tag.exists():
-            headers["If-Range"] = tag.read_text()
-    try:
-        response = _open(address, headers)
-    except urllib.error.HTTPError as e:
-        if e.code != 416:
-            raise
-        e.close()
-        file.truncate(0)  # the file has changed, or is complete: fetch it anew
-        response = _open(address, {})
-    with response:
-        match = re.match(
-            r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", "")
+            if not begins or found != version:
+                tag.unlink()
+                raise http.client.HTTPException("the file has changed")
+        else:
+            start = file.truncate(0)
+            tag.write_text(found)
+        length = response.headers.get("Content-Length", "")
+        stated = re.fullmatch(r"\d{1,18}", length) is not None
+        most = int(length) if stated else LONGEST
+        if stated and most > (free := shutil.disk_usage(tag.parent).free):
+            raise UserError(f"{clock.url} has {most:,} bytes, the disk {free:,} left")
+        done = 0
+        bar = tqdm(
+            desc=clock.url.split("#")[0].rsplit("/", 1)[-1],
+            total=start + most if stated else None,
+            initial=start,
+            unit="B",
+            unit_scale=True,
+            disable=None,  # on a terminal only
         )
-        if response.status != 206 or not match or int(match[1]) != start:
-            file.truncate(0)
-            if response.status == 206:
-                raise http.client.HTTPException("the server sent another range")
-            start = 0
-        length = response.headers.get("Content-Length")
-        total = int(match[2]) if match else int(length) if length else 0
-        etag = response.headers.get("ETag") or ""
-        if etag and not etag.startswith("W/"):
-            tag.write_text(etag)
-        done, shown = start, time.monotonic()
-        while chunk := response.read(_CHUNK):
+        # ``read`` would wait for a whole chunk, however slowly it comes.
+        while chunk := response.read1(_CHUNK):
             file.write(chunk)
+            bar.update(len(chunk))
             done += len(chunk)
-            if time.monotonic() - shown > 0.5:
-                shown = time.monotonic()
-                _show(url, done, total)
+            if done > most:
+                raise UserError(
+                    f"{clock.url} has no end: more than {most:,} bytes came"
+                )
+            clock.arrived(len(chunk))
+        bar.close()
         file.flush()
-        _show(url, done, total, last=True)
-        if total and done != total:
-            raise http.client.IncompleteRead(b"", total - done)
-        stated = response.stated or etag
-        checksums = {}
-        if re.fullmatch(r'"?[0-9a-f]{64}"?', stated):
-            checksums["sha256"] = stated.strip('"')
-        if match := re.search(
-            r"md5=([\w+/]+=*)", response.headers.get("x-goog-hash", "")
-        ):
-            checksums["md5"] = match[1]
-        return checksums
+        if stated and done < most:
+            raise http.client.IncompleteRead(b"", most - done)
 
 
-def _stated(url: str) -> dict[str, str]:
-    """The checksum that an address ends with."""
-    fragment = url.partition("#")[2]
-    if not fragment.startswith("sha256="):
-        return {}
-    return {"sha256": fragment.removeprefix("sha256=").lower()}
+def _version(headers: Any) -> str:
+    """What tells two versions of a file apart; "" if the server gives nothing."""
+    etag = headers.get("ETag", "")
+    if etag and not etag.startswith("W/"):
+        return etag
+    return headers.get("Last-Modified", "")
 
 
-def _verify(path: Path, stated: dict[str, str], what: str, advice: str) -> None:
-    import base64
+class _Clock:
+    """Ends a download that hangs or trickles."""
 
-    for name, expected in stated.items():
-        digest = hashlib.new(name, usedforsecurity=False)
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-        found = digest.hexdigest()
-        if name == "md5":
-            found = base64.b64encode(digest.digest()).decode()
-        if found != expected:
+    def __init__(self, url: str):
+        self.url = url
+        self._end = time.monotonic() + PATIENCE
+
+    def left(self) -> float:
+        return max(0.0, self._end - time.monotonic())
+
+    def arrived(self, count: int) -> None:
+        self._end += count / SLOWEST
+        if not self.left():
+            raise _interrupted(self.url, f"it sends less than {SLOWEST / 1e3:.0f} kB/s")
+
+    def open(self, address: str, headers: dict[str, str]) -> Any:
+        """The response to a request; no part of it is waited for longer than is left.
+
+        In a thread, because a server may send a header byte by byte, which no time-out
+        of a socket ends.
+        """
+        found: list[Any] = []
+        timeout = min(30.0, self.left() + 0.01)
+        request = urllib.request.Request(
+            address, headers={"User-Agent": "vit_jax", **headers}
+        )
+
+        def ask() -> None:
+            opener = urllib.request.build_opener(_Redirects(self.url))
+            try:
+                found.append(opener.open(request, timeout=timeout))
+            except Exception as e:
+                found.append(e)
+
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(self.left())
+        if not found or not self.left():
+            raise _interrupted(self.url, f"no answer within {PATIENCE:.0f} s")
+        if isinstance(found[0], Exception):
+            raise found[0]
+        return found[0]
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect that leaves https."""
+
+    def __init__(self, url: str):
+        self._url = url
+
+    def redirect_request(
+        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        both_here = _here(req.full_url) and _here(newurl)
+        if not (newurl.startswith("https://") or both_here):
+            fp.close()
             raise UserError(
-                f"{what} has {name} {found}, but {expected} was stated: {advice}, or get "
-                "the file in another way"
+                f"{self._url}: the server redirects to {newurl!r:.200}, which can be "
+                "altered on the way: use an address that stays on https://"
             )
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _here(url: str) -> bool:
+    """Whether it is on this machine, where plain http is safe."""
+    parts = urllib.parse.urlsplit(url)
+    return parts.scheme == "http" and parts.hostname in (
+        "localhost",
+        "127.0.0.1",
+        "::1",
+    )
+
+
+def _interrupted(url: str, reason: str) -> _Interrupted:
+    return _Interrupted(
+        f"{url} cannot be downloaded: {reason}. Is there a network? What arrived is kept, "
+        f"run the command again to resume. {_ALTERNATIVES}"
+    )
 
 
 def _refused(url: str, code: int) -> Refused:
     if code in (401, 403):
         why = f"access is denied (status {code}): the file is private, gone or blocked"
-        if "hf://" in url or url.startswith(_hub()):
-            why += "; set HF_TOKEN if your account may read it"
     elif code in (404, 410):
         why = f"there is no such file (status {code}): check the spelling"
+    elif code in (301, 302, 303, 307, 308):
+        why = f"the server redirects in a loop, or not to https (status {code})"
     else:
         why = f"the server answers {code}"
     return Refused(f"{url}: {why}. {_ALTERNATIVES}", code)
-
-
-def _show(url: str, done: int, total: int, last: bool = False) -> None:
-    """A line that rewrites itself on a terminal, and one line at the end elsewhere."""
-    terminal = sys.stderr.isatty()
-    if not (terminal or (last and done > _CHUNK)):
-        return
-    share = f"{100 * done // total:3d} % of {total / 1e6:.1f} MB" if total else ""
-    print(
-        f"\rdownloading {url.rsplit('/', 1)[-1]}: {share or f'{done / 1e6:.1f} MB'}",
-        end="\n" if last else "",
-        file=sys.stderr,
-        flush=True,
-    )
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()

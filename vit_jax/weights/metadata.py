@@ -52,12 +52,6 @@ def _object(text: str, where: str) -> dict[str, Any]:
     return values
 
 
-def parts(index: Path) -> list[str]:
-    """Names of the files that ``model.safetensors.index.json`` lists."""
-    files = lambda weight_map: sorted({str(file) for file in weight_map.values()})
-    return documents.field(read_json(index), "weight_map", [], files, str(index))
-
-
 def sidecar(path: Path) -> Path:
     """``x.json``, which belongs to ``x.npz``."""
     return path.with_suffix(".json")

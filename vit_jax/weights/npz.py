@@ -5,6 +5,7 @@ Reading never unpickles. Writing streams one array at a time, so that exporting 
 memory beside the parameters.
 """
 
+import io
 import math
 import zipfile
 from collections.abc import Iterable
@@ -16,33 +17,64 @@ import numpy as np
 
 from vit_jax.errors import UserError
 from vit_jax.weights.contents import (
+    MOST_ENTRIES,
     Array,
     Damaged,
     atomic,
+    is_weight,
     parsing,
     require_memory,
     to_float32,
 )
 
 
-def read(path: Path, where: str, stack: ExitStack) -> dict[str, Array]:
-    """The arrays of an npz file by name; ``stack`` closes the file.
+class _Bounded(io.FileIO):
+    """``zipfile`` reads a whole directory at once: no more than a real one has."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size and size > 1 << 24:
+            raise ValueError(f"its directory has {size:,} bytes")
+        return super().read(size)
+
+
+def archive(path: Path, where: str, stack: ExitStack) -> zipfile.ZipFile:
+    """An opened zip file; ``stack`` closes it.
 
     Raises:
-      UserError: truncated, encrypted or compressed beyond memory, pickled members, or a
-        member whose header contradicts its size.
+      UserError: truncated or encrypted, or it unpacks to more than such a file may.
     """
     with parsing(where):
-        archive = stack.enter_context(zipfile.ZipFile(path))
-        members = [m for m in archive.infolist() if not m.is_dir()]
+        file = zipfile.ZipFile(stack.enter_context(_Bounded(path)))
+        members = [m for m in file.infolist() if not m.is_dir()]
+    for member in members:
+        if member.flag_bits & 1:
+            raise UserError(f"{where} is encrypted: {member.filename!r}")
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise UserError(
+                f"{where}: {member.filename!r} is compressed by no usual way"
+            )
+    if len({m.filename for m in members}) < len(members):
+        raise UserError(f"{where} holds one name twice: it is damaged or hostile")
+    if len(members) > MOST_ENTRIES:
+        raise UserError(f"{where} holds {len(members):,} members: not a checkpoint")
+    require_memory(sum(m.file_size for m in members), path.stat().st_size, where)
+    return file
+
+
+def read(file: zipfile.ZipFile, where: str) -> dict[str, Array]:
+    """The arrays of an npz file by name.
+
+    Raises:
+      UserError: other members than arrays, pickled ones, or one whose header contradicts
+        its size.
+    """
+    members = [m for m in file.infolist() if not m.is_dir()]
     strange = [m.filename for m in members if not m.filename.endswith(".npy")]
     if strange or not members:
         what = f"holds {strange[0]!r}" if strange else "is empty"
         raise UserError(f"{where} is a zip but not an npz: it {what}")
-    require_memory(sum(m.file_size for m in members), where)
-    return {
-        m.filename.removesuffix(".npy"): _member(archive, m, where) for m in members
-    }
+    found = (_member(file, m, where) for m in members)
+    return {array.name: array for array in found if array}
 
 
 def write(path: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
@@ -67,37 +99,34 @@ def _header(values: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> Array:
-    """Reads the header of one member and checks it against the member's size."""
+def _member(file: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> Array | None:
+    """Reads the header of one member; None: it is not a parameter."""
     name = info.filename.removesuffix(".npy")
-    if info.flag_bits & 1:
-        raise UserError(f"{where} is encrypted: {name}")
-    with parsing(f"{where}: the array {name}"), archive.open(info) as file:
-        version = np.lib.format.read_magic(file)
-        header = (
-            np.lib.format.read_array_header_1_0
-            if version == (1, 0)
-            else np.lib.format.read_array_header_2_0
-        )
-        shape, _, dtype = header(file)
-        offset = file.tell()
+    what = f"{where}: the array {name!r}"
+    with parsing(what), file.open(info) as member:
+        old = np.lib.format.read_magic(member) == (1, 0)
+        header = np.lib.format.read_array_header_1_0
+        if not old:
+            header = np.lib.format.read_array_header_2_0
+        shape, _, dtype = header(member)
+        offset = member.tell()
     if dtype.hasobject:
         raise UserError(
             f"{where} holds pickled Python objects ({name}), which are never loaded "
             "because unpickling runs code: save plain arrays with numpy.savez, one per "
             "parameter"
         )
-    if dtype.kind not in "fVbiu" or (dtype.kind == "V" and dtype.itemsize != 2):
-        raise UserError(f"{where}: the array {name} has type {dtype}, not a number")
     size = math.prod(shape) * dtype.itemsize
     if offset + size != info.file_size:
         raise Damaged(
-            f"{where}: the array {name} claims shape {shape} of {dtype} ({size} bytes) "
+            f"{what} claims shape {shape} of {dtype} ({size} bytes) "
             f"but the file holds {info.file_size - offset}: it is damaged"
         )
 
     def values() -> np.ndarray:
-        with parsing(f"{where}: the array {name}"), archive.open(info) as file:
-            return to_float32(np.lib.format.read_array(file, allow_pickle=False))
+        with parsing(what), file.open(info) as member:
+            return to_float32(np.lib.format.read_array(member, allow_pickle=False))
 
+    if not is_weight(name, dtype, shape, where):
+        return None
     return Array(name, tuple(shape), values)

@@ -202,7 +202,8 @@ def _ignore(found: Found, left: dict[str, Array], report: Report) -> None:
             reasons.setdefault("another encoder", []).append(name)
         else:
             why = next((w for p, w in _UNUSED.items() if re.search(p, name)), "")
-            if why:
+            if why or not left[name].shape:
+                why = why or "a number, no parameter"
                 reasons.setdefault(why, []).append(name)
     for why, names in reasons.items():
         for name in names:

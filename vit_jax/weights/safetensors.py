@@ -12,14 +12,20 @@ import numpy as np
 from vit_jax.errors import UserError
 from vit_jax.weights.contents import (
     Array,
+    Damaged,
     atomic,
+    is_weight,
     parsing,
     require_memory,
     to_float32,
 )
 
+# Bytes that the table may have: some tens of thousands of arrays.
+_LONGEST = 8 << 20
+
 # bfloat16 as two raw bytes, which to_float32 knows.
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "V2", "I64": "<i8", "I32": "<i4"}
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "V2", "BOOL": "?"}
+_DTYPES |= {f"{k}{8 * n}": f"<{k.lower()}{n}" for k in "IU" for n in (1, 2, 4, 8)}
 
 
 def header(path: Path, where: str) -> tuple[dict[str, str], dict[str, Any], int]:
@@ -32,13 +38,17 @@ def header(path: Path, where: str) -> tuple[dict[str, str], dict[str, Any], int]
     """
     from safetensors import safe_open
 
+    with path.open("rb") as raw:
+        length = int.from_bytes(raw.read(8), "little")
+    if length > _LONGEST:
+        raise Damaged(f"{where} states a table of {length:,} bytes: it is damaged")
     with parsing(where):
         # A type checker cannot see into the compiled module.
         opened: Any = safe_open(str(path), framework="numpy")
         with opened as file:
             about = dict(file.metadata() or {})
         with path.open("rb") as raw:
-            length = int.from_bytes(raw.read(8), "little")
+            raw.seek(8)
             table = json.loads(raw.read(length))
     return about, table, 8 + length
 
@@ -52,29 +62,31 @@ def read(path: Path, where: str) -> tuple[dict[str, Array], dict[str, str]]:
     Raises:
       UserError: truncated, damaged, or an array of a type that no weights have.
     """
-    require_memory(path.stat().st_size, where)
+    size = path.stat().st_size
+    require_memory(size, size, where)
     about, table, begin = header(path, where)
     arrays = {}
     for name, entry in table.items():
-        kind = entry.get("dtype", "")
         if name == "__metadata__":
             continue
-        if kind.startswith(("I", "U", "BOOL")) and entry["shape"]:
-            continue  # indices are no parameters; single numbers may betray a family
+        kind, shape = entry["dtype"], tuple(entry["shape"])
         if kind not in _DTYPES:
             raise UserError(f"{where}: the array {name} has type {kind}: not supported")
-        start = begin + entry["data_offsets"][0]
-        arrays[name] = _stored(path, name, tuple(entry["shape"]), kind, start)
+        # A single number is kept: it may betray a family.
+        if is_weight(name, np.dtype(_DTYPES[kind]), shape, where) or not shape:
+            start = begin + entry["data_offsets"][0]
+            arrays[name] = _stored(path, name, shape, kind, start, where)
     return arrays, about
 
 
 def _stored(
-    path: Path, name: str, shape: tuple[int, ...], kind: str, start: int
+    path: Path, name: str, shape: tuple[int, ...], kind: str, start: int, where: str
 ) -> Array:
     def values() -> np.ndarray:
-        count, dtype = math.prod(shape), _DTYPES[kind]
-        flat = np.fromfile(path, dtype, count, offset=start)
-        return to_float32(flat.reshape(shape))
+        with parsing(where):
+            count, dtype = math.prod(shape), _DTYPES[kind]
+            flat = np.fromfile(path, dtype, count, offset=start)
+            return to_float32(flat.reshape(shape))
 
     return Array(name, shape, values)
 

@@ -4,11 +4,10 @@
 import dataclasses
 from typing import Any
 
-from vit_jax.weights import documents, layout, recognise, roles
+from vit_jax.weights import documents, layout, metadata, recognise, roles, sources
 from vit_jax.weights.contents import Array, Contents, Metadata, count_up
 from vit_jax.weights.families import BY_NAME
 from vit_jax.weights.infer import Facts, guess_heads
-from vit_jax.weights.metadata import DEFAULT_TRANSFORMS
 from vit_jax.weights.report import Report
 
 
@@ -26,6 +25,8 @@ def understand(
     Raises:
       UserError: it is not a Vision Transformer, or of a family that is not known here.
     """
+    for note in contents.notes:
+        report.change(note)
     if not contents.torch:
         arrays = layout.canonical(contents.arrays, tree, report)
         about = contents.metadata
@@ -48,6 +49,31 @@ def understand(
     return arrays, facts, about
 
 
+def metadata_of(source: str) -> Metadata:
+    """Class names and preprocessing.
+
+    Where they lie beside the weights (a workdir, the ``.json`` beside an ``.npz``, the
+    ``config.json`` of a Hugging Face folder), no weights are read or downloaded. Else
+    they are in the weights' own file, which is downloaded, and of which the table of
+    arrays is read.
+
+    Raises:
+      UserError: as for ``sources.open_source``.
+    """
+    name, _ = sources.split(source)
+    if not sources.in_bucket(name):
+        path = sources.local(name, weights=False)
+        folder = path if path.is_dir() else path.parent
+        if (path / "checkpoints").is_dir() and (path / "config.json").is_file():
+            return metadata.of_workdir(path)
+        if path.suffix == ".npz" and metadata.sidecar(path).is_file():
+            return metadata.of_npz(path)
+        if name.startswith("hf://") and (folder / "config.json").is_file():
+            return documents.describe(sources.beside(folder, True), None, name)
+    with sources.open_source(source) as (contents, _):
+        return describe(contents)[0] if contents.torch else contents.metadata
+
+
 def describe(contents: Contents) -> tuple[Metadata, recognise.Found]:
     """What a torch file and its neighbours state, and the encoder that it holds."""
     timm = documents.is_timm(contents.files.get("config.json", {}))
@@ -57,7 +83,7 @@ def describe(contents: Contents) -> tuple[Metadata, recognise.Found]:
         if about.family in BY_NAME:
             found = found._replace(family=BY_NAME[about.family])
         return dataclasses.replace(
-            about, transforms=about.transforms or DEFAULT_TRANSFORMS
+            about, transforms=about.transforms or metadata.DEFAULT_TRANSFORMS
         ), found
     about = documents.describe(contents.files, found.family, contents.where)
     return about, found
