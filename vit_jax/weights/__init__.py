@@ -168,7 +168,9 @@ def load_for_training(source: str | Path, cfg: ModelConfig) -> dict[str, Any]:
         report.check()
         if cfg.image_size == (0, 0):
             cfg = dataclasses.replace(cfg, image_size=stored.image_size)
-        params = fit.fit(arrays, stored, cfg, report, new_head=True, resize=about.resize)
+        params = fit.fit(
+            arrays, stored, cfg, report, new_head=True, resize=about.resize
+        )
     report.log()
     return params
 

@@ -142,7 +142,9 @@ def _channels(value: Any) -> tuple[float, ...]:
 
 
 def _scales(value: Any) -> tuple[float, ...]:
-    return tuple(map(positive, value if isinstance(value, (list, tuple)) else [value] * 3))
+    return tuple(
+        map(positive, value if isinstance(value, (list, tuple)) else [value] * 3)
+    )
 
 
 def _labels(values: Any) -> tuple[str, ...]:
@@ -188,7 +190,9 @@ def _of_transformers(
         )
     inner = values.get("vision_config")
     inner = {**inner} if isinstance(inner, dict) else values
-    get = lambda key, default, convert: field(inner, key, default, convert, where_config)
+    get = lambda key, default, convert: field(
+        inner, key, default, convert, where_config
+    )
     model = {ours: get(key, None, convert) for key, (ours, convert) in _FIELDS.items()
              if inner.get(key) is not None}  # fmt: skip
     gated = _gated(inner, family)
@@ -204,7 +208,9 @@ def _of_transformers(
         model["gelu"] = config.choose(f"hidden_act in {where_config}", act, _GELU)
     plain = all(str(x).endswith("Model") for x in values.get("architectures") or [""])
     if plain and inner.get("pooler_act", "tanh") != "tanh":
-        raise UserError(f"{where_config}: pooler_act is {inner['pooler_act']!r}, not 'tanh'")
+        raise UserError(
+            f"{where_config}: pooler_act is {inner['pooler_act']!r}, not 'tanh'"
+        )
     if "rope" in family.model:
         model["rope_theta"] = get("rope_theta", 100.0, positive)
     if kind in ("ijepa",):
@@ -223,7 +229,9 @@ def _of_transformers(
 
 def _gated(values: Mapping[str, Any], family: Family) -> bool:
     keys = ("use_swiglu_ffn", "use_gated_mlp")
-    return any(values.get(key) is True for key in keys) or family.name.startswith("aimv2")
+    return any(values.get(key) is True for key in keys) or family.name.startswith(
+        "aimv2"
+    )
 
 
 def _mlp_dim(values: Mapping[str, Any], gated: bool, get: Get) -> int:
@@ -263,7 +271,9 @@ def _of_processor(
     return tuple(steps), norm
 
 
-def _resize(size: dict[str, int], crop: bool, resample: int, where: str) -> dict[str, Any]:
+def _resize(
+    size: dict[str, int], crop: bool, resample: int, where: str
+) -> dict[str, Any]:
     """The operation; one that is not known here is named, and refused when it is used."""
     if resample not in _RESAMPLE:
         return {"op": f"resample={resample} of {where}"}
@@ -360,7 +370,12 @@ def _extra(cfg: config.ModelConfig, family: Family) -> dict[str, Any]:
     if kind == "siglip_vision_model":
         return {"vision_use_head": cfg.head == "map"}
     if kind == "aimv2_vision_model":
-        return {"hidden_act": "silu", "use_head": False, "qkv_bias": False, "mlp_bias": False}
+        return {
+            "hidden_act": "silu",
+            "use_head": False,
+            "qkv_bias": False,
+            "mlp_bias": False,
+        }
     if kind in ("vit", "deit"):
         return {
             "attention_probs_dropout_prob": cfg.attention_dropout,
@@ -451,7 +466,9 @@ def _of_timm(values: dict[str, Any], where: str) -> Metadata:
     ):
         if value := given(key, None, convert):
             model[ours] = value
-    size = given("img_size", None, pair) or get("input_size", None, lambda s: pair(s[1:]))
+    size = given("img_size", None, pair) or get(
+        "input_size", None, lambda s: pair(s[1:])
+    )
     if size:
         model["image_size"] = size
     if act := arguments.get("act_layer"):
@@ -461,7 +478,9 @@ def _of_timm(values: dict[str, Any], where: str) -> Metadata:
         model["head"] = config.choose("global_pool in config.json", str(pool), _POOLS)
     if arguments.get("pos_embed") == "none":
         model["positions"] = "none"
-    labels = get("label_names", (), names) or field(values, "label_names", (), names, where)
+    labels = get("label_names", (), names) or field(
+        values, "label_names", (), names, where
+    )
     model |= _normalization(get, "mean", "std")
     crop = get("crop_pct", 1.0, positive)
     mode = about.get("crop_mode") or "center"
@@ -483,7 +502,11 @@ def crops(
     if mode == "squash":
         first = {"op": "resize", **({"size": larger} if larger else {}), **how}
     elif mode == "center":
-        first = {"op": "resize_small", **({"size": max(larger)} if larger else {}), **how}
+        first = {
+            "op": "resize_small",
+            **({"size": max(larger)} if larger else {}),
+            **how,
+        }
     else:
         first = {"op": f"crop_mode={mode} of {where}"}
     return first, {"op": "central_crop"}

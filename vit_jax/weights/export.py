@@ -13,7 +13,16 @@ from vit_jax import config, models
 from vit_jax.config import ModelConfig
 from vit_jax.errors import UserError
 from vit_jax.models.positions import PositionEmbedding
-from vit_jax.weights import documents, fit, infer, metadata, npz, roles, safetensors
+from vit_jax.weights import (
+    documents,
+    fit,
+    infer,
+    metadata,
+    npz,
+    recognise,
+    roles,
+    safetensors,
+)
 from vit_jax.weights.contents import Contents, Metadata, in_memory
 from vit_jax.weights.families import BY_NAME, FAMILIES, Family
 from vit_jax.weights.layout import POSITIONS, STACKED
@@ -88,17 +97,22 @@ class _Layout:
     """A model in the names of one family, before anything is written."""
 
     def __init__(
-        self, family: Family, cfg: ModelConfig, flat: dict[str, np.ndarray], about: Metadata
+        self,
+        family: Family,
+        cfg: ModelConfig,
+        flat: dict[str, np.ndarray],
+        about: Metadata,
     ):
         self.family, self.about = family, about
         self.reasons: list[str] = []
+        self.itself = False  # whether reading would find this family
         own = about.family == family.name
         present = frozenset(about.arrays if own else _usual(family, cfg))
         names = _first(family, present)
         tower = family.tower if cfg.num_classes else ""
         flat, self.cfg = _with_table(flat, cfg, self.reasons)
         flat = _without_row(flat, self.cfg, present, names, own)
-        stages = tuple(cfg.resnet) if cfg.resnet_width else None
+        stages = tuple(cfg.resnet) if cfg.resnet_width and family.timm else None
         sizes = roles.Sizes(cfg.depth, cfg.width, cfg.heads, cfg.map_heads, stages)
         if cfg.mlp == "swiglu" and "gate" in names and not own:
             names = _gated(family, names)
@@ -131,8 +145,15 @@ class _Layout:
         about = Metadata() if self.family.hub else metadata.from_dict(
             metadata.to_dict(self.cfg, self.about), "header"
         )  # fmt: skip
-        contents = Contents(self.family.name, arrays, about, True, self.files)
+        contents = Contents(
+            self.family.name, arrays, about, torch=True, files=self.files
+        )
         try:
+            taken = recognise.recognise(arrays, self.family.timm, "it").family.name
+            self.itself = taken == self.family.name
+            if not self.itself:
+                self.reasons.append(f"it would be taken for {taken}")
+                return
             found, facts, _ = understand(contents, "", {}, report)
             back = infer.infer(found, facts, self.cfg.image_size)
             report.check()
@@ -142,7 +163,9 @@ class _Layout:
         for field in metadata.stored_fields():
             old, new = getattr(self.cfg, field), getattr(back, field)
             if old != new:
-                self.reasons.append(f"model.{field} is {old!r} and would read as {new!r}")
+                self.reasons.append(
+                    f"model.{field} is {old!r} and would read as {new!r}"
+                )
 
 
 def _torch(
@@ -154,21 +177,24 @@ def _torch(
 ) -> list[str]:
     """Writes the first family of that layout that can hold the model."""
     if not cfg.depth:
-        raise UserError(f"cannot be written in the {layout} layout: a ResNet is not a ViT")
+        raise UserError(
+            f"cannot be written in the {layout} layout: a ResNet is not a ViT"
+        )
     own = BY_NAME.get(about.family)
     if layout == "own" and own:
         families = [own]
     else:
         fits = (lambda f: f.hub) if layout == "hf" else (lambda f: f.timm)
         families = [f for f in FAMILIES if fits(f)]
-        families.sort(key=lambda f: f.name != about.family)
+        # Its own, else one that needs nothing added.
+        families.sort(key=lambda f: (f.name != about.family, "scale1" in f.has))
     tried = []
     for family in families:
         attempt = _Layout(family, cfg, flat, about)
         if not attempt.reasons:
             return _write(path, attempt)
         tried.append(attempt)
-    best = min(tried, key=lambda t: len(t.reasons))
+    best = min(tried, key=lambda t: (not t.itself, len(t.reasons)))
     raise UserError(
         f"cannot be written in the {layout} layout: as {best.family.name}, "
         + "; ".join(best.reasons[:3])
@@ -202,7 +228,9 @@ def _notes(cfg: ModelConfig) -> list[str]:
             f"one: timm.create_model(..., act_layer={act!r}) gives equal logits"
         )
     if cfg.image_mean:
-        notes.append(f"the model was trained with mean {cfg.image_mean}, std {cfg.image_std}")
+        notes.append(
+            f"the model was trained with mean {cfg.image_mean}, std {cfg.image_std}"
+        )
     if cfg.pre_logits:
         notes.append(
             "timm dropped pre_logits in version 0.9: newer ones refuse its arrays"
@@ -232,7 +260,9 @@ def _gated(family: Family, names: dict[str, str]) -> dict[str, str]:
 def _usual(family: Family, cfg: ModelConfig) -> tuple[str, ...]:
     """Arrays that a family always has though they follow from none of ours."""
     if "scale1" in family.has:
-        return family.names["scale1"].split("|")[0], family.names["scale2"].split("|")[0]
+        return family.names["scale1"].split("|")[0], family.names["scale2"].split("|")[
+            0
+        ]
     return ()
 
 

@@ -50,7 +50,9 @@ class Family:
     inside: str = ""  # what a part of the path to the tower is called
     model: dict[str, Any] = dataclasses.field(default_factory=dict)  # no array shows it
     head_width: int = 64  # of the attention heads, whose number no array shows
-    heads: dict[int, int] = dataclasses.field(default_factory=dict)  # or it is, by width
+    heads: dict[int, int] = dataclasses.field(
+        default_factory=dict
+    )  # or it is, by width
     resize: str = "bicubic"  # of tables of positions, see positions.py
     crop: float = 0.875  # share of the resized short side that is cropped
     hub: Hub | None = None  # how transformers writes it, if it does
@@ -422,7 +424,6 @@ FAMILIES = (
         _CLIP_ORIGINAL,
         has=("norm_pre", "norm1"),
         kinds={"cls": "vector", "positions": "rows"},
-        tower="visual.",
         model={**CLIP, "gelu": "exact", "layer_norm_eps": 1e-5},
         crop=1.0,
     ),
@@ -518,7 +519,6 @@ FAMILIES = (
         "timm",
         _TIMM,
         has=("norm1",),
-        tower="trunk.",
         model={**EXACT},
         resize="bicubic_antialias",
         timm=True,

@@ -301,7 +301,9 @@ class _Plan:
         rule = "bicubic" if self.rule == "corners" else self.rule
         return _Source(
             [array],
-            lambda a, _: positions.resize_relative(a[0].read(), self.old, self.new, rule),
+            lambda a, _: positions.resize_relative(
+                a[0].read(), self.old, self.new, rule
+            ),
         )
 
     def _patches(self, array: Array, shape: tuple[int, ...]) -> _Source:

@@ -142,6 +142,8 @@ def infer(
         shown |= _transformer(arrays, report) | _switches(arrays)
     elif not shown.get("resnet"):
         raise UserError(f"{report.where} has a ResNet root but nothing that follows it")
+    else:
+        shown["patch"] = 1
     for field, value in shown.items():
         facts.settle(field, value)
     if "depth" in shown:
@@ -274,16 +276,21 @@ def _switches(arrays: dict[str, Array]) -> dict[str, Any]:
     """What the presence of an array tells."""
     has = lambda name: name in arrays
     registers = arrays.get("registers")
-    norm = "tokens" if has("Transformer/encoder_norm/scale") else "none"
+    norms = {name.rsplit("/", 1)[0] for name in arrays if name.endswith("/scale")}
+    norms |= {name.rsplit("/", 1)[0] for name in arrays if name.endswith("norm/bias")}
+    norm = "tokens" if "Transformer/encoder_norm" in norms else "none"
+    biases = any(name.endswith("LayerNorm_0/bias") for name in arrays)
     distilled = "head" if has("head_dist/kernel") else "token"
     shown = {
         "pre_logits": has("pre_logits/kernel"),
         "distillation": distilled if has("dist") else "none",
-        "registers": registers.shape[1] if registers and len(registers.shape) == 3 else 0,
+        "registers": registers.shape[1]
+        if registers and len(registers.shape) == 3
+        else 0,
         "patch_norm": has("embedding_norm/scale"),
         "norm_pre": has("Transformer/norm_pre/scale"),
-        "norm": "layer" if has(f"{_BLOCK}/LayerNorm_0/bias") else "rms",
-        "final_norm": "pooled" if has("fc_norm/scale") and norm == "none" else norm,
+        "norm": "layer" if biases else "rms",
+        "final_norm": "pooled" if "fc_norm" in norms and norm == "none" else norm,
         "qk_norm": has(f"{_ATTENTION}/query_norm/scale"),
         "attention_norm": has(f"{_ATTENTION}/norm/scale"),
         "relative_bias": has(f"{_ATTENTION}/posembed_bias/pos_embedding"),
@@ -310,6 +317,8 @@ def _head(arrays: dict[str, Array], facts: Facts) -> None:
         possible = ("token_gap",)
     elif "mask_token" in arrays:
         possible = ("masked_patch", "token")
+    elif not facts.assumed and not facts.stated.get("class_token"):
+        possible = ("token",)  # a released file, whose other heads have no such token
     elif facts.settled["final_norm"] == "pooled":
         possible = ("gap", "token")
     else:
@@ -321,7 +330,9 @@ def _head(arrays: dict[str, Array], facts: Facts) -> None:
                 f"model.head is stated as {said!r}, but the arrays {token} a class token "
                 f"are those of {possible[0]!r}"
             )
-    head = facts.settle("head", possible[0] if len(possible) == 1 else None, possible[0])
+    head = facts.settle(
+        "head", possible[0] if len(possible) == 1 else None, possible[0]
+    )
     facts.settle("class_token", "cls" in arrays and head in ("gap", "none", "map"))
 
 
@@ -334,7 +345,9 @@ def _positions(arrays: dict[str, Array], facts: Facts) -> None:
         facts.settle("positions", "learned")
     elif "posembed_input/pos_embedding_x" in names:
         facts.settle("positions", "learned2d")
-    elif re.search(r"MultiHead\w+/posembed_relative/pos_embedding$", names, re.MULTILINE):
+    elif re.search(
+        r"MultiHead\w+/posembed_relative/pos_embedding$", names, re.MULTILINE
+    ):
         facts.settle("positions", "relative")
     elif facts.settled["relative_bias"] or facts.settle("rope") != "none":
         facts.settle("positions", "none")
@@ -361,7 +374,9 @@ def _image_size(
 ) -> tuple[int, int]:
     """(height, width) that the stored tables were made for."""
     report, unit = facts.report, variants.token_stride(cfg)
-    stated = tuple(facts.stated.get("image_size") or facts.asked.get("image_size") or ())
+    stated = tuple(
+        facts.stated.get("image_size") or facts.asked.get("image_size") or ()
+    )
     for table in (POSITIONS, f"{_BLOCK}/posembed_input/pos_embedding"):
         y, x = arrays.get(f"{table}_y"), arrays.get(f"{table}_x")
         if y and x and len(y.shape) == len(x.shape) == 3:
@@ -400,7 +415,9 @@ def _image_size(
     return (unit, unit)
 
 
-def _table(cfg: ModelConfig, arrays: dict[str, Array], report: Report) -> tuple[str, Any]:
+def _table(
+    cfg: ModelConfig, arrays: dict[str, Array], report: Report
+) -> tuple[str, Any]:
     """The name of the array that shows the grid of patches, and which grids of so many
     rows and columns it may be of; (0, 0): square ones."""
     relative = rf"{_BLOCK}/MultiHead\w+/posembed_relative/pos_embedding"

@@ -101,14 +101,18 @@ def of_workdir(folder: Any) -> Metadata:
     where = str(folder / "dataset.json")
     if cfg.model.image_size == (0, 0):
         size = documents.pair(cfg.data.image_size)
-        model["image_size"] = documents.field(data, "image_size", size, documents.pair, where)
+        model["image_size"] = documents.field(
+            data, "image_size", size, documents.pair, where
+        )
     # Zeros are filled in from the variant, and read off the arrays.
     model = {k: v for k, v in model.items() if v or k not in _FILLED}
     model.pop("num_classes")  # of the data, or what masked patch prediction predicts
     transforms = tuple(dict(t) for t in cfg.data.eval_transforms)
     return Metadata(
         class_names=documents.field(data, "class_names", (), documents.names, where),
-        transforms=documents.field(data, "eval_transforms", transforms, documents.operations, where)
+        transforms=documents.field(
+            data, "eval_transforms", transforms, documents.operations, where
+        )
         or DEFAULT_TRANSFORMS,
         model=model,
         multilabel=bool(data.get("multilabel", False)),
@@ -154,7 +158,9 @@ def from_dict(values: dict[str, Any], where: str) -> Metadata:
 
 def stored_fields() -> list[str]:
     """Fields of ModelConfig that travel along: those of the architecture."""
-    return [f.name for f in dataclasses.fields(ModelConfig) if f.name not in _TRAINING_ONLY]
+    return [
+        f.name for f in dataclasses.fields(ModelConfig) if f.name not in _TRAINING_ONLY
+    ]
 
 
 def to_dict(cfg: ModelConfig, about: Metadata) -> dict[str, Any]:

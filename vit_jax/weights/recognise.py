@@ -12,7 +12,14 @@ from vit_jax.weights.families import FAMILIES, Family
 from vit_jax.weights.report import Report
 
 # Which of several encoders in one file is the model, by a part of their path.
-_PREFERRED = ("teacher", "base_encoder", "model_ema", "encoder", "vision_model", "visual")
+_PREFERRED = (
+    "teacher",
+    "base_encoder",
+    "model_ema",
+    "encoder",
+    "vision_model",
+    "visual",
+)
 
 # What may be in a file and belongs to no image encoder.
 _UNUSED = {
@@ -70,15 +77,23 @@ def recognise(arrays: dict[str, Array], timm: bool, where: str) -> Found:
     for family in FAMILIES:
         if timm and not family.timm:
             continue
-        for prefix in _prefixes(arrays, family, where):
+        fits = []
+        for prefix in _prefixes(arrays, family):
             names = _spelled(arrays, family, prefix)
             there = set(names)
             if there.issuperset(family.has) and not there.intersection(family.lacks):
-                return _measured(arrays, family, prefix, names, where)
+                fits.append((prefix, names))
+        if len({_rank(prefix) for prefix, _ in fits}) < min(len(fits), 2):
+            raise UserError(
+                f"{where} holds several encoders, under {sorted(p for p, _ in fits)}: save "
+                "the one that you want on its own"
+            )
+        if fits:
+            return _measured(arrays, family, *fits[0], where)
     raise UserError(_refusal(arrays, where))
 
 
-def _prefixes(arrays: dict[str, Array], family: Family, where: str) -> list[str]:
+def _prefixes(arrays: dict[str, Array], family: Family) -> list[str]:
     """Paths under which the family's patch embedding is, the likeliest first."""
     anchors = [f"{name}.weight" for name in family.names["patch"].split("|")]
     rank = roles.KINDS[family.kinds.get("patch", "conv")].rank
@@ -90,14 +105,7 @@ def _prefixes(arrays: dict[str, Array], family: Family, where: str) -> list[str]
     ]
     if family.inside:
         found = [p for p in found if family.inside in p.split(".")]
-    order = {p: _rank(p) for p in found}
-    best = sorted(found, key=lambda p: (order[p], len(p)))
-    if len(best) > 1 and order[best[0]] == order[best[1]] == len(_PREFERRED):
-        raise UserError(
-            f"{where} holds several encoders, under {sorted(best)}: save the one that you "
-            "want on its own"
-        )
-    return best[:1]
+    return sorted(found, key=lambda p: (_rank(p), len(p)))
 
 
 def _rank(prefix: str) -> int:
@@ -119,14 +127,18 @@ def _spelled(arrays: dict[str, Array], family: Family, prefix: str) -> roles.Nam
 
 
 def _places(prefix: str) -> Iterator[str]:
-    """"a.b." -> "a.b.", "a.", "": where something outside the tower may be."""
+    """ "a.b." -> "a.b.", "a.", "": where something outside the tower may be."""
     parts = prefix.split(".")[:-1]
     for end in range(len(parts), -1, -1):
         yield "".join(f"{part}." for part in parts[:end])
 
 
 def _measured(
-    arrays: dict[str, Array], family: Family, prefix: str, names: roles.Names, where: str
+    arrays: dict[str, Array],
+    family: Family,
+    prefix: str,
+    names: roles.Names,
+    where: str,
 ) -> Found:
     block = names.get("norm1", "").partition("{i}")[0]
     pattern = re.compile(rf"{re.escape(block)}(\d{{1,9}})\.")
@@ -171,7 +183,9 @@ def convert(
         names = {role: n for role, n in names.items() if role != "pre_logits"}
         for leaf in ("weight", "bias"):
             if left.pop(f"{name}.{leaf}", None):
-                report.change(f"ignored: {name}.{leaf} (the classifier does not read it)")
+                report.change(
+                    f"ignored: {name}.{leaf} (the classifier does not read it)"
+                )
     result, present = roles.read(left, names, found.family.kinds, sizes, report.where)
     if "mask" in names:
         report.change(f"ignored: {names['mask']} (masked image modelling only)")
@@ -196,9 +210,11 @@ def _ignore(found: Found, left: dict[str, Array], report: Report) -> None:
     reasons: dict[str, list[str]] = {}
     for name in list(left):
         inside = name.startswith(found.prefix) and found.prefix
-        if not inside and _rank(name) < len(_PREFERRED) or "momentum_encoder." in name:
-            reasons.setdefault("another encoder", []).append(name)
-        elif "student." in name and not inside:
+        if (
+            (not inside and _rank(name) < len(_PREFERRED))
+            or "momentum_encoder." in name
+            or ("student." in name and not inside)
+        ):
             reasons.setdefault("another encoder", []).append(name)
         else:
             why = next((w for p, w in _UNUSED.items() if re.search(p, name)), "")
@@ -263,7 +279,9 @@ def _refusal(arrays: dict[str, Array], where: str) -> str:
         ]
         looks = f"part of {partial[0]}, without its blocks" if partial else ""
     like = f" looks like {looks}, which" if looks else ""
-    known = "(patch_embed.proj, embeddings.patch_embeddings.projection, visual.conv1, ...)"
+    known = (
+        "(patch_embed.proj, embeddings.patch_embeddings.projection, visual.conv1, ...)"
+    )
     return (
         f"{where}{like} is none of the families known here: no patch embedding of theirs "
         f"{known} with its blocks is among its {len(arrays)} arrays, "

@@ -165,7 +165,9 @@ ROLES: dict[str, tuple[Part, ...]] = {
 # These multiply what others hold and are folded into it: LayerScale the outputs of a
 # branch, DINOv3's mask the biases of the projections, whose keys it zeroes.
 FOLDED = {
-    "scale1": tuple(Part((f"{_ATTENTION}/out/{x}",), "same") for x in ("kernel", "bias")),
+    "scale1": tuple(
+        Part((f"{_ATTENTION}/out/{x}",), "same") for x in ("kernel", "bias")
+    ),
     "scale2": tuple(Part((f"{_MLP}/Dense_1/{x}",), "same") for x in ("kernel", "bias")),
     "bias_mask": (Part(tuple(f"{x}/bias" for x in _QKV), "heads_bias"),),
 }
@@ -208,7 +210,10 @@ def _stem(
             theirs = f"{backbone}.stages.{i}.blocks.{j}"
             ours = f"block{i + 1}/unit{j + 1}"
             for n in ("1", "2", "3"):
-                yield f"{theirs}.conv{n}.weight", _array(f"{ours}/conv{n}/kernel", "conv")
+                yield (
+                    f"{theirs}.conv{n}.weight",
+                    _array(f"{ours}/conv{n}/kernel", "conv"),
+                )
                 yield f"{theirs}.norm{n}", _norm(f"{ours}/gn{n}")
             if j == 0:
                 down = f"{theirs}.downsample"
@@ -278,7 +283,9 @@ def _split(
         first = shape[0] - 3 * width if shape else 0
     rest = (shape[0] - first) // max(count - 1, 1) if shape else 0
     ends = [first + j * rest for j in range(count)]
-    through = shape[-1] if kind == "heads_out" and shape else rest if count > 1 else first
+    through = (
+        shape[-1] if kind == "heads_out" and shape else rest if count > 1 else first
+    )
     rank = KINDS[each[-1]].rank
     if not shape or (rank and len(shape) != rank) or first < 1 or ends[-1] != shape[0]:
         raise UserError(
@@ -370,9 +377,9 @@ def write(
                 if not set(ours) <= left.keys():
                     continue
                 values = [left[name] for name in ours]
-                if present and not known and template.endswith("bias"):
-                    if not any(np.any(v) for v in values):
-                        continue
+                zeros = template.endswith("bias") and not any(map(np.any, values))
+                if zeros and present and not known:
+                    continue
                 result.append(_join(template.replace("{i}", str(i)), values, kind))
                 for name in ours:
                     del left[name]
@@ -405,5 +412,7 @@ def _join(name: str, ours: list[np.ndarray], kind: str) -> Written:
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     views = [np.broadcast_to(np.float32(0), x.shape) for x in ours]
-    shapes = [KINDS[kind].to_torch(x).shape for x, kind in zip(views, kinds, strict=True)]
+    shapes = [
+        KINDS[kind].to_torch(x).shape for x, kind in zip(views, kinds, strict=True)
+    ]
     return name, (sum(s[0] for s in shapes), *shapes[0][1:]), values

@@ -2,6 +2,7 @@
 """From an opened file to arrays under our names, and all that is known of its model."""
 
 import dataclasses
+import re
 from typing import Any
 
 from vit_jax.weights import documents, layout, metadata, recognise, roles, sources
@@ -115,8 +116,8 @@ def _stages(
     found: recognise.Found, arrays: dict[str, Array], report: Report
 ) -> tuple[int, ...] | None:
     """Units per stage of timm's ResNet stem; None: there is no stem."""
-    import re
-
+    if not found.family.timm:
+        return None
     backbone = re.escape(found.names["patch"].replace("proj", "backbone"))
     units: dict[int, set[int]] = {}
     pattern = re.compile(backbone + r"\.stages\.(\d{1,9})\.blocks\.(\d{1,9})\.")
