@@ -78,11 +78,27 @@ def test_token_map_takes_the_class_row_or_the_mean_of_all():
     got = attention.token_map(r[:, 1:, 1:], (2, 3))
     np.testing.assert_allclose(got, r[:, 1:, 1:].mean(1).reshape(2, 2, 3), rtol=1e-6)
     with pytest.raises(
-        UserError, match=r"attention over 7 tokens does not fit .* 2 x 2"
+        UserError, match=r"attention over 5 tokens does not fit .* 2 x 3"
     ):
-        attention.token_map(r, (2, 2))
+        attention.token_map(r[:, :5, :5], (2, 3))
     with pytest.raises(UserError, match="at least one layer"):
         attention.rollout([])
+
+
+def test_registers_are_left_out_of_maps_and_distances():
+    """A class token, a distillation token and two registers, then 2 x 3 patches."""
+    w = random_weights(1, 2, 3, 10, 10)
+    got = attention.token_map(w[0], (2, 3))
+    np.testing.assert_allclose(got, w[0][..., 0, 4:].reshape(2, 3, 2, 3), rtol=1e-6)
+    got = attention.token_map(w[0], (2, 3), class_token=False)
+    rows = w[0][..., 4:, 4:].mean(-2).reshape(2, 3, 2, 3)
+    np.testing.assert_allclose(got, rows, rtol=1e-6)
+    patches = w[..., 4:, 4:] / w[..., 4:, 4:].sum(-1, keepdims=True)
+    np.testing.assert_allclose(
+        attention.mean_distance(w, (2, 3), 8),
+        attention.mean_distance(patches, (2, 3), 8),
+        rtol=1e-5,
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,16 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 from trained import trained_workdir
 
 from vit_jax import models, weights
-from vit_jax.analysis import figures, images, report, runs
-from vit_jax.analysis.__main__ import Analysis, analyse
+from vit_jax.analysis import drawing, embeddings, figures, images, maps, report, runs
+from vit_jax.analysis.__main__ import analyse
+from vit_jax.analysis.subject import Subject
 from vit_jax.config import ModelConfig
 from vit_jax.errors import UserError
 
@@ -62,6 +64,7 @@ def npz(tmp_path_factory):
 def is_print_quality(path):
     with Image.open(path) as image:
         assert image.info["dpi"][0] == pytest.approx(300, abs=1)
+        assert image.width == drawing.WIDTH * 300, "figures differ in width"
         assert np.asarray(image.convert("L")).std() > 1, f"{path} is blank"
 
 
@@ -73,16 +76,27 @@ def test_a_workdir_gives_every_figure_and_one_page(tmp_path, capsys):
         arrays = dict(np.load(tmp_path / f"{name}.npz"))
         assert figures.draw(name, arrays), "the arrays do not make the figure again"
     page = (tmp_path / "report.html").read_text()
+    for name in (*figures.FIGURES, "config"):
+        assert f'href="#{name}"' in page
+        assert f'id="{name}"' in page
+    assert re.search(r"test/accuracy</td><td>[\d.]+% at step 4<", page)
+    assert page.index("test/accuracy") < page.index("drawn") < page.index("<img")
+    assert "&quot;learning_rate&quot;: 0.001" in page
     assert page.count("data:image/png;base64,") == len(figures.FIGURES)
     assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", page)
     assert capsys.readouterr().out.count("wrote ") == len(figures.FIGURES) + 1
     matrix = np.load(tmp_path / "confusion.npz")["confusion"]
     assert matrix.sum() == 128
+    bins = np.load(tmp_path / "calibration.npz")
+    assert bins["count"].sum() == 128
+    right = (bins["count"] * bins["accuracy"]).sum()
+    assert right == pytest.approx(np.trace(matrix))
+    assert [*np.load(tmp_path / "rollout.npz")["predicted"][0]][-1] == "%"
 
 
 def test_a_file_and_photos_give_all_that_needs_no_run(npz, photos, tmp_path, capsys):
     omitted = analyse(npz, str(tmp_path / "out"), places=(photos,))
-    assert set(omitted) == {"curves", "confusion", "errors"}
+    assert set(omitted) == {"curves", "confusion", "calibration", "errors"}
     assert "left out curves: the source is not a workdir" in capsys.readouterr().out
     assert "needs images with labels" in omitted["confusion"]
     shown = np.load(tmp_path / "out" / "rollout.npz")
@@ -118,25 +132,21 @@ def test_a_model_without_positions_says_so(tmp_path, photos, capsys):
         "vt_hybrid.weights.npz",
     ],
 )
-def test_attention_of_files_that_others_wrote(source, photos, shared, tmp_path):
+def test_attention_of_files_that_others_wrote(source, photos, shared):
     """Released layout, big_vision, Hugging Face, hybrid."""
-    analysis = Analysis(
-        str(shared / "golden" / source), str(tmp_path), (photos,), count=2
-    )
-    summary, shown = analysis.summary()
-    layers, heads = analysis.model.cfg.depth, analysis.model.cfg.heads
-    assert summary.distance.shape == (layers, heads)
-    assert len(shown) == 2
-    np.testing.assert_allclose(summary.rollout.sum(-1), 1, rtol=1e-4)
-    kernel = analysis.arrays("filters")["components"]
-    assert kernel.shape[-1] == 3
+    subject = Subject(str(shared / "golden" / source), (photos,), count=2)
+    layers, heads = subject.model.cfg.depth, subject.model.cfg.heads
+    assert subject.summary.distance.shape == (layers, heads)
+    assert len(subject.images) == 2
+    np.testing.assert_allclose(subject.summary.rollout.sum(-1), 1, rtol=1e-4)
+    assert figures.FIGURES["filters"].arrays(subject)["components"].shape[-1] == 3
 
 
 def test_timm_layout_gives_the_same_attention(npz, photos, tmp_path):
     found = weights.read(npz)
     path = str(tmp_path / "timm.safetensors")
     weights.save(path, found.cfg, found.params, found.metadata, layout="timm")
-    a, b = (Analysis(s, "", (photos,), count=2).summary()[0] for s in (npz, path))
+    a, b = (Subject(s, (photos,), count=2).summary for s in (npz, path))
     np.testing.assert_allclose(a.distance, b.distance, rtol=1e-4)
     np.testing.assert_allclose(a.maps, b.maps, rtol=1e-4)
 
@@ -174,12 +184,18 @@ def test_errors_are_the_most_and_the_least_confident(count):
         }
         for i in (0, 10, 20)
     ]
-    matrix, wrong = runs.find_errors(
-        lambda x: p[x[:, 0, 0, 0]], batches, ("a", "b", "c", "d"), count
+    tested = runs.measure(
+        lambda x: jnp.log(p[np.asarray(x)[:, 0, 0, 0]]),
+        lambda logits: np.exp(logits),
+        batches,
+        ("a", "b", "c", "d"),
+        count=count,
     )
+    wrong = tested.errors
     expected = np.zeros((4, 4), int)
     np.add.at(expected, (label[:27], p.argmax(1)[:27]), 1)
-    np.testing.assert_array_equal(matrix["confusion"], expected)
+    np.testing.assert_array_equal(tested.confusion["confusion"], expected)
+    assert tested.calibration["count"].sum() == 27
     is_wrong = (p.argmax(1) != label) & mask
     order = [i for i in np.argsort(-p.max(1)) if is_wrong[i]]
     shown = wrong["images"].ravel().tolist()
@@ -188,7 +204,7 @@ def test_errors_are_the_most_and_the_least_confident(count):
     else:  # each once, the more confident half first
         half = -(-len(order) // 2)
         assert shown == order[:half] + order[half:][::-1]
-    np.testing.assert_allclose(wrong["confidence"], p.max(1)[shown])
+    np.testing.assert_allclose(wrong["confidence"], p.max(1)[shown], rtol=1e-6)
     assert wrong["true"].tolist() == [*np.array(list("abcd"))[label[shown]]]
 
 
@@ -199,12 +215,109 @@ def test_captions_hold_for_models_without_class_token():
 
 def test_enlarging_is_bilinear():
     small = np.array([[0.0, 1.0], [2.0, 3.0]])
-    got = figures.enlarge(small, (4, 4))
+    got = drawing.enlarge(small, (4, 4))
     np.testing.assert_allclose(got[0], [0, 0.25, 0.75, 1])
     np.testing.assert_allclose(got[:, 0], [0, 0.5, 1.5, 2])
-    bright = np.full((1, 4, 4, 3), 200, np.uint8)
-    shown = figures.overlays(bright, np.array([[[1.0, 1.0], [1.0, 1.0]]]) * 0.01)
-    np.testing.assert_array_equal(shown, bright)  # a flat map changes nothing
+
+
+def test_one_artefact_token_does_not_darken_the_map():
+    """As in a real ViT-S/14: one patch of 1,369 takes a thousand times the others."""
+    truth = RNG.uniform(0.5, 1, (1, 37, 37))
+    maps = truth.copy()
+    maps[0, 3, 4] = 1000
+    shown = drawing.bounded(maps)
+    assert shown.max() == 1
+    np.testing.assert_allclose(shown, np.minimum(maps / np.percentile(maps, 98), 1))
+    assert np.median(shown) > 0.7
+    assert "the largest at 1.01e+03" in drawing.clipping(maps)
+    dark = np.zeros((1, 74, 74, 3), np.uint8)
+    both = drawing.heated(dark, shown)
+    assert both.mean() > 0.2, "nothing is seen on a dark picture"
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_heat_shows_on_black_and_white_pictures(value):
+    image = np.full((1, 16, 16, 1), value, np.uint8)
+    shown = drawing.heated(image, np.eye(4)[None])
+    assert shown.mean(-1).std() > 0.1
+
+
+def overflow(figure):
+    """Pixels by which any text reaches out of the figure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    outside = []
+    for text in figure.findobj(Text):
+        if text.get_visible() and text.get_text():
+            box = text.get_window_extent(canvas.get_renderer())
+            outside += [
+                -box.x0,
+                -box.y0,
+                box.x1 - figure.bbox.x1,
+                box.y1 - figure.bbox.y1,
+            ]
+    return max(outside)
+
+
+LONG = "German short-haired pointer, a very long name that never seems to end at all"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 32])
+def test_no_title_of_the_errors_is_cut_off(count):
+    names = np.array([LONG] * count)
+    images = RNG.integers(0, 256, (count, 8, 8, 3), np.uint8)
+    figure = figures.draw(
+        "errors",
+        {"images": images, "confidence": np.full(count, 0.5), "true": names, "predicted": names},
+    )  # fmt: skip
+    assert overflow(figure) <= 1
+    words = (
+        " ".join(t.get_text() for t in figure.axes[0].texts)
+        + figure.axes[0].get_title()
+    )
+    for word in LONG.split():
+        assert word in words
+
+
+@pytest.mark.parametrize("count", [1, 6])
+def test_no_name_of_the_rollout_and_the_confusion_is_cut_off(count):
+    names = np.array([f"{LONG} {i}" for i in range(count)])
+    images = RNG.integers(0, 256, (count, 8, 8, 3), np.uint8)
+    arrays = {"images": images, "maps": RNG.random((count, 2, 2)), "predicted": names}
+    assert overflow(figures.draw("rollout", arrays)) <= 1
+    assert overflow(figures.draw("rollout_grid", arrays)) <= 1
+    arrays = {"confusion": np.eye(count, dtype=int), "class_names": names}
+    assert overflow(figures.draw("confusion", arrays)) <= 1
+
+
+def test_filters_of_grey_pictures_are_grey(tmp_path, photos):
+    for path in Path(photos).iterdir():
+        Image.open(path).convert("L").convert("RGB").save(path)
+    subject = Subject(save(tmp_path / "x.npz", SMALL), (photos,))
+    kernel = np.asarray(subject.params["embedding"]["kernel"])
+    got = figures.FIGURES["filters"].arrays(subject)["components"]
+    assert got.shape[-1] == 1
+    want, _ = embeddings.filter_components(kernel.sum(2, keepdims=True))
+    np.testing.assert_allclose(got, want)
+
+
+def test_colors_of_patch_tokens_tell_an_object_from_its_background():
+    tokens = RNG.normal(0, 0.1, (2, 8, 8, 16))
+    tokens[:, 2:6, 2:6] += RNG.normal(0, 1, 16)
+    colors, share = maps.principal_colors(tokens)
+    assert colors.min() == 0
+    assert colors.max() == 1
+    inside = colors[:, 2:6, 2:6, 0]
+    outside = np.delete(
+        colors[..., 0].reshape(2, -1),
+        [i * 8 + j for i in range(2, 6) for j in range(2, 6)],
+        1,
+    )
+    assert inside.min() > outside.max()
+    assert 0.5 < share <= 1
 
 
 # Mistakes ---------------------------------------------------------------------------
@@ -213,7 +326,7 @@ def test_enlarging_is_bilinear():
 def test_bad_images_are_errors(npz, photos, tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"not an image")
-    with pytest.raises(UserError, match=r"bad.png is not an image"):
+    with pytest.raises(UserError, match=r"bad.png cannot be read: not an image"):
         analyse(npz, str(tmp_path), places=(photos, str(bad)))
     with pytest.raises(UserError, match=r"'/nowhere', which does not exist"):
         analyse(npz, str(tmp_path), places=("/nowhere",))

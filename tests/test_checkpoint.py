@@ -1,4 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Saving, keeping and restoring; damage.py beside it damages every file of a real run."""
+
+import re
 import resource
 import shutil
 
@@ -6,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -34,12 +38,18 @@ def like(state, where=None):
     )
 
 
-def save(workdir, states, cfg=None, metrics=()):
+def save(workdir, states, cfg=None, metrics=(), smallest=False):
     with_metrics = dict(metrics)
-    c = Checkpointer(str(workdir), cfg or CheckpointConfig())
+    c = Checkpointer(str(workdir), cfg or CheckpointConfig(), smallest=smallest)
     for step, state in states.items():
-        c.save(state, step, with_metrics.get(step, {}))
+        c.evaluated(step, with_metrics.get(step, {}))
+        c.save(state, step)
+    c.wait()
     c.close()
+
+
+def kept(workdir):
+    return sorted(p.name for p in (workdir / "checkpoints").iterdir())
 
 
 def test_what_is_restored_is_what_was_saved(tmp_path):
@@ -76,15 +86,35 @@ def test_keeps_the_newest_and_the_best(tmp_path):
     cfg = CheckpointConfig(keep=2, keep_best="test/accuracy")
     metrics = {s: {"test/accuracy": a} for s, a in accuracy.items()}
     save(tmp_path, {s: make_state(s) for s in accuracy}, cfg, metrics)
-    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
-    assert kept == [2, 4, 5]
+    assert kept(tmp_path) == ["2", "4", "5"]
 
 
 def test_the_best_loss_is_the_smallest(tmp_path):
     cfg = CheckpointConfig(keep=1, keep_best="test/loss")
     metrics = {1: {"test/loss": 0.5}, 2: {"test/loss": 0.7}, 3: {"test/loss": 0.6}}
-    save(tmp_path, {s: make_state(s) for s in metrics}, cfg, metrics)
-    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [1, 3]
+    save(tmp_path, {s: make_state(s) for s in metrics}, cfg, metrics, smallest=True)
+    assert kept(tmp_path) == ["1", "3"]
+
+
+def test_a_metric_that_is_nan_ranks_nowhere(tmp_path):
+    cfg = CheckpointConfig(keep=1, keep_best="test/loss")
+    losses = {2: 0.5, 4: float("nan"), 6: 0.7, 8: 0.8}
+    metrics = {step: {"test/loss": loss} for step, loss in losses.items()}
+    save(tmp_path, {s: make_state(s) for s in metrics}, cfg, metrics, smallest=True)
+    assert kept(tmp_path) == ["2", "8"]
+
+
+def test_an_evaluation_that_follows_the_save_counts_as_well(tmp_path):
+    """As after a restart, when the evaluation before it was cut short."""
+    cfg = CheckpointConfig(keep=1, keep_best="test/accuracy")
+    save(tmp_path, {1: make_state(), 2: make_state()}, cfg)
+    rows = [{"step": 1, "test/accuracy": 0.1}]
+    c = Checkpointer(str(tmp_path), cfg, rows)
+    c.evaluated(2, {"test/accuracy": 0.9})
+    c.save(make_state(), 3)
+    c.wait()
+    c.close()
+    assert kept(tmp_path) == ["2", "3"]
 
 
 def test_a_half_written_checkpoint_is_ignored_and_removed(tmp_path):
@@ -94,36 +124,141 @@ def test_a_half_written_checkpoint_is_ignored_and_removed(tmp_path):
     assert checkpoint.load_params(str(tmp_path))["b"][1] == 5.0
     c = Checkpointer(str(tmp_path), CheckpointConfig())
     assert c.latest == 5
-    c.close()  # waits for the cleaning, which goes on beside the start of the run
+    c.close()
     assert not partial.exists()
 
 
-@pytest.mark.parametrize(
-    "file", ["opt/_METADATA", "params/_METADATA", "params/manifest.ocdbt", "params/d"]
-)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it(tmp_path, file):
-    save(tmp_path, {1: make_state(1.0), 2: make_state(2.0)})
-    path = tmp_path / "checkpoints" / "2" / file
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    c = Checkpointer(str(tmp_path), CheckpointConfig())
-    with pytest.raises(UserError, match=r"checkpoints/2 is damaged .*checkpoints/1$"):
-        c.restore(like(make_state()))
+def flip(path, where=0.5):
+    data = bytearray(path.read_bytes())
+    data[int(where * (len(data) - 1))] ^= 0x10
+    path.write_bytes(data)
+
+
+def largest(folder):
+    """Where the arrays of an item are."""
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)  # fmt: skip
+
+
+DAMAGE = {
+    "an array flipped": lambda f: flip(largest(f / "params"), 0.7),
+    "the optimizer flipped": lambda f: flip(largest(f / "opt"), 0.7),
+    "an array cut": lambda f: largest(f / "params").write_bytes(b"x" * 50),
+    "an array emptied": lambda f: largest(f / "params").write_bytes(b""),
+    "an array gone": lambda f: largest(f / "params").unlink(),
+    "arrays gone": lambda f: shutil.rmtree(f / "params" / "d"),
+    "the names gone": lambda f: (f / "opt" / "_METADATA").unlink(),
+    "the names flipped": lambda f: flip(f / "params" / "_METADATA"),
+    "a manifest gone": lambda f: (f / "params" / "manifest.ocdbt").unlink(),
+    "digests flipped": lambda f: flip(f / "digests" / "metadata"),
+    "digests gone": lambda f: (f / "digests" / "metadata").unlink(),
+    "half deleted": lambda f: [shutil.rmtree(f / x) for x in ("params", "digests")],
+}
+
+
+def noise(seed):
+    state = make_state()
+    values = np.random.default_rng(seed).normal(size=(64, 64)).astype(np.float32)
+    values = jax.device_put(values, sharding(jax.devices()[:1]))
+    state.params["a"]["kernel"] = state.opt_state[1]["mu"]["a"]["kernel"] = values
+    return state
+
+
+@pytest.fixture(scope="module")
+def two_saved(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("two")
+    save(workdir, {1: noise(1), 2: noise(2)})
+    return workdir
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before_it(
+    damage, two_saved, tmp_path, caplog
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(two_saved, workdir)
+    DAMAGE[damage](workdir / "checkpoints" / "2")
+    c = Checkpointer(str(workdir), CheckpointConfig())
+    found = c.restore(like(noise(0)))
     c.close()
-    shutil.rmtree(tmp_path / "checkpoints" / "2")
-    c = Checkpointer(str(tmp_path), CheckpointConfig())
-    found = c.restore(like(make_state()))
-    np.testing.assert_array_equal(found.params["b"], np.arange(8.0))
+    assert int(found.step) == 1
+    jax.tree.map(np.testing.assert_array_equal, found.params, noise(1).params)
+    (line,) = [r.getMessage() for r in caplog.records if r.name == checkpoint.__name__]
+    assert re.fullmatch(r"\S+/2 is damaged \(.*\): \S+/1 is used instead", line), line
+    assert kept(workdir) == ["1", "damaged-2"]
+
+
+@pytest.mark.parametrize("damage", ["an array flipped", "an array cut", "half deleted"])
+def test_damaged_parameters_are_not_loaded(damage, two_saved, tmp_path, caplog):
+    shutil.copytree(two_saved, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    DAMAGE[damage](folder / "2")
+    found = checkpoint.load_params(str(tmp_path / "run"))
+    jax.tree.map(np.testing.assert_array_equal, found, noise(1).params)
+    assert "2 is damaged" in caplog.text
+    if damage != "half deleted":
+        with pytest.raises(UserError, match=r"2 is damaged .*no intact checkpoint"):
+            checkpoint.load_params(str(folder / "2"))
+
+
+def test_with_no_intact_checkpoint_left_the_run_refuses(two_saved, tmp_path):
+    shutil.copytree(two_saved, tmp_path / "run")
+    for step in ("1", "2"):
+        DAMAGE["an array flipped"](tmp_path / "run" / "checkpoints" / step)
+    c = Checkpointer(str(tmp_path / "run"), CheckpointConfig())
+    with pytest.raises(UserError, match=r"2 is damaged .*1 is damaged .*no intact"):
+        c.restore(like(noise(0)))
+    c.close()
+    assert kept(tmp_path / "run") == ["1", "2"]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read_and_said_not_to_be_verified(
+    two_saved, tmp_path, caplog
+):
+    shutil.copytree(two_saved, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2" / "digests")
+    c = Checkpointer(str(tmp_path / "run"), CheckpointConfig())
+    assert int(c.restore(like(noise(0))).step) == 2
+    c.close()
+    assert "cannot be verified" in caplog.text
+
+
+def test_a_checkpoint_is_deleted_by_renaming_first(tmp_path, monkeypatch):
+    """A process that is killed meanwhile leaves no half of a checkpoint."""
+    save(tmp_path, {1: make_state(), 2: make_state()})
+    monkeypatch.setattr(type(epath.Path("/")), "rmtree", lambda self: None)
+    save(tmp_path, {3: make_state()})
+    monkeypatch.undo()
+    assert checkpoint.steps(str(tmp_path)) == [2, 3]
+    save(tmp_path, {})
+    assert kept(tmp_path) == ["2", "3"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+def test_a_digest_depends_on_bits_and_places_and_not_on_sharding(dtype):
+    x = np.random.default_rng(0).integers(-99, 99, (16, 6)).astype(dtype)
+    digest = lambda x, where=None: checkpoint.digest(jax.device_put(x, where)).tolist()
+    plain = digest(x)
+    assert plain == digest(x, sharding(jax.devices(), "data"))
+    others = [x.T.copy().reshape(x.shape), np.roll(x, 1, 0), x[::-1], -x]
+    for i in (0, 50, 95):  # the sign alone, in one place and in two
+        for places in ([i], [i, (i + 2) % 96]):
+            flipped = x.copy().reshape(-1)
+            flipped[places] = -flipped[places]
+            others.append(flipped.reshape(x.shape))
+    found = [digest(other) for other in others]
+    assert plain not in found
+    assert len({tuple(f) for f in found}) == len(found)
 
 
 def test_a_disk_that_is_full_is_one_message(tmp_path):
     """A limit on the size of files is the only full disk that a test can make."""
     c = Checkpointer(str(tmp_path), CheckpointConfig())
-    c.save(make_state(1.0), 1, {})
+    c.save(make_state(1.0), 1)
     c.wait()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
     try:
-        c.save(make_state(2.0), 2, {})  # in the background
+        c.save(make_state(2.0), 2)  # in the background
         with pytest.raises(UserError, match=r"cannot be written .*large.*from step 1$"):
             c.wait()
     finally:
@@ -136,7 +271,7 @@ def test_saving_does_not_see_later_changes(tmp_path):
     state = make_state(1.0)
     add = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
     c = Checkpointer(str(tmp_path), CheckpointConfig())
-    c.save(state, 1, {})
+    c.save(state, 1)
     for _ in range(5):
         state = add(state)
     c.close()

@@ -51,7 +51,7 @@ def test_a_config_is_frozen():
         ({"optim": {"clip": -1}}, ["config.optim.clip is -1", "at least 0"]),
         (
             {"optim": {"polyak": 1.5}},
-            ["config.optim.polyak is 1.5", "at least 0 and at most 1"],
+            ["config.optim.polyak is 1.5", "at least 0 and below 1"],
         ),
         ({"optim": {"eps": 0.0}}, ["config.optim.eps is 0", "above 0"]),
         ({"optim": {"learning_rate": float("nan")}}, ["learning_rate is nan"]),
@@ -139,8 +139,16 @@ def test_an_int_is_a_float():
 def test_difference_names_the_field():
     a = Config()
     b = config.replace(a, model__width=7, steps=3)
-    assert config.difference(a, b) == ["model.width: 0 -> 7", "steps: 10000 -> 3"]
-    assert config.difference(a, a) == []
+    assert config.difference(a, b) == {"model.width": (0, 7), "steps": (10000, 3)}
+    assert config.difference(a, a) == {}
+
+
+@pytest.mark.parametrize("field", ["b1", "b2", "polyak"])
+def test_a_moving_average_that_forgets_nothing_is_refused(field):
+    """1 - b1**t, which Adam divides by, would be 0."""
+    with pytest.raises(UserError, match=rf"config.optim.{field} is 1.0: .* below 1"):
+        config.from_dict({"optim": {field: 1.0}})
+    assert config.from_dict({"optim": {field: 0.0}})
 
 
 def test_no_default_is_none():

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A part (a file or folder of vit_jax/) imports from its own line and the
 # lines above.
 TIERS = """
-errors config runtime distributed progress feed config_file cli
+errors config runtime preemption peers distributed progress feed config_file cli
 models data optim sharding checkpoint hlo hardware tpu search recipes
 objectives workdir weights inference
 evaluators

@@ -33,13 +33,13 @@ def run(cfg, params, grads, steps=10):
     state = tx.init(params)
 
     @jax.jit
-    def update(g, state, params):
-        updates, state = tx.update(g, state, params)
+    def update(g, state, params, step):
+        updates, state = tx.update(g, state, params, step=step)
         return optax.apply_updates(params, updates), state
 
     history = []
-    for g in grads:
-        params, state = update(g, state, params)
+    for step, g in enumerate(grads):
+        params, state = update(g, state, params, step)
         history.append(params)
     return history, state
 
@@ -230,12 +230,78 @@ def test_adafactor_caps_its_second_decay_at_b2():
         lambda x: jnp.full_like(x, 10**6) if x.dtype == jnp.int32 else x,
         tx.init(params),
     )
-    _, state = tx.update({"kernel": jnp.full(3, 2.0)}, state, params)
+    grads = {"kernel": jnp.full(3, 2.0)}
+    _, state = tx.update(grads, state, params, step=10**6)
     (v,) = [v for k, v in leaves(state).items() if "/v/" in k]
     np.testing.assert_allclose(v, (1 - 0.999) * 4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("depth", [3, 40])
+def test_adafactor_factors_the_layers_of_a_stack_one_by_one(depth):
+    """Also where there are so many that a stack of biases looks like a matrix."""
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (48, 36), "bias": (40,), "heads": (4, 36)}
+    blocks = [{k: rng.normal(size=s) for k, s in shapes.items()} for _ in range(depth)]
+    loop = {f"encoderblock_{i}": jax.tree.map(jnp.float32, b) for i, b in enumerate(blocks)}  # fmt: skip
+    stack = {"encoderblock": jax.tree.map(lambda *x: jnp.float32(np.stack(x)), *blocks)}
+    found = []
+    for params in (loop, stack):
+        cfg = OptimConfig(name="adafactor", schedule="constant", decay=((".*", 1.0),))
+        grads = jax.tree.map(lambda p: 0.1 * p, params)
+        history, _ = run(cfg, {"Transformer": params, "head": jnp.ones(3)}, [{"Transformer": g, "head": jnp.ones(3)} for g in (params, grads)])  # fmt: skip
+        found.append(history[-1]["Transformer"])
+    for i in range(depth):
+        for name in shapes:
+            a, b = found[0][f"encoderblock_{i}"][name], found[1]["encoderblock"][name]
+            np.testing.assert_allclose(a, b[i], rtol=1e-6)
+
+
 # What the chain does around the rule
+
+
+def test_the_rate_is_that_of_the_step_whatever_was_skipped():
+    cfg = dataclasses.replace(PLAIN, warmup=4, learning_rate=1.0)
+    params = {"kernel": jnp.zeros(())}
+    tx, _ = optim.create(cfg, 10, params)
+    state = tx.init(params)
+    for step, rate in [(0, 0.0), (3, 0.75), (9, 1.0)]:
+        updates, state = tx.update({"kernel": jnp.ones(())}, state, params, step=step)
+        assert float(updates["kernel"]) == pytest.approx(-rate)
+
+
+def test_the_backbone_is_all_but_the_heads():
+    params = PARAMS | {"head_dist": {"kernel": 0}, "pre_logits": {"kernel": 0}}
+    mask = leaves(optim.trainable(OptimConfig(freeze=("backbone",)), params))
+    assert {k for k, trained in mask.items() if trained} == {
+        "head/kernel",
+        "head/bias",
+        "head_dist/kernel",
+    }
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_layer_decay_falls_from_the_head_to_the_stem(stacked):
+    block = {"Dense_0": {"kernel": jnp.ones((3, 2))}}
+    blocks = {f"encoderblock_{i}": block for i in range(3)}
+    if stacked:
+        blocks = {"encoderblock": jax.tree.map(lambda x: jnp.stack([x] * 3), block)}
+    norm = {"encoder_norm": {"scale": jnp.ones(2)}}
+    params = {
+        "embedding": {"kernel": jnp.ones(2)},
+        "Transformer": blocks | norm | {"posembed_input": {"pos_embedding": jnp.ones(2)}},
+        "head": {"kernel": jnp.ones(2)},
+    }  # fmt: skip
+    cfg = dataclasses.replace(PLAIN, learning_rate=1.0, layer_decay=0.5)
+    (after,), _ = run(cfg, params, [jax.tree.map(jnp.ones_like, params)])
+    moved = {k: np.asarray(1 - v) for k, v in leaves(after).items()}
+    assert moved["embedding/kernel"][0] == 0.5**4
+    assert moved["Transformer/posembed_input/pos_embedding"][0] == 0.5**4
+    assert moved["Transformer/encoder_norm/scale"][0] == moved["head/kernel"][0] == 1
+    name = "Transformer/encoderblock{}/Dense_0/kernel"
+    of_blocks = [moved[name.format("" if stacked else f"_{i}")] for i in range(3)]
+    if stacked:
+        of_blocks = list(of_blocks[0])
+    assert [x.ravel()[0] for x in of_blocks] == [0.5**3, 0.5**2, 0.5]
 
 
 def test_first_update_uses_the_learning_rate_of_step_zero():
@@ -305,19 +371,28 @@ def test_decay_factors_differ_for_the_head_as_in_vit_g():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"freeze": ("Transfomer/.*",)}, ["optim.freeze", "Transfomer", "head/bias"]),
+        (
+            {"freeze": ("Transfomer/.*",)},
+            ["config.optim.freeze", "Transfomer", "head/bias"],
+        ),
         ({"multipliers": (("tail/.*", 2.0),)}, ["optim.multipliers", "tail"]),
         ({"weight_decay": 0.1, "decay": (("kernel", 1.0),)}, ["optim.decay", "kernel"]),
         ({"freeze": ("(",)}, ["optim.freeze", "regular expression"]),
         ({"freeze": (".*",)}, ["optim.freeze", "no parameter to train"]),
-        ({"warmup": 10}, ["optim.warmup is 10", "steps=10"]),
+        ({"warmup": 10}, ["config.optim.warmup=10", "config.steps=10"]),
         (
             {"schedule": "rsqrt", "warmup": 4, "cooldown": 7},
-            ["optim.cooldown is 7", "only 6 steps"],
+            ["config.optim.cooldown=7", "only 6 steps"],
         ),
         ({"schedule": "cosine", "cooldown": 2}, ["optim.cooldown", "'cosine'"]),
-        ({"name": "adamw"}, ["optim.name", "adamw", "did you mean 'adam'", "sgd"]),
-        ({"schedule": "cosin"}, ["optim.schedule", "did you mean 'cosine'", "rsqrt"]),
+        (
+            {"name": "adamw"},
+            ["config.optim.name", "adamw", "did you mean 'adam'", "sgd"],
+        ),
+        (
+            {"schedule": "cosin"},
+            ["config.optim.schedule", "did you mean 'cosine'", "rsqrt"],
+        ),
     ],
 )
 def test_bad_input_is_refused_by_name(change, words):

@@ -12,7 +12,7 @@ from tiny import TINY
 from vit_jax import data
 from vit_jax.config import replace
 from vit_jax.errors import UserError
-from vit_jax.workdir import MetricsWriter, claim, read_metrics
+from vit_jax.workdir import Claim, MetricsWriter, read_metrics
 
 CFG = replace(TINY, model__num_classes=5, model__image_size=(16, 16))
 
@@ -46,7 +46,8 @@ def bucket(tmp_path, monkeypatch):
 
 def test_a_run_writes_and_continues_its_metrics(bucket):
     workdir = "gs://bucket/run"
-    with claim(workdir, CFG, data.describe(CFG.data)):
+    with Claim(workdir, CFG, data.describe(CFG.data)) as claim:
+        claim.write()
         writer = MetricsWriter(workdir, 0)
     for step in (1, 2, 3):
         writer.write(step, {"train/loss": 1 / step})
@@ -61,8 +62,10 @@ def test_a_run_writes_and_continues_its_metrics(bucket):
         2,
     )  # two in the same second share a name
 
-    (bucket / "bucket/run/checkpoints/1").mkdir(parents=True)  # something to lose
-    other = claim(workdir, replace(CFG, seed=1), data.describe(CFG.data))
+    saved = bucket / "bucket/run/checkpoints/1"  # something to lose
+    saved.mkdir(parents=True)
+    (saved / "commit_success.txt").touch()
+    other = Claim(workdir, replace(CFG, seed=1), data.describe(CFG.data))
     with pytest.raises(UserError, match="holds a run with another config"), other:
         pass
 
@@ -77,6 +80,6 @@ def test_a_bucket_without_permission_is_one_message(error, monkeypatch):
 
     monkeypatch.setattr(type(epath.Path("gs://bucket/x")), "exists", refuse)
     match = rf"--workdir=gs://bucket/run cannot be written \({type(error).__name__}: {error}\): check the name of"
-    refused = claim("gs://bucket/run", CFG, data.describe(CFG.data))
+    refused = Claim("gs://bucket/run", CFG, data.describe(CFG.data))
     with pytest.raises(UserError, match=match), refused:
         pass

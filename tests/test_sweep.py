@@ -15,7 +15,7 @@ from absl import flags
 
 from vit_jax import cli, sweep
 from vit_jax.config import Config, SweepConfig
-from vit_jax.errors import UserError
+from vit_jax.errors import PREEMPTED, UserError
 
 ROOT = Path(__file__).parent.parent
 CFG = Config(steps=7, sweep=SweepConfig(learning_rates=(0.1, 0.01, 1.0), seeds=2))
@@ -88,8 +88,8 @@ def test_selects_on_the_held_out_slice_and_retrains_with_every_seed(command_line
 
 def test_continues_after_being_stopped(command_line):
     """Finished runs stay; one without its last step is started again, where it was."""
-    stopped = Runs(lambda lr, *a: None if lr == 0.01 else peak(lr, *a), cli.PREEMPTED)
-    assert command_line(stopped) == cli.PREEMPTED
+    stopped = Runs(lambda lr, *a: None if lr == 0.01 else peak(lr, *a), PREEMPTED)
+    assert command_line(stopped) == PREEMPTED
     assert len(stopped.commands) == 2
     write(command_line.workdir / "select/lr_0.01", [(3, 0.99)])  # step 3 of 7
     again = Runs(peak)

@@ -27,20 +27,22 @@ from vit_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a field allows, ``low`` included unless they are ``above`` it."""
+    """The numbers that a field allows, ``low`` and ``high`` included unless they are
+    ``above`` the one or ``below`` the other."""
 
     low: float
     high: float = math.inf
     above: bool = False
+    below: bool = False
 
     def __contains__(self, value: Any) -> bool:
-        return value <= self.high and (
-            value > self.low if self.above else value >= self.low
-        )
+        over = value > self.low if self.above else value >= self.low
+        return over and (value < self.high if self.below else value <= self.high)
 
     def __str__(self) -> str:
         low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
-        return low if self.high == math.inf else f"{low} and at most {self.high:g}"
+        high = f"below {self.high:g}" if self.below else f"at most {self.high:g}"
+        return low if self.high == math.inf else f"{low} and {high}"
 
 
 Count = Annotated[int, Range(0)]
@@ -48,6 +50,7 @@ Positive = Annotated[int, Range(1)]
 Amount = Annotated[float, Range(0)]
 Above0 = Annotated[float, Range(0, above=True)]
 Share = Annotated[float, Range(0, 1)]
+Decay = Annotated[float, Range(0, 1, below=True)]  # of a moving average
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class ModelConfig:
     """The architecture. Zeros are filled in from the row of ``models/variants.py`` that
     ``name`` selects."""
 
-    # A row of models/variants.py with a patch size; "": every size below is given.
+    # A size and a patch, or what timm or Hugging Face call it (models/published.py): says
+    # what is left at its default below; "": every size is given.
     name: str = "ViT-B/16"
     num_classes: Count = 0  # outputs of the head; 0: as many as the data has classes
     # (height, width) in pixels; (0, 0): data.image_size, square
@@ -195,17 +199,20 @@ class OptimConfig:
     # ((path regular expression, factor), ...); the first that matches counts.
     decay: tuple[tuple[str, Amount], ...] = ((r".*/kernel", 1.0),)
     clip: Amount = 0.0  # global gradient norm is clipped to this; 0: not clipped
-    b1: Share = 0.9  # Adam's first moment; momentum of SGD
-    b2: Share = 0.999  # Adam's second moment
+    b1: Decay = 0.9  # Adam's first moment; momentum of SGD
+    b2: Decay = 0.999  # Adam's second moment
     eps: Above0 = 1e-8
     # Of Adam's first moment and SGD's accumulator.
     momentum_dtype: Literal["float32", "bfloat16"] = "float32"
     # Factor of the averaged copy of the weights that is evaluated and saved; 0: none.
-    polyak: Share = 0.0
-    # Regular expressions of parameter paths that stay as they are.
+    polyak: Decay = 0.0
+    # Regular expressions of parameter paths that stay as they are; "backbone": all but
+    # the head.
     freeze: tuple[str, ...] = ()
     # ((path regular expression, learning-rate factor), ...)
     multipliers: tuple[tuple[str, Amount], ...] = ()
+    # Factor between the learning rates of a block and of the one before it; 1: none.
+    layer_decay: Annotated[float, Range(0, 1, above=True)] = 1.0
 
 
 @dataclass(frozen=True)
@@ -362,10 +369,10 @@ def to_json(cfg: Any) -> str:
     return json.dumps(to_dict(cfg), indent=2) + "\n"
 
 
-def difference(old: Any, new: Any) -> list[str]:
-    """One line ``key: old -> new`` per field of two configs that differs."""
+def difference(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+    """Key -> (old, new) of every field in which two configs differ."""
     a, b = _flat(to_dict(old)), _flat(to_dict(new))
-    return [f"{k}: {a[k]!r} -> {b[k]!r}" for k in a if a[k] != b[k]]
+    return {k: (a[k], b[k]) for k in a if a[k] != b[k]}
 
 
 def replace(cfg: Config, **changes: Any) -> Config:
@@ -402,11 +409,6 @@ def choose(what: str, value: str, allowed: Mapping[str, Any]) -> Any:
             f"unknown {what} {value!r}: {nearest(value, allowed)}choose one of {sorted(allowed)}"
         )
     return allowed[value]
-
-
-def smaller_is_better(metric: str) -> bool:
-    """Whether the best value of a metric, such as ``test/loss``, is the smallest."""
-    return metric.endswith(("loss", "error", "ece", "mce", "brier"))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -469,7 +471,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if not hasattr(value, "items"):
             raise UserError(f"{path} is {value!r}: it must be a group of keys")
         return {k: _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 2**63:
         return float(value)
     if type(value) is not hint:
         raise UserError(

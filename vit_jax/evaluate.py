@@ -20,9 +20,8 @@ from typing import Any
 
 import jax
 from absl import flags
-from etils import epath
 
-from vit_jax import cli, config, data, evaluators, inference, weights
+from vit_jax import cli, config, data, evaluators, inference, weights, workdir
 from vit_jax.config import Config
 from vit_jax.errors import UserError
 from vit_jax.evaluators import vtab
@@ -44,7 +43,12 @@ def evaluate(source: str, cfg: Config | None = None, out: str = "") -> dict[str,
       UserError: no config or evaluator, another number of classes, or whatever an
         evaluator refuses.
     """
-    cfg = cfg or _stored_config(source)
+    cfg = cfg or workdir.stored_config(source)
+    if cfg is None:
+        raise UserError(
+            f"{source} brings no config.json of a run: say what to measure with "
+            "--config=configs/X.py"
+        )
     evaluators.check(cfg)
     if not cfg.eval.evaluators:
         raise UserError(
@@ -120,15 +124,6 @@ def _square(transform: dict[str, Any]) -> dict[str, Any]:
     if isinstance(size, (list, tuple)) and len(set(size)) == 1:
         return {**transform, "size": size[0]}
     return transform
-
-
-def _stored_config(source: str) -> Config:
-    path = epath.Path(source) / "config.json"
-    if not path.exists():
-        raise UserError(
-            f"{source} brings no config.json: say what to measure with --config=configs/X.py"
-        )
-    return config.read(path)
 
 
 def _check_writable(folder: str) -> None:

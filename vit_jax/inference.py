@@ -22,11 +22,19 @@ from vit_jax.feed import Feed
 Batch = dict[str, jax.Array]
 
 
-def normalize(images: jax.Array) -> jax.Array:
-    """uint8 pixels 0..255 -> float32 in [-1, 1]; float images are in that range already."""
-    if images.dtype == jnp.uint8:
-        return images.astype(jnp.float32) / 127.5 - 1.0
-    return images
+def normalize(
+    images: jax.Array | np.ndarray, transforms: Sequence[Mapping[str, Any]] = ()
+) -> jax.Array:
+    """uint8 pixels 0..255 -> float32 in [-1, 1], or what a ``normalize`` among the
+    transforms says; float images are in that range already."""
+    if images.dtype != jnp.uint8:
+        return jnp.asarray(images)
+    x = jnp.asarray(images, jnp.float32)
+    for transform in transforms:
+        if transform["op"] == "normalize":
+            mean, std = (np.asarray(transform[k], np.float32) for k in ("mean", "std"))
+            return (x / 255.0 - mean[None, None, None]) / std[None, None, None]
+    return x / 127.5 - 1.0
 
 
 def outputs(model: Any, params: Any, images: jax.Array) -> dict[str, jax.Array]:
@@ -79,28 +87,25 @@ class Predictor:
 
 
 def create(
-    cfg: ModelConfig, params: Any, transforms: Sequence[Mapping[str, Any]] = ()
+    cfg: ModelConfig,
+    params: Any,
+    transforms: Sequence[Mapping[str, Any]] = (),
+    devices: Sequence[jax.Device] | None = None,
 ) -> Predictor:
-    """A Predictor on all devices, each of which holds all parameters.
+    """A Predictor on all devices, or on some, each of which holds all parameters.
 
     Args:
       cfg: of the model.
       params: its parameters.
       transforms: that a checkpoint states; of them, ``normalize`` is applied here.
+      devices: None: all of them.
     """
-    devices = np.array(jax.devices())
-    mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
+    found = np.array(devices or jax.devices())
+    mesh = Mesh(found, ("data",), axis_types=(AxisType.Auto,))
     model = models.create(cfg)
-    stated = [t for t in transforms if t["op"] == "normalize"]
 
     def forward(params: Any, images: jax.Array) -> dict[str, jax.Array]:
-        if stated and images.dtype == jnp.uint8:
-            mean, std = (
-                np.reshape(np.asarray(stated[0][k], np.float32), (1, 1, 1, -1))
-                for k in ("mean", "std")
-            )
-            images = (images.astype(jnp.float32) / 255.0 - mean) / std
-        return outputs(model, params, images)
+        return outputs(model, params, normalize(images, transforms))
 
     replicated = jax.device_put(params, sharding.replicated(mesh))
     return Predictor(replicated, jax.jit(forward), mesh)

@@ -40,22 +40,25 @@ def train_step(
     *,
     cfg: Config,
     loss_fn: Callable[[Any, Batch, jax.Array], tuple[jax.Array, Metrics]],
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
 ) -> tuple[State, Metrics]:
     """One optimizer step on one global batch.
 
-    ``batch["image"]`` is (B, H, W, C), uint8 or float in [-1, 1]. A step whose loss or
-    gradient is not finite changes nothing but the step number, and says so in
+    ``batch["image"]`` is (B, H, W, C), uint8 or float in [-1, 1]. A step whose loss,
+    gradient or update is not finite changes nothing but the step number, and says so in
     ``metrics["skipped"]``.
     """
-    key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
+    # Number 0 belongs to the initialisation.
+    key = jax.random.fold_in(jax.random.key(cfg.seed), state.step + 1)
     batch = batch | {"image": normalize(batch["image"])}
     if cfg.mixup:
         batch = objectives.mixup_batch(cfg, jax.random.fold_in(key, 0), batch)
     loss, metrics, grads = _gradient(cfg, loss_fn, state.params, batch, key)
     norm = optax.tree.norm(grads)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    updates, opt_state = tx.update(
+        grads, state.opt_state, state.params, step=state.step
+    )
     params = optax.apply_updates(state.params, updates)
     ema = (
         optax.incremental_update(params, state.ema, 1 - cfg.optim.polyak)
@@ -64,6 +67,7 @@ def train_step(
     )
 
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    finite &= jnp.isfinite(optax.tree.norm(updates))
     new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
     params, opt_state, ema = jax.tree.map(
         lambda a, b: jnp.where(finite, a, b), new, old
@@ -166,6 +170,7 @@ def build(
 
     params_shape = jax.eval_shape(init_params)
     tx, schedule = optim.create(cfg.optim, cfg.steps, params_shape)
+    trainable = optim.trainable(cfg.optim, params_shape)
 
     def start_from(params):
         ema = jax.tree.map(jnp.copy, params) if cfg.optim.polyak else {}
@@ -179,6 +184,12 @@ def build(
     loss_of_whole = objectives.of(cfg).create(placed, cfg)
 
     def loss_fn(params, batch, key):
+        # What is frozen costs no backward pass and has no part in the norm.
+        params = jax.tree.map(
+            lambda p, trained: p if trained else jax.lax.stop_gradient(p),
+            params,
+            trainable,
+        )
         return loss_of_whole(sharding.to_compute(cfg, mesh, params), batch, key)
 
     def forward(params, images):

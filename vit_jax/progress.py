@@ -62,6 +62,11 @@ class Bar:
         self._bar.close()
 
 
+def number(value: float) -> str:
+    """A metric as a person reads it: counts without decimals."""
+    return f"{value:,.0f}" if value % 1 == 0 and abs(value) > 1 else f"{value:.4f}"
+
+
 def _clock(seconds: float) -> str:
     minutes, s = divmod(int(seconds), 60)
     hours, m = divmod(minutes, 60)

@@ -27,8 +27,8 @@ from absl import flags
 from etils import epath
 
 from vit_jax import cli, evaluators
-from vit_jax.config import Config, smaller_is_better
-from vit_jax.errors import UserError
+from vit_jax.config import Config
+from vit_jax.errors import PREEMPTED, UserError
 from vit_jax.workdir import read_metrics
 
 
@@ -97,7 +97,7 @@ def result(cfg: Config, run: Run) -> float | None:
 
 def best(results: dict[float, float], metric: str) -> float:
     """The learning rate with the best value of a metric; of equals, the smallest."""
-    sign = -1 if smaller_is_better(metric) else 1
+    sign = -1 if evaluators.smaller_is_better(metric) else 1
     return max(sorted(results), key=lambda lr: _rank(sign * results[lr]))
 
 
@@ -162,7 +162,7 @@ def main(argv: list[str]) -> int:
     grid = {}
     for run in selection:
         value, status = _finish(cfg, run, arguments)
-        if status == cli.PREEMPTED:
+        if status == PREEMPTED:
             return status
         grid[run.learning_rate] = value
     if grid and all(math.isnan(v) for v in grid.values()):

@@ -7,24 +7,22 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 from etils import epath
 
-from vit_jax import config, data, evaluators, sharding, weights
+from vit_jax import config, data, evaluators, models, sharding, weights
 from vit_jax.checkpoint import Checkpointer
 from vit_jax.config import Config
-from vit_jax.distributed import Preemption
 from vit_jax.errors import UserError
 from vit_jax.feed import Feed
 from vit_jax.inference import Predictor
+from vit_jax.preemption import Preemption
 from vit_jax.program import Batch, Metrics, Program, State, build
-from vit_jax.progress import Bar, phase, say
-from vit_jax.workdir import MetricsWriter, claim
+from vit_jax.progress import Bar, number, phase, say
+from vit_jax.workdir import METRICS, Claim, MetricsWriter, is_evaluation, read_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,36 +54,61 @@ def train(
     say(
         f"{'':<12} {len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es), jax {jax.__version__}"
     )
-    with phase("data"):
-        info = data.describe(cfg.data)
-    program = build(cfg, devices, info)
-    cfg = program.cfg
-    for hint in program.hints:
-        say(f"hint         {hint}")
-    _say_sizes(program, info)
     with contextlib.ExitStack() as stack:
         preemption = stack.enter_context(contextlib.closing(Preemption()))
-        stack.enter_context(claim(workdir, cfg, info))
+        with phase("data"):
+            info = data.describe(cfg.data)
+        program = build(cfg, devices, info)
+        cfg = program.cfg
+        for hint in program.hints:
+            say(f"hint         {hint}")
+        _say_sizes(program, info)
+        claim = stack.enter_context(Claim(workdir, cfg, info))
         stack.enter_context(jax.set_mesh(program.mesh))
-        checkpoints = stack.enter_context(
-            contextlib.closing(Checkpointer(workdir, cfg.checkpoint))
+        checkpoints = Checkpointer(
+            workdir,
+            cfg.checkpoint,
+            read_metrics(workdir),
+            evaluators.smaller_is_better(cfg.checkpoint.keep_best),
         )
-        with phase("restore" if checkpoints.latest else "initialize"):
-            state = checkpoints.restore(program.state_shape) or _initial_state(program)
+        stack.enter_context(contextlib.closing(checkpoints))
+        stack.enter_context(_explain_out_of_memory(program))
+        if preemption.requested():
+            result = Result(0, {}, preempted=True)
+        else:
+            with phase("restore" if checkpoints.latest else "initialize"):
+                state = checkpoints.restore(program.state_shape)
+                state = state or _initial_state(program)
+            claim.write()
             start = int(state.step)
-        if start:
-            say(f"{'':<12} continuing after step {start}: {checkpoints.path(start)}")
-        loop = Loop(program, info, workdir, checkpoints, preemption)
-        with _explain_out_of_memory(cfg):
+            if start:
+                say(
+                    f"{'':<12} continuing after step {start}: {checkpoints.path(start)}"
+                )
+            loop = Loop(
+                program, info, workdir, checkpoints, preemption,
+                start=start, before_writing=claim.check,
+            )  # fmt: skip
             result = loop.run(state)
         checkpoints.wait()
-    _say_end(result, cfg, workdir, checkpoints)
+        _say_end(result, cfg, workdir, checkpoints)
     return result
 
 
 class Loop:
     """Feeds the program: metrics are read one step late, so that the device never waits
-    for the host."""
+    for the host.
+
+    Args:
+      program: to run.
+      info: of the data.
+      workdir: for metrics and traces.
+      checkpoints: where to save; None: nowhere.
+      preemption: what may ask it to stop.
+      train_step: compiled already; None: compiled when the loop starts.
+      start: steps done.
+      before_writing: called before anything is written; raises what ends the run.
+    """
 
     def __init__(
         self,
@@ -95,66 +118,92 @@ class Loop:
         checkpoints: Checkpointer | None,
         preemption: Preemption | None,
         train_step: Callable[[State, Batch], tuple[State, Metrics]] | None = None,
+        start: int = 0,
+        before_writing: Callable[[], None] = lambda: None,
     ):
         self.program, self.cfg, self.info = program, program.cfg, info
-        self.workdir, self.checkpoints = workdir, checkpoints
-        self.preemption = preemption
-        # Compiled already; None: compiled when the loop starts.
+        self.workdir, self.checkpoints, self.start = workdir, checkpoints, start
+        self.preemption, self.before_writing = preemption, before_writing
         self.train_step = train_step
+        rows = [m for m in read_metrics(workdir) if m["step"] == start]
+        self.evaluated = any(map(is_evaluation, rows))
+        self.writer = MetricsWriter(workdir, start)
+        self.profiler = _Profiler(self.cfg.profile, workdir)
+        self.interval = _Interval(self.cfg)
         self.results: dict[str, float] = {}  # of the last evaluation
         self.bad_in_row = 0
 
     def run(self, state: State) -> Result:
         """Trains from ``state`` to the last step of the config, or until the process is
         asked to stop."""
-        cfg, last = self.cfg, self.cfg.steps
-        self.start = step = int(state.step)
-        self.writer = MetricsWriter(self.workdir, step)
-        if step >= last:
-            done = self._evaluate(state, step)
-            return Result(step, self.results, preempted=not done)
-        bar, feed = Bar(last, step), self._feed()
-        self.interval = _Interval(cfg, feed)
-        profiler = _Profiler(cfg.profile, self.workdir)
-        pending: tuple[int, Metrics] | None = None
-        done = True
+        start, last = self.start, self.cfg.steps
+        if start > last:
+            say(
+                f"config.steps={last} is below step {start}, which is trained already: "
+                "that step is evaluated and nothing trained"
+            )
+        # An evaluation that was cut short is made up for.
+        owed = start and not self.evaluated and every(self.cfg.eval.every, start, last)
+        if start >= last or owed:
+            done = self._evaluate(state, start)
+            if start >= last or not done:
+                return Result(start, self.results, preempted=not done)
+        feed, bar = self._feed(), Bar(last, start)
         try:
+            # The first batch is read while the program is traced and compiled.
+            train_step = self.train_step or self._compile(self.program.batch_shape)
             with phase("first batch"):
                 batch = next(feed)
-            train_step = self.train_step or self._compile(batch)
-            self.interval.restart()
-            while step < last and not self._asked_to_stop():
-                state, metrics = train_step(state, batch)
-                batch = next(feed) if step + 1 < last else batch
-                step += 1
-                bar.step()
-                if pending:
-                    self._record(*pending, bar)
-                pending = (step, metrics)
-                profiler.step(step, metrics)
-                evaluate = every(cfg.eval.every, step, last)
-                save = every(cfg.checkpoint.every, step, last)
-                save |= evaluate and bool(cfg.checkpoint.keep_best)
-                if evaluate or save:
-                    # The step in flight must be known to be good before it is evaluated
-                    # or saved.
-                    self._record(*pending, bar)
-                    pending = None
-                    with self.interval.paused():
-                        if evaluate:
-                            done = self._evaluate(state, step)
-                        if save:
-                            self._save(state, step, evaluate and done)
-            if pending:
-                self._record(*pending, bar)
-            if step < last:
-                say(f"asked to stop: saving step {step}")
-                self._save(state, step, False)
-            return Result(step, self.results, preempted=step < last or not done)
+            if not self.train_step and _shapes(batch) != _shapes(
+                self.program.batch_shape
+            ):
+                train_step = self._compile(batch)  # masks and float images are possible
+            self.interval.restart(feed)
+            return self._train(state, train_step, batch, feed, bar)
         finally:
-            profiler.close()
+            self.profiler.close()
             feed.close()
             bar.close()
+
+    def _train(
+        self,
+        state: State,
+        train_step: Callable[[State, Batch], tuple[State, Metrics]],
+        batch: Batch,
+        feed: Feed,
+        bar: Bar,
+    ) -> Result:
+        cfg, step, last = self.cfg, self.start, self.cfg.steps
+        pending: tuple[int, Metrics] | None = None
+        done = True
+        while step < last and not self._asked_to_stop():
+            state, metrics = train_step(state, batch)
+            batch = next(feed) if step + 1 < last else batch
+            step += 1
+            bar.step()
+            if pending:
+                self._record(*pending, bar)
+            pending = (step, metrics)
+            self.profiler.step(step, metrics)
+            due_eval = every(cfg.eval.every, step, last)
+            due_save = every(cfg.checkpoint.every, step, last)
+            due_save |= due_eval and bool(cfg.checkpoint.keep_best)
+            if due_eval or due_save:
+                # The step in flight must be known to be good before it is evaluated or
+                # saved.
+                self._record(*pending, bar)
+                pending = None
+                with self.interval.paused():
+                    if due_eval:
+                        done = self._evaluate(state, step)
+                    if due_save:
+                        self._save(state, step)
+        if pending:
+            self._record(*pending, bar)
+        if step < last:
+            say(f"asked to stop: saving step {step}")
+            self._save(state, step)
+        return Result(step, self.results, preempted=step < last or not done)
 
     def _asked_to_stop(self) -> bool:
         return self.preemption is not None and self.preemption.requested()
@@ -172,8 +221,10 @@ class Loop:
         waiting = lambda seconds: say(f"waiting for data since {seconds:.0f} s")
         return Feed(source, self.program.batch_sharding, on_wait=waiting)
 
-    def _compile(self, batch: Batch) -> Callable[[State, Batch], tuple[State, Metrics]]:
-        """Compiles for a batch as the data has it: masks and float images are possible."""
+    def _compile(
+        self, batch: Mapping[str, Any]
+    ) -> Callable[[State, Batch], tuple[State, Metrics]]:
+        """Compiles for a batch, or the shapes of one."""
         shapes = {
             k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
             for k, x in batch.items()
@@ -193,18 +244,20 @@ class Loop:
         self.interval.add(values)
         if every(self.cfg.log_every, step, self.cfg.steps):
             line = self.interval.summary(step)
-            self.writer.write(step, line)
+            self._write(step, line)
             bar.log(step, line)
 
-    def _save(self, state: State, step: int, evaluated: bool) -> None:
+    def _write(self, step: int, line: Mapping[str, float]) -> None:
+        self.before_writing()
+        self.writer.write(step, line)
+
+    def _save(self, state: State, step: int) -> None:
         if not self.checkpoints or step == self.start:
             return
-        # Parameters that are no numbers must not replace those that were good before.
-        if self.bad_in_row and not jnp.isfinite(optax.tree.norm(state.params)):
-            return
-        self.checkpoints.save(state, step, self.results if evaluated else {})
+        self.before_writing()
+        self.checkpoints.save(state, step)
         best = self.cfg.checkpoint.keep_best
-        if evaluated and best and best not in self.results:
+        if self.results and best and best not in self.results:
             raise UserError(
                 f"config.checkpoint.keep_best={best!r} is not among what is measured: "
                 f"{config.nearest(best, self.results)}choose one of "
@@ -213,11 +266,12 @@ class Loop:
 
     def _give_up(self, step: int) -> None:
         where = "there is no checkpoint yet"
-        if self.checkpoints and self.checkpoints.latest:
+        if self.checkpoints:
             self.checkpoints.wait()
-            where = f"the last good checkpoint is {self.checkpoints.path(self.checkpoints.latest)}"
+            if latest := self.checkpoints.latest:
+                where = f"the newest checkpoint is finite: {self.checkpoints.path(latest)}, but its loss may have risen before"
         raise UserError(
-            f"the loss or its gradient was not finite in {self.bad_in_row} steps in a row, up to step {step} "
+            f"the loss, its gradient or the update was not finite in {self.bad_in_row} steps in a row, up to step {step} "
             f"(config.max_bad_steps={self.cfg.max_bad_steps}); {where}. Lower config.optim.learning_rate, set "
             "config.optim.clip=1.0 or look at the data"
         )
@@ -225,12 +279,15 @@ class Loop:
     def _evaluate(self, state: State, step: int) -> bool:
         """Whether it came to its end; not if the process was asked to stop."""
         results = evaluate(self.program, self.info, state, self.preemption)
-        if results:
-            self.results = results
-            self.writer.write(step, results)
-            numbers = "  ".join(f"{k} {v:.4f}" for k, v in results.items())
-            say(f"step {step}/{self.cfg.steps}  {numbers}")
-        return results is not None
+        if not results:  # no evaluator, or told to stop
+            return results is not None
+        self.results = results
+        self._write(step, results)
+        if self.checkpoints:
+            self.checkpoints.evaluated(step, results)
+        numbers = "  ".join(f"{k} {number(v)}" for k, v in results.items())
+        say(f"step {step}/{self.cfg.steps}  {numbers}")
+        return True
 
 
 def evaluate(
@@ -267,12 +324,12 @@ class _Interval:
     """Means of the metrics over the steps that were not skipped, and speed, since the
     last logged step. Time spent on evaluating and saving is left out."""
 
-    def __init__(self, cfg: Config, feed: Feed):
-        self._cfg, self._feed = cfg, feed
-        self.restart()
+    def __init__(self, cfg: Config):
+        self._cfg = cfg
 
-    def restart(self) -> None:
-        self._start, self._waited = time.perf_counter(), self._feed.waited
+    def restart(self, feed: Feed) -> None:
+        self._feed = feed
+        self._start, self._waited = time.perf_counter(), feed.waited
         self._sums = {"loss": 0.0}
         self._good = self._skipped = 0
 
@@ -306,7 +363,7 @@ class _Interval:
             "train/data_wait": min((self._feed.waited - self._waited) / seconds, 1.0),
             "train/eta_seconds": (self._cfg.steps - step) * per_step,
         }
-        self.restart()
+        self.restart(self._feed)
         return line
 
 
@@ -316,12 +373,12 @@ class _Profiler:
 
     def __init__(self, steps: str, workdir: str):
         self._workdir, self._running = workdir, False
-        match = re.fullmatch(r"(\d+):(\d+)", steps or "0:1")
-        if not match or int(match[1]) >= int(match[2]):
+        match = re.fullmatch(r"(\d+):(\d+)", steps)
+        self._first, self._last = map(int, match.groups()) if match else (0, 0)
+        if steps and not 1 <= self._first < self._last:
             raise UserError(
-                f"config.profile={steps!r}: write FIRST:LAST, for example 100:110"
+                f"config.profile={steps!r}: write FIRST:LAST, for example 100:110; the first step is 1"
             )
-        self._first, self._last = int(match[1]), int(match[2])
 
     def step(self, step: int, metrics: Metrics) -> None:
         if step == self._first:
@@ -348,8 +405,7 @@ def _initial_state(program: Program) -> State:
 def _say_sizes(program: Program, info: data.DataInfo) -> None:
     cfg = program.cfg
     params = sum(
-        np.prod(p.shape, dtype=np.int64)
-        for p in jax.tree.leaves(program.state_shape.params)
+        math.prod(p.shape) for p in jax.tree.leaves(program.state_shape.params)
     )
     say(
         f"{'':<12} {info.num_train:,} training and {info.num_test:,} test images, {info.num_classes} classes"
@@ -369,24 +425,49 @@ def _say_end(
         )
         return
     for name, value in result.metrics.items():
-        say(f"{name:<16} {value:.4f}")
+        say(f"{name:<16} {number(value)}")
     say(f"checkpoint       {path}")
     say(
-        f"curves           tensorboard --logdir {workdir}   (numbers: {epath.Path(workdir) / 'metrics.jsonl'})"
+        f"curves           tensorboard --logdir {workdir}   (numbers: {epath.Path(workdir) / METRICS})"
     )
     say(f"predict          python -m vit_jax.predict {workdir} IMAGE...")
     say(f"export           python -m vit_jax.convert {workdir} model.npz")
 
 
+def _shapes(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: (x.shape, x.dtype) for k, x in batch.items()}
+
+
 @contextlib.contextmanager
-def _explain_out_of_memory(cfg: Config) -> Iterator[None]:
+def _explain_out_of_memory(program: Program) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        raise UserError(
-            f"the device ran out of memory with config.batch={cfg.batch}: raise config.accumulate (now "
-            f"{cfg.accumulate}), set config.model.remat=full (now {cfg.model.remat}), config.sharding=fsdp (now "
-            f"{cfg.sharding}), or lower config.batch. {str(e).splitlines()[0]}"
-        ) from e
+        raise UserError(out_of_memory(program, str(e))) from e
+
+
+def out_of_memory(program: Program, reason: str) -> str:
+    """What to do about a lack of memory, in one line."""
+    cfg = program.cfg
+    found = re.search(r"(\d+) bytes", reason)
+    wanted = f": {int(found[1]) / 2**30:.3g} GiB more were wanted" if found else ""
+    more = (
+        f"set config.sharding=fsdp (now {cfg.sharding}), "
+        if program.mesh.size > 1 and cfg.sharding != "fsdp"
+        else ""
+    )
+    model = models.resolve(cfg.model)
+    grid = math.prod(models.token_grid(model, model.image_size))
+    tokens = (
+        ""
+        if models.is_resnet(model)
+        else f" of {grid + models.prefix_tokens(model)} tokens each"
+    )
+    return (
+        f"the device ran out of memory{wanted}. A step has config.batch={cfg.batch} images{tokens}: "
+        f"choose a larger patch in config.model.name or a smaller config.data.image_size, {more}"
+        f"raise config.accumulate (now {cfg.accumulate}), set config.model.remat=full (now {cfg.model.remat}), "
+        "or lower config.batch"
+    )

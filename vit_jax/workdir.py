@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files of a run, all but its checkpoints: ``config.json``, ``dataset.json``, the
 lock, ``metrics.jsonl`` and TensorBoard's event files.
+
+``metrics.jsonl`` has one object per line: ``step`` plus names such as ``train/loss`` and
+``test/accuracy``; null stands for NaN. ``train/`` values are means over the steps since
+the line before, or since the start of the process: the first line after a restart may
+cover fewer steps than that of an undisturbed run.
 """
 
 import contextlib
 import io
 import json
+import logging
 import math
 import os
 import socket
@@ -23,78 +29,141 @@ from vit_jax.errors import UserError
 from vit_jax.progress import say
 
 METRICS = "metrics.jsonl"
+_LOG = logging.getLogger(__name__)
 
-# A run may be resumed with other values of these only: they leave its model, data and
-# optimizer state as they are.
+# A run may be resumed with other values of these only: they leave its model, the order
+# of its training examples and its optimizer state as they are.
 _MAY_CHANGE = (
     "steps", "eval.", "checkpoint.", "sweep.", "log_every", "profile", "max_bad_steps", "sharding", "mesh", "accumulate",
-    "model.remat", "data.cache_gib", "data.max_bad", "optim.learning_rate", "optim.schedule",
-    "optim.end_learning_rate", "optim.warmup", "optim.cooldown", "optim.timescale",
+    "model.remat", "data.path", "data.cache_gib", "data.max_bad", "data.eval_transforms", "data.test_split",
+    "optim.learning_rate", "optim.schedule", "optim.end_learning_rate", "optim.warmup", "optim.cooldown", "optim.timescale",
 )  # fmt: skip
 
 
-@contextlib.contextmanager
-def claim(workdir: str, cfg: Config, info: DataInfo) -> Iterator[None]:
-    """Creates ``workdir`` with ``config.json`` and ``dataset.json``, or checks that it
-    belongs to the same run.
+def stored_config(source: str) -> Config | None:
+    """The config of the run in the folder ``source``, local or remote; None if it holds
+    none."""
+    folder = epath.Path(source)
+    # Hugging Face's folders hold a config.json as well.
+    if "://" in source and not source.startswith(("gs://", "s3://")):
+        return None
+    if not (folder / checkpoint.FOLDER).exists():
+        return None
+    return config.read(folder / "config.json")
+
+
+class Claim:
+    """The workdir of a run, for this process alone while the context is open.
 
     Raises:
-      UserError: it cannot be written, another process is using it, or its config has
-        another model or other data.
+      UserError: when entered: it cannot be written, another process is using it, or it
+        holds a run with another model or other data.
     """
-    folder = epath.Path(workdir)
-    stored = folder / "config.json"
-    with contextlib.ExitStack() as stack:
+
+    def __init__(self, workdir: str, cfg: Config, info: DataInfo):
+        self._workdir, self._cfg, self._info = workdir, cfg, info
+        self._folder = epath.Path(workdir)
+        self._held = contextlib.ExitStack()
+        self._lock: Any = None
+
+    def __enter__(self) -> "Claim":
         if jax.process_index() == 0:
-            with _explain_no_access(workdir):
+            with self._explain_no_access():
                 # A run that saved nothing has nothing to lose.
-                if stored.exists() and checkpoint.steps(workdir):
-                    _check_same_run(workdir, config.read(stored), cfg)
-                folder.mkdir(parents=True, exist_ok=True)
-                if "://" not in workdir:
-                    stack.enter_context(_lock(workdir))
-                write_whole(stored, config.to_json(cfg))
-                write_whole(
-                    folder / "dataset.json",
-                    json.dumps(_dataset(cfg, info), indent=2) + "\n",
+                if checkpoint.steps(self._workdir):
+                    self._check_same_run()
+                self._folder.mkdir(parents=True, exist_ok=True)
+                if "://" not in self._workdir:
+                    self._lock = self._held.enter_context(_lock(self._workdir))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def write(self) -> None:
+        """Writes ``config.json`` and ``dataset.json``, once nothing can be refused any
+        more."""
+        if jax.process_index() == 0:
+            with self._explain_no_access():
+                write_whole(self._folder / "config.json", config.to_json(self._cfg))
+                text = json.dumps(self._dataset(), indent=2) + "\n"
+                write_whole(self._folder / "dataset.json", text)
+
+    def check(self) -> None:
+        """UserError if the folder was removed or replaced meanwhile: what would be
+        written now is no run that anything could read."""
+        if self._lock:
+            here = epath.Path(self._lock.name)
+            mine = os.fstat(self._lock.fileno()).st_ino
+            if not here.exists() or os.stat(here).st_ino != mine:
+                raise UserError(
+                    f"--workdir={self._workdir} was removed or replaced while this run "
+                    "was writing to it: start the command again to begin anew"
                 )
-        yield
 
-
-@contextlib.contextmanager
-def _explain_no_access(workdir: str) -> Iterator[None]:
-    remote = "://" in workdir
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as e:  # on gs:// an error class of tensorflow's or gcsfs's own
-        if not remote and not isinstance(e, OSError):
+    @contextlib.contextmanager
+    def _explain_no_access(self) -> Iterator[None]:
+        remote = "://" in self._workdir
+        try:
+            yield
+        except UserError:
             raise
-        hint = (
-            ": check the name of the bucket and your permission to write there"
-            if remote
-            else ""
-        )
-        reason = " ".join(str(e).split())[:300]
-        raise UserError(
-            f"--workdir={workdir} cannot be written ({type(e).__name__}: {reason}){hint}"
-        ) from e
+        except Exception as e:  # on gs:// an error class of tensorflow's or gcsfs's own
+            if not remote and not isinstance(e, OSError):
+                raise
+            hint = (
+                ": check the name of the bucket and your permission to write there"
+                if remote
+                else ""
+            )
+            reason = " ".join(str(e).split())[:300]
+            raise UserError(
+                f"--workdir={self._workdir} cannot be written ({type(e).__name__}: {reason}){hint}"
+            ) from e
 
+    def _check_same_run(self) -> None:
+        stored = self._folder / "config.json"
+        if not stored.exists():
+            return
+        changes = config.difference(config.read(stored), self._cfg)
+        lines = {k: f"{k}: {old!r} -> {new!r}" for k, (old, new) in changes.items()}
+        fatal = [line for k, line in lines.items() if not k.startswith(_MAY_CHANGE)]
+        fatal += self._other_examples()
+        if fatal:
+            raise UserError(
+                f"{self._workdir} holds a run with another config ({'; '.join(fatal)}): give the same values, or another --workdir"
+            )
+        for line in lines.values():
+            say(f"config       {line}")
 
-def _check_same_run(workdir: str, old: Config, new: Config) -> None:
-    changes = config.difference(old, new)
-    fatal = [c for c in changes if not c.startswith(_MAY_CHANGE)]
-    if fatal:
-        raise UserError(
-            f"{workdir} holds a run with another config ({'; '.join(fatal)}): give the same values, or another --workdir"
-        )
-    for change in changes:
-        say(f"config       {change}")
+    def _other_examples(self) -> list[str]:
+        """What differs of the training examples, which a path alone does not say."""
+        try:
+            old = json.loads((self._folder / "dataset.json").read_text())
+            new = self._dataset()
+            keys = ("num_train", "num_classes", "class_names")
+            return [f"{k} of the data: {old[k]} -> {new[k]}" for k in keys if old[k] != new[k]]  # fmt: skip
+        except (OSError, ValueError, LookupError):
+            return []
+
+    def _dataset(self) -> dict[str, Any]:
+        """What a user of the checkpoint must know about the data."""
+        cfg, info = self._cfg, self._info
+        return {
+            "source": cfg.data.source,
+            "name": cfg.data.name,
+            "num_classes": info.num_classes,
+            "class_names": list(info.class_names),
+            "num_train": info.num_train,
+            "num_test": info.num_test,
+            "multilabel": info.multilabel,
+            "image_size": list(cfg.model.image_size),
+            "eval_transforms": config.to_dict(cfg.data)["eval_transforms"],
+        }
 
 
 @contextlib.contextmanager
-def _lock(workdir: str) -> Iterator[None]:
+def _lock(workdir: str) -> Iterator[Any]:
     import fcntl  # not on Windows, where nothing is locked
 
     with open(epath.Path(workdir) / ".lock", "w") as f:
@@ -104,22 +173,7 @@ def _lock(workdir: str) -> Iterator[None]:
             raise UserError(
                 f"--workdir={workdir} is in use by another process: wait for it or give another --workdir"
             ) from None
-        yield
-
-
-def _dataset(cfg: Config, info: DataInfo) -> dict[str, Any]:
-    """What a user of the checkpoint must know about the data."""
-    return {
-        "source": cfg.data.source,
-        "name": cfg.data.name,
-        "num_classes": info.num_classes,
-        "class_names": list(info.class_names),
-        "num_train": info.num_train,
-        "num_test": info.num_test,
-        "multilabel": info.multilabel,
-        "image_size": list(cfg.model.image_size),
-        "eval_transforms": config.to_dict(cfg.data)["eval_transforms"],
-    }
+        yield f
 
 
 class MetricsWriter:
@@ -148,22 +202,33 @@ class MetricsWriter:
         self._written = {} if _is_local(workdir) else {self._path: lines.encode()}
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds a line. What cannot be written is said and left out: a full disk must not
+        end a run."""
         if not self._active:
             return
         line = _line({"step": step, **metrics})
         if line in self._last:  # a finished run was evaluated again
             return
-        self._append(self._path, line.encode())
-        if self._encode:
-            self._append(self._events, self._encode(step, metrics))
+        try:
+            self._append(self._path, line.encode())
+            if self._encode:
+                self._append(self._events, self._encode(step, metrics))
+        except OSError as e:
+            _LOG.warning("%s has no line of step %d: %s", self._path, step, e.strerror)
 
     def _append(self, path: epath.Path, more: bytes) -> None:
-        if _is_local(path):
-            with path.open("ab") as f:
-                f.write(more)
-        else:
+        if not _is_local(path):
             self._written[path] = self._written.get(path, b"") + more
             path.write_bytes(self._written[path])
+            return
+        with open(path, "ab", buffering=0) as f:
+            size = f.tell()
+            try:
+                while more:
+                    more = more[f.write(more) :]
+            except OSError:
+                f.truncate(size)  # half a line would spoil the next one as well
+                raise
 
 
 def write_whole(path: epath.Path, text: str) -> None:
@@ -174,15 +239,21 @@ def write_whole(path: epath.Path, text: str) -> None:
 
 
 def read_metrics(workdir: str) -> list[dict[str, float]]:
-    """The lines of ``metrics.jsonl``, null as NaN; a last line that was cut by a kill is
-    left out."""
+    """The lines of ``metrics.jsonl``, null as NaN; damaged ones are left out, such as
+    the last one of a process that was killed."""
     path = epath.Path(workdir) / METRICS
     found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
             row = json.loads(line)
-            found.append({k: math.nan if v is None else v for k, v in row.items()})
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                found.append({k: math.nan if v is None else v for k, v in row.items()})
     return found
+
+
+def is_evaluation(row: Mapping[str, float]) -> bool:
+    """Whether a line of ``metrics.jsonl`` is that of an evaluation."""
+    return any("/" in name and not name.startswith("train/") for name in row)
 
 
 def _event_encoder():

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention weights and what is computed from them: rollout and attention distance.
 
-L layers, B images, k heads, S tokens, N = h w patches in raster order after the class
-token if there is one. ``weights[l, b, head, q, j]`` is how much query q takes from key
-j.
+L layers, B images, k heads, S tokens: first those that are no patches (class token,
+distillation token, registers), then the N = h w patches in raster order.
+``weights[l, b, head, q, j]`` is how much query q takes from key j.
 
 >>> weights = attention.capture(model, params, images)
 >>> attention.mean_distance(weights, grid=(14, 14), patch=16)  # (L, k) in pixels
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax import models
+from vit_jax import inference, models
 from vit_jax.errors import UserError
 
 Array = jax.Array | np.ndarray
@@ -50,15 +50,20 @@ def rollout(weights: Array | Sequence[Array], *, identity: bool = True) -> jax.A
     return result
 
 
-def token_map(rows: Array, grid: tuple[int, int]) -> jax.Array:
+def token_map(
+    rows: Array, grid: tuple[int, int], *, class_token: bool = True
+) -> jax.Array:
     """Picture of a token matrix (..., S, S): what the class token takes from each
     patch, (..., h, w).
 
-    Without class token (heads that average the tokens) it is the mean over all queries.
+    Where the model has none (heads that average the tokens), it is the mean over what
+    the patches take. Registers and the distillation token lie between the class token
+    and the patches, and are left out.
     """
     patches = math.prod(grid)
-    extra = _extra_tokens(rows.shape[-1], grid)
-    row = jnp.asarray(rows)[..., 0, :] if extra else jnp.asarray(rows).mean(-2)
+    prefix = _prefix(rows.shape[-1], grid)
+    rows = jnp.asarray(rows)
+    row = rows[..., 0, :] if prefix and class_token else rows[..., prefix:, :].mean(-2)
     return row[..., -patches:].reshape(*row.shape[:-1], *grid)
 
 
@@ -79,8 +84,8 @@ def mean_distance(
       weights: (L, B, k, S, S) or a sequence of (B, k, S, S); B may be left out.
       grid: patches, (h, w).
       patch: pixels from a patch to the next one.
-      renormalize: without the class token, attention to the patches is scaled to sum to
-        1 again. The paper does not say whether it did.
+      renormalize: without the other tokens, attention to the patches is scaled to sum
+        to 1 again. The paper does not say whether it did.
     """
     return jnp.stack([_layer_distance(w, grid, patch, renormalize) for w in weights])
 
@@ -129,7 +134,7 @@ class Summary(NamedTuple):
 
 
 def summarize(
-    model: Any, params: Any, images: Iterable[np.ndarray], *, batch: int = 16
+    model: Any, params: Any, images: Iterable[Array], *, batch: int = 16
 ) -> Summary:
     """Attention distance and rollout of any number of images.
 
@@ -191,8 +196,8 @@ def _layer_distance(
     weights: Array, grid: tuple[int, int], patch: int, renormalize: bool
 ) -> jax.Array:
     """(B, k, S, S) or (k, S, S) -> (k,)."""
-    extra = _extra_tokens(weights.shape[-1], grid)
-    a = jnp.asarray(weights, jnp.float32)[..., extra:, extra:]
+    prefix = _prefix(weights.shape[-1], grid)
+    a = jnp.asarray(weights, jnp.float32)[..., prefix:, prefix:]
     if renormalize:
         a = a / jnp.maximum(a.sum(-1, keepdims=True), 1e-20)
     distance = jnp.einsum(
@@ -201,14 +206,15 @@ def _layer_distance(
     return distance.reshape(-1, distance.shape[-1]).mean(0)
 
 
-def _extra_tokens(tokens: int, grid: tuple[int, int]) -> int:
-    extra = tokens - math.prod(grid)
-    if extra not in (0, 1):
+def _prefix(tokens: int, grid: tuple[int, int]) -> int:
+    """How many tokens come before those of the patches."""
+    prefix = tokens - math.prod(grid)
+    if prefix < 0:
         raise UserError(
             f"attention over {tokens} tokens does not fit a grid of {grid[0]} x {grid[1]} "
-            "patches with or without class token"
+            "patches"
         )
-    return extra
+    return prefix
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -228,30 +234,25 @@ def _summarize(
     each = jax.vmap(lambda *w: mean_distance(w, grid, patch))(*weights)  # (B, L, k)
     r = rollout(weights)
     weighted = lambda x: jnp.einsum("b...,b->...", x, used, precision="highest")
-    return weighted(each), weighted(r), token_map(r, grid)
-
-
-def normalized(images: jax.Array) -> jax.Array:
-    """uint8 images to [-1, 1]; float images are what the model wants already."""
-    if images.dtype == jnp.uint8:
-        return images.astype(jnp.float32) / 127.5 - 1.0
-    return images
+    class_token = models.has_class_token(model.cfg)
+    maps = token_map(r, grid, class_token=class_token)
+    return weighted(each), weighted(r), maps
 
 
 def _attention(model: Any, params: Any, images: jax.Array) -> list[jax.Array]:
-    images = normalized(images)
+    images = inference.normalize(images)
     _, state = model.apply({"params": params}, images, mutable=["intermediates"])
     return of(state["intermediates"])
 
 
 def _rebatch(
-    images: Iterable[np.ndarray], batch: int
+    images: Iterable[Array], batch: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Arrays of any length -> arrays of ``batch`` images, the last one padded, and
     which are real."""
     held: list[np.ndarray] = []
     for chunk in images:
-        held.extend(chunk)
+        held.extend(np.asarray(chunk))
         while len(held) >= batch:
             yield np.stack(held[:batch]), np.ones(batch, np.float32)
             del held[:batch]

@@ -8,8 +8,12 @@ P patch side, C channels, D width, h x w patches.
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from vit_jax import models
+from vit_jax.analysis import drawing
+from vit_jax.analysis.drawing import Drawing
+from vit_jax.analysis.subject import Subject
 from vit_jax.errors import UserError
 from vit_jax.models.positions import POSITIONS, PositionEmbedding
 
@@ -38,11 +42,10 @@ def filter_components(
     return v[:count].reshape(-1, *shape).astype(np.float32), share[:count]
 
 
-def first_filters(params: Any) -> tuple[np.ndarray, str]:
-    """The filters that read pixels, (P, P, C, D), and their name: of a hybrid, the
-    first convolution."""
+def first_filters(params: Any) -> np.ndarray:
+    """The filters that read pixels, (P, P, C, D); of a hybrid, its first convolution."""
     name = "conv_root" if "conv_root" in params else "embedding"
-    return np.asarray(params[name]["kernel"]), f"{name}/kernel"
+    return np.asarray(params[name]["kernel"])
 
 
 def displayable(filters: np.ndarray) -> np.ndarray:
@@ -84,3 +87,70 @@ def position_similarity(table: np.ndarray) -> np.ndarray:
     norm = np.linalg.norm(table, axis=-1, keepdims=True)
     unit = table / np.maximum(norm, 1e-12)
     return np.einsum("ijd,abd->ijab", unit, unit)
+
+
+def filter_arrays(subject: Subject) -> dict[str, Any]:
+    """Of a model that sees grey pictures, the filters summed over the channels: only
+    that sum was trained, the rest is noise."""
+    kernel = first_filters(subject.params)
+    if subject.sees_grey():
+        kernel = kernel.sum(2, keepdims=True)
+    components, share = filter_components(kernel)
+    return {"components": components, "share": share}
+
+
+def draw_filters(components: np.ndarray, share: np.ndarray) -> Figure:
+    """The principal components of the filters that read the pixels, the strongest
+    first; grey is 0."""
+    columns = min(7, len(components))
+    rows = -(-len(components) // columns)
+    shown = displayable(components)
+    if shown.shape[-1] not in (1, 3):
+        shown = shown.mean(-1, keepdims=True)
+    cell = drawing.WIDTH / 7
+    figure = Figure((drawing.WIDTH, cell * rows + 0.35), layout="compressed")
+    axes = drawing.panels(figure, rows, columns)
+    for axis, image, part in zip(axes, shown, share, strict=False):
+        drawing.picture(axis, image)
+        axis.set_xlabel(f"{part:.1%}", fontsize=6, labelpad=2)
+    drawing.remove_unused(axes)
+    figure.suptitle(
+        f"Embedding filters: the first {len(components)} principal components and the "
+        f"share of the variance of each, {share.sum():.0%} in all"
+    )
+    return figure
+
+
+def position_arrays(subject: Subject) -> dict[str, Any]:
+    table = position_table(subject.model, subject.params, subject.size)
+    return {"similarity": position_similarity(table)}
+
+
+def draw_positions(similarity: np.ndarray) -> Figure:
+    """Cosine similarity of each patch's position embedding (one tile) with all others."""
+    h, w = similarity.shape[:2]
+    gap = 1
+    canvas = np.full((h * (h + gap) - gap, w * (w + gap) - gap), np.nan)
+    for i in range(h):
+        for j in range(w):
+            top, left = i * (h + gap), j * (w + gap)
+            canvas[top : top + h, left : left + w] = similarity[i, j]
+    side = 5.6
+    figure = Figure((drawing.WIDTH, side * h / w + 0.6), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(canvas, vmin=-1, vmax=1, cmap="viridis")
+    for ticks, n, size in ((axis.set_xticks, w, w), (axis.set_yticks, h, h)):
+        every = range(0, n, -(-n // 16))
+        at = [t * (size + gap) + (size - 1) / 2 for t in every]
+        ticks(at, [str(t + 1) for t in every])
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    axis.set_xlabel("column of the patch")
+    axis.set_ylabel("row of the patch")
+    axis.set_title(f"Similarity of the position embeddings of {h} x {w} patches")
+    figure.colorbar(image, label="cosine similarity", shrink=0.85)
+    return figure
+
+
+FILTERS = Drawing(filter_arrays, draw_filters)
+POSITION_SIMILARITY = Drawing(position_arrays, draw_positions)

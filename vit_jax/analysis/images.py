@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which photos to look at, and how the model wants them."""
+"""Which photos to look at."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from vit_jax.errors import UserError
 
@@ -37,15 +34,3 @@ def find(places: Iterable[str], count: int) -> list[Path]:
     if len(found) > count:
         found = [found[i * len(found) // count] for i in range(count)]
     return found
-
-
-def to_input(images: np.ndarray, transforms: Sequence[dict[str, Any]]) -> np.ndarray:
-    """What the model wants of uint8 images: they stay as they are, unless the
-    checkpoint states a normalisation."""
-    for transform in transforms:
-        if transform["op"] == "normalize":
-            mean, std = (np.asarray(transform[k], np.float32) for k in ("mean", "std"))
-            shape = (1,) * (images.ndim - 1) + (-1,)
-            scaled = images.astype(np.float32) / 255
-            return (scaled - mean.reshape(shape)) / std.reshape(shape)
-    return images

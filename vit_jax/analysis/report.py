@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.analysis import figures
+from vit_jax.analysis.drawing import DPI
 from vit_jax.errors import UserError
 
 _PAGE = """<!doctype html>
@@ -24,17 +25,23 @@ _PAGE = """<!doctype html>
 body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem;
        margin: 2rem auto; padding: 0 1rem; }}
 figure {{ margin: 2.5rem 0; }}
-figure img {{ max-width: 100%; height: auto; }}
+figure img {{ width: 100%; height: auto; }}
 figcaption {{ color: #555; }}
 table {{ border-collapse: collapse; }}
 td {{ padding: .15rem .8rem .15rem 0; vertical-align: top; }}
+pre {{ overflow-x: auto; background: #f6f6f6; padding: .8rem; font-size: .8rem; }}
 </style>
 </head>
 <body>
 <h1>{title}</h1>
 <table>{facts}</table>
+<nav>
+<h2>Contents</h2>
+<ul>{contents}</ul>
+</nav>
 {figures}
 {omitted}
+{config}
 </body>
 </html>
 """
@@ -47,17 +54,14 @@ def write(out: str | Path, name: str, arrays: Mapping[str, Any]) -> Path:
     Raises:
       UserError: the folder cannot be written.
     """
-    folder = Path(out)
-    path = folder / f"{name}.png"
+    path = Path(out) / f"{name}.png"
     figure = figures.draw(name, arrays)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(folder / f"{name}.npz", **arrays)
-        figure.savefig(path, dpi=figures.DPI)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(path.with_suffix(".npz"), **arrays)
+        figure.savefig(path, dpi=DPI)
     except OSError as e:
-        raise UserError(
-            f"cannot write {path}: {e.strerror}; choose another --out"
-        ) from e
+        raise _not_written(path, e) from e
     return path
 
 
@@ -67,6 +71,7 @@ def write_html(
     facts: Mapping[str, Any],
     pictures: Sequence[Path],
     omitted: Mapping[str, str],
+    config: str = "",
 ) -> Path:
     """One page with everything inside it.
 
@@ -76,34 +81,40 @@ def write_html(
       facts: shown as a table.
       pictures: files called after their figure.
       omitted: why a figure is not there.
+      config: of the run, as text.
     """
-    rows = "".join(
-        f"<tr><td>{html.escape(str(k))}</td><td>{html.escape(str(v))}</td></tr>"
-        for k, v in facts.items()
-    )
+    escape = lambda value: html.escape(str(value))
+    rows = [
+        f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in facts.items()
+    ]
+    links = {p.stem: p.stem.replace("_", " ") for p in pictures}
     blocks = []
     for picture in pictures:
-        data = base64.b64encode(picture.read_bytes()).decode()
-        text = html.escape(figures.caption(picture.stem))
+        text = escape(figures.caption(picture.stem))
+        content = base64.b64encode(picture.read_bytes()).decode()
         blocks.append(
-            f'<figure id="{picture.stem}"><img alt="{text}" '
-            f'src="data:image/png;base64,{data}">'
+            f'<figure id="{picture.stem}"><h2>{links[picture.stem]}</h2>'
+            f'<img alt="{text}" src="data:image/png;base64,{content}">'
             f"<figcaption>{text}</figcaption></figure>"
         )
-    notes = "".join(
-        f"<p>Left out: {html.escape(k)} ({html.escape(v)})</p>"
-        for k, v in omitted.items()
-    )
+    if config:
+        links["config"] = "config"
+        config = f'<h2 id="config">config</h2><pre>{escape(config)}</pre>'
     page = _PAGE.format(
-        title=html.escape(title), facts=rows, figures="\n".join(blocks), omitted=notes
+        title=escape(title),
+        facts="".join(rows),
+        contents="".join(f'<li><a href="#{k}">{v}</a></li>' for k, v in links.items()),
+        figures="\n".join(blocks),
+        omitted="".join(
+            f"<p>Left out: {escape(k)} ({escape(v)})</p>" for k, v in omitted.items()
+        ),
+        config=config,
     )
     path = Path(path)
     try:
         path.write_text(page)
     except OSError as e:
-        raise UserError(
-            f"cannot write {path}: {e.strerror}; choose another --out"
-        ) from e
+        raise _not_written(path, e) from e
     return path
 
 
@@ -112,3 +123,7 @@ def png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()
+
+
+def _not_written(path: Path, e: OSError) -> UserError:
+    return UserError(f"cannot write {path}: {e.strerror}; choose another --out")

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.config import DataConfig
-from vit_jax.data import decode, folders, graph, order, pipeline, transforms
+from vit_jax.data import decode, graph, manifest, order, pipeline, transforms
 from vit_jax.data.examples import Labels
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
@@ -227,5 +227,5 @@ def _decode_only(paths: list[str], batch: int, crop: dict[str, Any]) -> Iterator
 
 
 def _ours(cfg: DataConfig, paths: list[str], batch: int) -> Iterator[Any]:
-    split = folders.from_files(paths, Labels.single(np.zeros(len(paths), np.int32)))
+    split = manifest.from_files(paths, Labels.single(np.zeros(len(paths), np.int32)))
     return pipeline.stream_of(cfg, split, batch)

@@ -1,466 +1,347 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image files on disk: class folders, manifests, and test labels in a text file.
+"""Class folders on disk. The layouts of ``data.source="folder"``:
 
-photos/train/cat/a.jpg      class folders under train/ and one of test/, val/, ...
+photos/train/cat/a.jpg      class folders under train/ and one of test/, val/, ...; also
+                            Train/ and Test/, or imagenet_train/ and imagenet_val/
 photos/cat/a.jpg            class folders only: a share of each class is held out (one of
                             them may be called "train", but not "test", "val", ...)
-photos.csv, photos.jsonl    image,label[,split]: one or several labels per image
-photos/val.txt              "a.jpg 3" or "a.jpg cat" per line, as data.test_split
+photos/val.txt              "a.jpg cat" or "a.jpg 3" per line, as data.test_split: for
+                            test images that are not sorted by class
+photos.csv, photos.jsonl    a table instead of folders, see manifest.py
+
+Images lie at any depth below their class folder. A folder that holds nothing but one
+other folder is taken for its wrapping.
 """
 
 import collections
-import csv
-import io
-import json
 import logging
 import os
-import unicodedata
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
-
 from vit_jax.config import DataConfig, nearest
-from vit_jax.data.examples import (
-    IGNORED,
-    Dataset,
-    Labels,
-    Split,
-    check_class_names,
-    held_out,
-)
+from vit_jax.data import manifest, splits
+from vit_jax.data.examples import Dataset, Labels, Split, check_class_names
 from vit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp")
-TRAIN_FOLDERS = ("train", "training")
-VALIDATION = ("val", "validation", "valid")
-TEST_FOLDERS = ("test", *VALIDATION)
-MANIFESTS = (".csv", ".jsonl")
-MAX_CLASSES = 100_000  # that labels which are numbers can make, or one per example
-_IMAGE_COLUMNS = ("image", "path", "file", "filename")
-_LABEL_COLUMNS = ("labels", "label", "class")
+# Rarely photographs: they count, but not without a word where others are.
+_DRAWINGS = (".gif", ".bmp")
+# What archivers, file servers and Python leave behind, besides hidden names.
+_NO_FOLDERS = ("__MACOSX", "__pycache__", "@eaDir", "lost+found")
 
 
 def load(cfg: DataConfig) -> Dataset:
     """The data set under ``cfg.path``."""
     if not cfg.path:
         raise UserError(
-            "data.source is 'folder' but data.path is empty: set --config.data.path "
-            "to a folder of class folders or to a .csv or .jsonl manifest"
+            "config.data.source is 'folder' but config.data.path is empty: set "
+            "--config.data.path to a folder of class folders or to a .csv or .jsonl table"
         )
     root = Path(os.path.expanduser(cfg.path))
     if not root.exists():
         raise UserError(
-            f"data.path {cfg.path!r} does not exist{_near(root)}: it must be a folder "
-            "of class folders or a .csv or .jsonl manifest"
+            f"config.data.path {cfg.path!r} does not exist{_near(root)}: it must be a "
+            "folder of class folders or a .csv or .jsonl table"
         )
     if root.is_file():
-        return _manifest(cfg, root)
-    return _folders(cfg, root)
-
-
-def from_files(paths: list[str], labels: Labels) -> Split:
-    """A split of image files."""
-    for path in paths:
-        if not _is_utf8(path):  # which tensorflow asks for
-            raise UserError(
-                f"the file name {os.fsencode(path)!r} is not UTF-8: rename the file"
-            )
-    array = np.array(paths, object)
-    return Split(
-        len(paths), "path", lambda i: array[i], lambda i: str(array[i]), labels
-    )
-
-
-def _folders(cfg: DataConfig, root: Path) -> Dataset:
-    test_split = cfg.test_split
-    tests = (test_split.removesuffix(".txt"), *TEST_FOLDERS)
-    train_root = _train_root(cfg, root, tests)
-    listed = (
-        _listed(root, root / test_split, tests) if test_split.endswith(".txt") else []
-    )
-    without = _test_folders(root, tests, listed) if train_root == root else []
-    names, train = _class_folders(train_root, without=without)
-    if listed:
-        test = _labelled_by_text(root / test_split, listed, names)
-    elif test_root := _test_root(cfg, root, train_root):
-        test = _class_folders(test_root, names)[1]
-    else:
-        rest, out = held_out(train, cfg.test_share)
-        train, test = train.select(rest), train.select(out)
+        return manifest.load(cfg, root)
+    root = _unwrapped(root, {cfg.train_split, cfg.test_split})
+    file = root / cfg.test_split if cfg.test_split.endswith(".txt") else None
+    listed = manifest.read_list(file, _places(root, file)) if file else []
+    train_root, test_roots = _roots(cfg, root)
+    beside = _beside(cfg, root, listed) if train_root == root else set()
+    classes = {c: f for c, f in _classes(train_root).items() if c not in beside}
+    names = check_class_names(sorted(classes), str(train_root))
+    indices = {name: i for i, name in enumerate(names)}
+    train = _images(train_root, classes, indices)
+    test = None
+    if file:
+        test = manifest.labelled(listed, indices, file)
+    elif test_roots:
+        test = _test_images(root, test_roots, indices)
 
     def split(name: str) -> Split:
-        found = _first(root, (name,))
-        if found is None:
-            raise UserError(
-                f"unknown split {name!r}: {root} has the folders {_subfolders(root)}"
-            )
-        return _class_folders(found, names)[1]
+        found = _asked("split", name, root)
+        return _images(found, _classes(found), indices)
 
-    return Dataset(train, test, names, splits=split)
+    return Dataset(*splits.with_test(cfg, train, test), names, splits=split)
 
 
-def _train_root(cfg: DataConfig, root: Path, tests: tuple[str, ...]) -> Path:
-    """The folder of the training split: ``root`` where the classes lie there."""
-    if cfg.train_split not in ("", DataConfig.train_split):
-        return _chosen(root, "train_split", cfg.train_split)
-    found = _first(root, TRAIN_FOLDERS)
-    classes = set(_subfolders(root)) - {*TRAIN_FOLDERS, *tests}
-    # Without folders of its own, and beside classes, it is a class: trains.
-    return root if found is None or (classes and not _subfolders(found)) else found
+# ------------------------------------------------------------------------ which folder
 
 
-def _test_folders(
-    root: Path, tests: tuple[str, ...], listed: list[tuple[str, str, str]]
-) -> list[str]:
+def _unwrapped(root: Path, known: Collection[str]) -> Path:
+    """The folder of the splits or classes: unpacking an archive often leaves them in a
+    folder that is the only one in another. ``known``: names that are no wrapping."""
+    while len(inside := _subfolders(root)) == 1:
+        name = inside[0]
+        if name in known or _word(name)[1] == "*" or not _subfolders(root / name):
+            break
+        root /= name
+        log.info("the data is looked for in %s, the only folder there", root)
+    return root
+
+
+def _roots(cfg: DataConfig, root: Path) -> tuple[Path, list[Path]]:
+    """(folder of the training classes, folders that may be those of the test set)."""
+    if cfg.train_split in ("", DataConfig.train_split):
+        family = _family(root)
+        if not family:
+            _check_not_splits(root)
+        train_root = next((root / family[w] for w in splits.TRAIN if w in family), root)
+        tests = [root / family[w] for w in splits.TEST if w in family]
+    else:
+        train_root = _asked("train_split", cfg.train_split, root)
+        tests = [root / n for n in splits.meant("test", _subfolders(root))]
+    if not cfg.test_split or cfg.test_split.endswith(".txt"):
+        tests = []
+    elif cfg.test_split != DataConfig.test_split:
+        tests = [_asked("test_split", cfg.test_split, root)]
+    return (train_root if train_root == root else _unwrapped(train_root, ())), tests
+
+
+def _family(root: Path) -> dict[str, str]:
+    """The folders that are splits, by the word that says which: {"train": "imagenet_train",
+    "val": "imagenet_val"}; {}: the folders of ``root`` are classes."""
+    families: dict[str, dict[str, str]] = {}
+    for name in _subfolders(root):
+        word, rest = _word(name)
+        families.setdefault(rest, {}).setdefault(word, name)
+    plain = families.pop("*", {})
+    train = next((plain[w] for w in splits.TRAIN if w in plain), "")
+    # A folder without sub-folders beside class folders is itself a class (of trains, say).
+    if train and (_subfolders(root / train) or not families):
+        return plain
+    pairs = [
+        family
+        for family in families.values()
+        if {*splits.TEST} & family.keys()
+        and any(w in family and _subfolders(root / family[w]) for w in splits.TRAIN)
+    ]
+    return pairs[0] if len(pairs) == 1 else {}
+
+
+def _word(name: str) -> tuple[str, str]:
+    """What names a split in a name, and the rest: ("val", "imagenet_*")."""
+    key = splits.plain(name)
+    for word in sorted((*splits.TRAIN, *splits.TEST), key=len, reverse=True):
+        if word in key:
+            return word, key.replace(word, "*", 1)
+    return "", key
+
+
+def _check_not_splits(root: Path) -> None:
+    """Raises where folders that should be classes hold the same folders all over."""
+    have = _subfolders(root)
+    inside = [{*_subfolders(root / name)} for name in have] if len(have) <= 20 else []
+    shared = set.intersection(*inside) if len(inside) > 1 else set()
+    if len(shared) < 2 or 2 * len(shared) < len(set.union(*inside)):
+        return
+    same = f"the folders {splits.some(have)} of {root} hold the same folders, "
+    same += splits.some(sorted(shared))
+    if len(shared) < len(have):
+        log.warning("%s; they count as classes all the same", same)
+        return
+    raise UserError(
+        f"{same}, so they seem to be splits and not classes: set "
+        f"--config.data.train_split and --config.data.test_split to two of them, "
+        f"--config.data.path to one ({root / have[0]}), or list the images in a .csv table"
+    )
+
+
+def _beside(cfg: DataConfig, root: Path, listed: list[manifest.Line]) -> set[str]:
     """Folders beside the class folders that hold the images a text file lists.
 
     Raises:
       UserError: one is called like a test split and does not.
     """
-    found = sorted({*tests} & {*_subfolders(root)})
-    for name in found:
+    asked = cfg.test_split.removesuffix(".txt")
+    found = {n for n in _subfolders(root) if splits.plain(n) in (asked, *splits.TEST)}
+    for name in sorted(found):
         inside = os.path.join(root, name, "")
-        if not any(path.startswith(inside) for path, _, _ in listed):
+        if not any(line.image.startswith(inside) for line in listed):
+            deeper = [n for n in _subfolders(root) if _family(root / n)]
+            hint = f"set --config.data.path={root / deeper[0]}, " if deeper else ""
             raise UserError(
                 f"{root} has the folder {name!r}, named as a test split, but no "
-                "training split: put the class folders of the training images into "
-                f"{root / TRAIN_FOLDERS[0]}, as in train/cat/1.jpg and "
+                f"training split: {hint}put the class folders of the training images "
+                f"into {root / splits.TRAIN[0]}, as in train/cat/1.jpg and "
                 f"{name}/cat/1.jpg, or rename it if it is a class"
             )
     return found
 
 
-def _test_root(cfg: DataConfig, root: Path, train_root: Path) -> Path | None:
-    """The folder of the test split; None: there is none, nor is one asked for."""
-    if cfg.test_split not in ("", DataConfig.test_split):
-        return _chosen(root, "test_split", cfg.test_split)
-    return None if train_root == root else _first(root, TEST_FOLDERS)
+def _asked(knob: str, name: str, root: Path) -> Path:
+    """The folder of the split that a knob asks for."""
+    have = _subfolders(root)
+    if found := splits.meant(name, have):
+        return root / found[0]
+    raise splits.missing(knob, name, root, have)
 
 
-def _chosen(root: Path, knob: str, name: str) -> Path:
-    # tfds says "validation" where folders say "val".
-    found = _first(root, (name, *(VALIDATION if name in VALIDATION else ())))
-    if found is None:
-        raise UserError(
-            f"data.{knob} is {name!r}, but {root} has no such folder: it has "
-            f"{_some(tuple(_subfolders(root)))}; only the default, "
-            f"{getattr(DataConfig, knob)!r}, stands for whichever there is"
-        )
-    return found
+def _places(root: Path, file: Path) -> list[Path]:
+    """Where to look for the images of a list, in this order: those of the class folders
+    may have the same names."""
+    have = _subfolders(root)
+    tests = [n for n in have if n == file.stem or splits.plain(n) in splits.TEST]
+    near = [root, file.parent, *(root / n for n in tests)]
+    deeper = [p / n for p in near[1:] if p != root for n in _subfolders(p)]
+    return [*near, *deeper, *(root / n for n in have if n not in tests)]
 
 
-def _class_folders(
-    root: Path, names: tuple[str, ...] = (), without: Collection[str] = ()
-) -> tuple[tuple[str, ...], Split]:
-    """(class names, split) of a folder of class folders, searched to any depth.
+# ----------------------------------------------------------------------------- images
 
-    ``names``: the classes of the training set, to which a test set must keep.
-    ``without``: folders that are no classes.
-    """
-    folders: dict[str, list[str]] = {}
+
+def _classes(root: Path) -> dict[str, list[str]]:
+    """Class -> its folders: two where a name is spelled with composed and with separate
+    accents."""
+    classes: dict[str, list[str]] = {}
     for folder in _subfolders(root):
-        if folder not in without:
-            folders.setdefault(_nfc(folder), []).append(folder)
-    if not folders:
-        files = [f for f in _files(root) if f.lower().endswith(EXTENSIONS)]
+        classes.setdefault(manifest.nfc(folder), []).append(folder)
+    if not classes:
+        files = [f for f in _files(root) if _suffix(f) in EXTENSIONS]
         loose = f" ({len(files)} images lie in it directly)" if files else ""
         raise UserError(
             f"{root} has no class folders{loose}: put the images of each class into a "
-            "folder of its own, such as photos/cat/1.jpg, or write a .csv manifest "
-            "with the columns image,label and set --config.data.path to it"
+            "folder of its own, such as photos/cat/1.jpg, or write a .csv table with the "
+            "columns image,label and set --config.data.path to it"
         )
-    found = check_class_names(sorted(folders), str(root))
-    if names:
-        unknown = [n for n in found if n not in names]
-        if unknown:
+    return classes
+
+
+def _images(
+    root: Path, classes: Mapping[str, list[str]], indices: Mapping[str, int]
+) -> Split:
+    """The images of class folders, whose names must be among ``indices``."""
+    for name in check_class_names(sorted(classes), str(root)):
+        if name not in indices:
             raise UserError(
-                f"{root} has the class {unknown[0]!r}, which the training set lacks: "
-                f"{nearest(unknown[0], names)}the classes are {_some(names)}"
+                f"{root} has the class {name!r}, which the training set lacks: "
+                f"{nearest(name, indices)}the classes are {splits.some([*indices])}"
             )
-    else:
-        names = found
     paths: list[str] = []
     labels: list[int] = []
-    left_out: collections.Counter[str] = collections.Counter()
-    for name in found:
-        files = []
-        for file in (f for folder in folders[name] for f in _files(root / folder)):
-            suffix = os.path.splitext(file)[1].lower()
-            if suffix in EXTENSIONS:
-                files.append(file)
-            else:
-                left_out[suffix or "without an extension"] += 1
-        if not files:
+    kinds: collections.Counter[str] = collections.Counter()
+    for name in sorted(classes):
+        files = [f for folder in classes[name] for f in _files(root / folder)]
+        suffixes = [_suffix(f) for f in files]
+        images = [f for f, s in zip(files, suffixes, strict=True) if s in EXTENSIONS]
+        kinds.update(suffixes)
+        if not images:
+            others = _counted(collections.Counter(suffixes))
             raise UserError(
-                f"class folder {root / name} holds no images with one of the "
-                f"extensions {', '.join(EXTENSIONS)}: fill it or remove it"
+                f"class folder {root / name} holds no images"
+                + (f", only {others}: convert them to one of " if others else " with ")
+                + f"the extensions {', '.join(EXTENSIONS)}, or remove it"
             )
-        paths += files
-        labels += [names.index(name)] * len(files)
+        paths += images
+        labels += [indices[name]] * len(images)
+    _report(root, kinds)
+    return manifest.from_files(paths, Labels.single(labels))
+
+
+def _test_images(
+    root: Path, candidates: list[Path], indices: Mapping[str, int]
+) -> Split:
+    """The first of the folders that is sorted by class."""
+    for folder in candidates:
+        found = _unwrapped(folder, indices)
+        if any(name in indices for name in map(manifest.nfc, _subfolders(found))):
+            return _images(found, _classes(found), indices)
+        log.warning("%s is left out: it has no folder of a training class", folder)
+    lists = [*root.glob("*.txt"), *root.glob("*/*.txt")]
+    try:
+        return _images(candidates[0], _classes(candidates[0]), indices)
+    except UserError as e:
+        example = str(min(lists).relative_to(root)) if lists else "val.txt"
+        raise UserError(
+            f"{e}; if the test images are not sorted by class, set --config.data."
+            f"test_split to a list of lines 'image label', such as {example}, or to '' "
+            "to hold out a share of the training images"
+        ) from e
+
+
+def _report(root: Path, kinds: collections.Counter[str]) -> None:
+    """Says what was left out, and what is hardly meant."""
+    left_out = {s: n for s, n in kinds.items() if s not in EXTENSIONS}
     if left_out:
         log.warning(
             "%s: left out %d files that are none of %s: %s",
             root,
-            left_out.total(),
+            sum(left_out.values()),
             ", ".join(EXTENSIONS),
-            ", ".join(f"{count} {suffix}" for suffix, count in left_out.most_common(5)),
+            _counted(collections.Counter(left_out)),
         )
-    return names, from_files(paths, Labels.single(labels))
-
-
-def _listed(
-    root: Path, file: Path, tests: tuple[str, ...]
-) -> list[tuple[str, str, str]]:
-    """(image, label, where it stands) per line ``path label`` of a text file.
-
-    Images lie in ``root`` or in one of its folders, looked for in ``tests`` first: an
-    image of a class may have the same name.
-    """
-    if not file.exists():
-        raise UserError(
-            f"data.test_split is {file.name!r}, but {file} does not exist: it must "
-            "have one line 'image label' per test image"
-        )
-    found = []
-    folders = sorted(_subfolders(root), key=lambda name: name not in tests)
-    for number, line in enumerate(_text(file).split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {number}"
-        path, _, label = line.strip().rpartition(" ")
-        path = path.strip()
-        if not path:
-            raise UserError(f"{where}: {line!r} is not of the form 'image label'")
-        candidates = [root / path, *(root / folder / path for folder in folders)]
-        image = next((c for c in candidates if c.exists()), candidates[0])
-        found.append((str(image), _nfc(label), where))
-    if not found:
-        raise UserError(f"{file} lists no images")
-    return found
-
-
-def _labelled_by_text(
-    file: Path, listed: list[tuple[str, str, str]], names: tuple[str, ...]
-) -> Split:
-    """A test set whose labels stand in a text file."""
-    indices = {name: i for i, name in enumerate(names)}
-    labels = [_class_index(label, indices, where) for _, label, where in listed]
-    paths = [path for path, _, _ in listed]
-    _check_exist(paths, file)
-    return from_files(paths, Labels.single(labels))
-
-
-def _manifest(cfg: DataConfig, file: Path) -> Dataset:
-    """A CSV or JSONL file with an image, its label or labels, and perhaps a split."""
-    rows = list(_rows(file))
-    if not rows:
-        raise UserError(f"{file} lists no images")
-    multilabel = any(several for _, _, several, _, _ in rows)
-    spelled = [label for _, labels, _, _, _ in rows for label in labels]
-    by_name = any(not _is_integer(label) for label in spelled)
-    if by_name:
-        names = check_class_names(
-            sorted({s for s in spelled if s != str(IGNORED)}), str(file)
-        )
-    else:
-        classes = cfg.num_classes or max((int(s) for s in spelled), default=-1) + 1
-        if not cfg.num_classes and classes > max(len(rows), MAX_CLASSES):
-            number = next(
-                n for _, ls, _, _, n in rows for s in ls if int(s) >= classes - 1
-            )
-            raise UserError(
-                f"{file}, line {number}: label {classes - 1} asks for {classes} classes, "
-                f"with {len(rows)} images: number the classes from 0, or set "
-                "--config.data.num_classes if there are so many"
-            )
-        names = tuple(str(i) for i in range(classes))
-    indices = {name: i for i, name in enumerate(names)}
-    parts: dict[str, tuple[list[str], list[list[int]]]] = {}
-    for image, labels, _, split, number in rows:
-        paths, values = parts.setdefault(split, ([], []))
-        paths.append(str(file.parent / image))
-        where = f"{file}, line {number}"
-        values.append([_class_index(s, indices, where) for s in labels])
-
-    unsplit = set(parts) == {""}
-
-    def part(name: str, knob: str = "split") -> Split:
-        if name not in parts:
-            found = (
-                "has no column 'split'"
-                if unsplit
-                else f"has the splits {sorted(parts)}"
-            )
-            raise UserError(f"{knob} is {name!r}, but {file} {found}")
-        paths, values = parts[name]
-        _check_exist(paths, file)
-        return from_files(paths, Labels.several(values))
-
-    train_name = cfg.train_split
-    if unsplit and train_name == DataConfig.train_split:
-        train_name = ""
-    train = part(train_name, "data.train_split")
-    if cfg.test_split not in ("", DataConfig.test_split):
-        test = part(cfg.test_split, "data.test_split")
-    elif tests := [n for n in TEST_FOLDERS if n in parts]:
-        test = part(tests[0])
-    else:
-        rest, out = held_out(train, cfg.test_share)
-        train, test = train.select(rest), train.select(out)
-    return Dataset(train, test, names, multilabel, splits=part)
-
-
-def _rows(file: Path) -> Iterable[tuple[str, list[str], bool, str, int]]:
-    """(image, labels, whether several are meant, split, line number) per row."""
-    if file.suffix.lower() not in MANIFESTS:
-        raise UserError(
-            f"data.path {str(file)!r} is a file: a manifest must end in "
-            f"{' or '.join(MANIFESTS)}"
-        )
-    text = _text(file)
-    if file.suffix.lower() == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        try:
-            for row in reader:
-                yield _row(row, file, reader.line_num)
-        except csv.Error as e:  # such as a quote left open, and a field without end
-            raise UserError(f"{file}, line {reader.line_num + 1}: {e}") from e
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as e:
-                raise UserError(f"{file}, line {number}: {e}") from e
-            if not isinstance(row, dict):
-                raise UserError(
-                    f"{file}, line {number}: {line:.80} is no object such as "
-                    '{"image": "a.jpg", "label": "cat"}'
-                )
-            yield _row(row, file, number)
-
-
-def _text(file: Path) -> str:
-    data = file.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        line = data.count(b"\n", 0, e.start) + 1
-        raise UserError(
-            f"{file}, line {line}: the byte {data[e.start]:#x} is not UTF-8: save the "
-            "file in that encoding"
-        ) from e
-
-
-def _row(row: dict, file: Path, number: int) -> tuple[str, list[str], bool, str, int]:
-    where = f"{file}, line {number}"
-    image = next((k for k in _IMAGE_COLUMNS if row.get(k)), "")
-    column = next((k for k in _LABEL_COLUMNS if k in row), "")
-    if not image or not column:
-        raise UserError(
-            f"{where} has the columns {sorted(map(str, row))}: it needs an image "
-            f"({', '.join(_IMAGE_COLUMNS)}) and a label ({', '.join(_LABEL_COLUMNS)})"
-        )
-    value = row[column]
-    several = column == "labels" or isinstance(value, list)
-    if isinstance(value, list):
-        labels = [str(v) for v in value]
-    elif several:
-        labels = [v.strip() for v in str(value or "").split("|") if v.strip()]
-    else:
-        labels = [str(value).strip()]
-    labels = [_nfc(label) for label in labels]
-    if labels in ([""], ["None"]):
-        raise UserError(
-            f"{where}: the label is empty; write {IGNORED} for an image to be ignored"
-        )
-    return str(row[image]), labels, several, str(row.get("split") or ""), number
-
-
-def _class_index(label: str, indices: Mapping[str, int], where: str) -> int:
-    if label == str(IGNORED):
-        return IGNORED
-    if label in indices:  # also where the names are numbers
-        return indices[label]
-    if _is_integer(label):
-        if 0 <= int(label) < len(indices):
-            return int(label)
-        raise UserError(
-            f"{where}: label {label} is out of range: with {len(indices)} classes it "
-            f"must lie in [0, {len(indices) - 1}] (or be {IGNORED}: ignored)"
-        )
-    raise UserError(
-        f"{where}: unknown class {label!r}: {nearest(label, indices)}"
-        f"the classes are {_some(tuple(indices))}"
-    )
-
-
-def _is_integer(label: str) -> bool:
-    return label.removeprefix("-").isdecimal()
-
-
-def _nfc(name: str) -> str:
-    """One spelling of accents: macOS and others write the same name in other bytes."""
-    return unicodedata.normalize("NFC", name)
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _check_exist(paths: list[str], listed_in: Path) -> None:
-    missing = [p for p in paths if not os.path.exists(p)]
-    if missing:
-        raise UserError(
-            f"{listed_in} lists {len(missing)} files that do not exist, the first is "
-            f"{missing[0]}: paths are relative to the folder of the manifest"
+    drawings = collections.Counter({s: kinds[s] for s in _DRAWINGS if s in kinds})
+    images = sum(n for s, n in kinds.items() if s in EXTENSIONS)
+    if drawings and drawings.total() < images:
+        log.warning(
+            "%s: %s among %d images count as photographs: remove them if they are icons "
+            "or placeholders",
+            root,
+            _counted(drawings),
+            images,
         )
 
 
-def _first(root: Path, names: Iterable[str]) -> Path | None:
-    return next((root / n for n in names if n and (root / n).is_dir()), None)
+def _counted(kinds: collections.Counter[str]) -> str:
+    return ", ".join(f"{n} {s or 'without extension'}" for s, n in kinds.most_common(5))
+
+
+# ------------------------------------------------------------------------------- disk
+
+
+def _suffix(file: str) -> str:
+    return os.path.splitext(file)[1].lower()
 
 
 def _subfolders(root: Path) -> list[str]:
-    return sorted(
-        e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")
-    )
+    return sorted(e.name for e in _entries(root) if e.is_dir())
+
+
+def _entries(folder: str | Path) -> Iterator[os.DirEntry[str]]:
+    """What is in a folder and not hidden."""
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.name.startswith(".") and entry.name not in _NO_FOLDERS:
+                    yield entry
+    except OSError as e:
+        raise UserError(
+            f"cannot read the folder {folder}: {e.strerror}: make it readable, or move it "
+            "out of the data set"
+        ) from e
 
 
 def _files(root: Path) -> list[str]:
     """Every file below ``root`` in a fixed order, without hidden ones."""
-    found = []
-    real = root.resolve()
-    seen = {str(p) for p in (real, *real.parents)}  # a link may lead back here
+    found: list[str] = []
+    visited: list[str] = []  # real paths of ``root`` and of links that were followed
 
-    def is_new(folder: str) -> bool:
-        real = os.path.realpath(folder)
-        new = real not in seen
-        seen.add(real)
-        return new
+    def leads_back(link: str) -> bool:
+        """Whether a link leads to what is listed anyway, or to what holds the link."""
+        if not visited:
+            visited.append(os.path.join(os.path.realpath(root), ""))
+        target = os.path.join(os.path.realpath(link), "")
+        known = any(target.startswith(v) or v.startswith(target) for v in visited)
+        visited.append(target)
+        return known
 
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = [
-            s
-            for s in sorted(subfolders)
-            if not s.startswith(".") and is_new(os.path.join(folder, s))
-        ]
-        found += [
-            os.path.join(folder, f) for f in sorted(files) if not f.startswith(".")
-        ]
+    todo = [(os.fspath(root), False)]
+    while todo:
+        folder, is_link = todo.pop()
+        if is_link and leads_back(folder):
+            continue
+        entries = sorted(_entries(folder), key=lambda e: e.name)
+        # What is no file, no folder and no broken link is a pipe or the like, on which a
+        # reader would wait for ever.
+        found += [e.path for e in entries if e.is_file() or not os.path.exists(e.path)]
+        deeper = [(e.path, e.is_symlink()) for e in entries if e.is_dir()]
+        todo += reversed(deeper)
     return found
-
-
-def _some(names: tuple[str, ...]) -> str:
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return str(list(names[:10])) + more
 
 
 def _near(path: Path) -> str:

@@ -24,7 +24,15 @@ from vit_jax.evaluators import (
 )
 from vit_jax.evaluators.context import Context, changed
 
-__all__ = ["EVALUATORS", "Context", "check", "lower_is_better", "prefix", "run"]
+__all__ = [
+    "EVALUATORS",
+    "Context",
+    "check",
+    "lower_is_better",
+    "prefix",
+    "run",
+    "smaller_is_better",
+]
 
 
 class Evaluator(NamedTuple):
@@ -80,6 +88,11 @@ def prefix(entry: Mapping[str, Any]) -> str:
     # "train/accuracy" is what the training loop measures on augmented images.
     split = entry.get("split", "test")
     return "clean_train" if split == "train" else split
+
+
+def smaller_is_better(metric: str) -> bool:
+    """Whether the best value of a metric, such as ``test/loss``, is the smallest."""
+    return metric.endswith(("loss", "error", "ece", "mce", "brier"))
 
 
 def check(cfg: Config) -> list[dict[str, Any]]:

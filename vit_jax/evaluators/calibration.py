@@ -40,7 +40,7 @@ def calibration(
 
     def step(outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
         logits, label = outputs["logits"], batch["label"]
-        return _step(logits, label, batch["mask"], bins=bins, loss=loss)
+        return bin_sums(logits, label, batch["mask"], bins=bins, loss=loss)
 
     s = context.sum(step, config, split, finite=False)
     count = np.asarray(s["count"], np.float64)
@@ -61,7 +61,7 @@ def calibration(
 
 
 @functools.partial(jax.jit, static_argnames=("bins", "loss"))
-def _step(
+def bin_sums(
     logits: jax.Array, label: jax.Array, mask: jax.Array, *, bins: int, loss: str
 ) -> dict[str, jax.Array]:
     logits = logits.astype(jnp.float32)

@@ -85,7 +85,7 @@ def field(
         return default
     try:
         return convert(value)
-    except (TypeError, ValueError, AttributeError, LookupError) as e:
+    except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as e:
         raise UserError(f"{where}: {key} is {value!r:.60}: {e}") from e
 
 

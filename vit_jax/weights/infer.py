@@ -14,6 +14,7 @@ from vit_jax.weights.contents import Array, count_up
 from vit_jax.weights.layout import POSITIONS
 from vit_jax.weights.report import Report
 
+_LARGEST = 1 << 15  # side of an image that a file may state
 _BLOCK = "Transformer/encoderblock_0"
 _ATTENTION = f"{_BLOCK}/MultiHeadDotProductAttention_1"
 _MLP = f"{_BLOCK}/MlpBlock_3"
@@ -154,6 +155,8 @@ def infer(
             facts.settle(field)
     cfg = ModelConfig(**{**_normal(facts.settled), "name": ""})
     size = _image_size(cfg, arrays, facts, image_size)
+    if max(size) > _LARGEST:
+        raise UserError(f"{report.where} states image_size={size}: at most {_LARGEST}")
     cfg = dataclasses.replace(cfg, image_size=size)
     return dataclasses.replace(cfg, name=name_of(cfg))
 

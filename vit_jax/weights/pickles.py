@@ -241,6 +241,7 @@ def _models(root: Any) -> dict[str, dict[str, _Tensor]]:
     A dict that appears twice is looked at once, so that the time goes with the file.
     """
     models: dict[str, dict[str, _Tensor]] = {}
+    part: dict[str, _Tensor] = {}  # one file of several may lack the patch embedding
     seen: set[int] = set()
     waiting: list[tuple[tuple[str, ...], Any]] = [((), root)]
     while waiting:
@@ -252,7 +253,9 @@ def _models(root: Any) -> dict[str, dict[str, _Tensor]]:
         tensors = {k: v for k, v in node.items() if isinstance(v, _Tensor)}
         if any(len(t.shape) == 4 for t in tensors.values()):
             models["/".join(path)] = tensors
-    return models
+        elif tensors and not path:
+            part = tensors
+    return models or ({"": part} if part else {})
 
 
 def _chosen(models: dict[str, Any], tree: str, where: str) -> str:

@@ -89,7 +89,8 @@ def recognise(arrays: dict[str, Array], timm: bool, where: str) -> Found:
                 "the one that you want on its own"
             )
         if fits:
-            return _measured(arrays, family, *fits[0], where)
+            prefix, names = fits[0]
+            return _measured(arrays, family, prefix, names, where)
     raise UserError(_refusal(arrays, where))
 
 

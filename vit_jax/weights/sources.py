@@ -267,14 +267,15 @@ def _files(folder: Path, names: list[str], where: str) -> list[str]:
 def _parts(index: Path) -> list[str]:
     """Names of the files that ``model.safetensors.index.json`` lists."""
     listed = metadata.read_json(index).get("weight_map")
-    names = set(listed.values()) if isinstance(listed, dict) else set()
-    for name in names or {""}:
-        path = PurePosixPath(name) if isinstance(name, str) else PurePosixPath()
+    names = list(listed.values()) if isinstance(listed, dict) else []
+    for name in names or [""]:
+        is_name = isinstance(name, str) and len(name) < 200
+        path = PurePosixPath(name) if is_name else PurePosixPath()
         if not path.parts or path.is_absolute() or ".." in path.parts:
             raise UserError(
                 f"{index}: weight_map names {name!r:.80}, which must be a file in its folder"
             )
-    return sorted(names)
+    return sorted(set(names))
 
 
 def _open_torch(files: list[Path], folder: Path | None, wanted: _Wanted) -> Contents:

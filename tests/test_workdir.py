@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of a run: whose they are, and what damage or a full disk does to them."""
+
+import dataclasses
+import json
+import math
+import resource
+
+import pytest
+from tiny import TINY
+
+from vit_jax import config, data
+from vit_jax.errors import UserError
+from vit_jax.workdir import Claim, MetricsWriter, read_metrics
+
+CFG = config.replace(TINY, model__num_classes=5, model__image_size=(16, 16))
+
+
+@pytest.fixture(scope="module")
+def info():
+    return data.describe(CFG.data)
+
+
+@pytest.fixture
+def saved(tmp_path, info):
+    """A workdir that has something to lose."""
+    with Claim(str(tmp_path), CFG, info) as claim:
+        claim.write()
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    return tmp_path
+
+
+def test_a_run_that_saved_nothing_may_be_corrected(info, tmp_path):
+    with Claim(str(tmp_path), config.replace(CFG, seed=7), info) as claim:
+        claim.write()
+    with Claim(str(tmp_path), CFG, info) as claim:
+        claim.write()
+        assert config.read(tmp_path / "config.json") == CFG
+
+
+def test_a_live_workdir_is_refused(info, tmp_path):
+    with (
+        Claim(str(tmp_path), CFG, info),
+        pytest.raises(UserError, match="in use by another process"),
+        Claim(str(tmp_path), CFG, info),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data__path": "gs://elsewhere"},
+        {"data__eval_transforms": ({"op": "resize", "size": 16},)},
+        {"data__test_split": "validation"},
+        {"eval__every": 3},
+    ],
+)
+def test_a_moved_data_set_and_what_only_evaluation_reads_may_change(
+    saved, info, change, capsys
+):
+    with Claim(str(saved), config.replace(CFG, **change), info) as claim:
+        claim.write()
+    assert next(iter(change)).replace("__", ".") in capsys.readouterr().out
+
+
+def test_other_examples_under_the_same_path_are_refused(saved, info):
+    other = dataclasses.replace(info, num_train=7)
+    with pytest.raises(UserError, match=r"num_train of the data: 1024 -> 7"):
+        Claim(str(saved), CFG, other).__enter__()
+
+
+def test_damaged_lines_are_left_out(tmp_path):
+    lines = [b'{"step": 1, "train/loss": 1.5}', b"\xff\xfe{", b"[1]", b"7", b'{"a": 1}']
+    lines += [b'{"step": "2"}', b"\0\0\0", b'{"step": 3, "test/loss": null}']
+    lines += [b'{"step": 4, "train/l']  # killed while writing
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    first, last = read_metrics(str(tmp_path))
+    assert first == {"step": 1, "train/loss": 1.5}
+    assert last["step"] == 3
+    assert math.isnan(last["test/loss"])
+
+
+def test_a_full_disk_costs_the_line_and_not_the_run(tmp_path, caplog):
+    """A limit on the size of files is the only full disk that a test can make."""
+    writer = MetricsWriter(str(tmp_path), 0)
+    writer.write(1, {"train/loss": 1.0})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limits[1]))
+    try:
+        writer.write(2, {"train/loss": 2.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    writer.write(3, {"train/loss": 3.0})
+    assert "no line of step 2: File too large" in caplog.text
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 3]
