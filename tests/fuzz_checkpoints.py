@@ -71,7 +71,7 @@ def originals(folder: Path) -> dict[str, Path]:
     )
     save_torch(folder / "x.pth", {"model": arrays, "epoch": 3})
     saver = checkpoint.Checkpointer(str(folder / "run"), CheckpointConfig())
-    saver.save(State(params, {}, np.int32(3), {}), 3, {})
+    saver.save(State(params, {}, np.int32(3), {}), 3)
     saver.wait()
     saver.close()
     names = {"npz": "x.npz", "hf": "hf", "msgpack": "x.msgpack", "pth": "x.pth"}

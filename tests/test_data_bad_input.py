@@ -244,9 +244,7 @@ def test_too_many_bad_files_stop_the_run(tmp_path, count, max_bad):
         cache_gib=0.0,
         max_bad=max_bad,
     )
-    with pytest.raises(
-        UserError, match=r"examples cannot be read.*raise --config.data"
-    ):
+    with pytest.raises(UserError, match=r"examples cannot be read.*raise config.data"):
         take(data.train_batches(cfg, batch=8, seed=0), 8)
 
 

@@ -173,15 +173,6 @@ def test_vtab_means_are_those_of_table_9():
     assert set(vtab.means(all_but_structured)) == {"mean_natural", "mean_specialized"}
 
 
-def test_vtab_tasks_are_those_of_the_recipes():
-    from vit_jax import recipes
-    from vit_jax.data import vtab as tasks
-
-    assert set(vtab.TASKS) == set(recipes.VTAB) == set(tasks.TASKS)
-    groups = {t: r.group for t, r in vtab.TASKS.items()}
-    assert groups == {t: r.group for t, r in tasks.TASKS.items()}
-
-
 def test_vtab_table_of_workdirs(tmp_path):
     for task, accuracy in (("dtd", 0.5), ("pets", 0.75)):
         (tmp_path / task).mkdir()

@@ -13,9 +13,9 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A part (a file or folder of vit_jax/) imports from its own line and the
 # lines above.
 TIERS = """
-errors config runtime preemption peers distributed progress feed config_file cli
+errors fields vtab_tasks config runtime preemption peers distributed progress feed config_file cli
 models data optim sharding checkpoint hlo hardware tpu search recipes
-objectives workdir weights inference
+objectives workdir weights inference photos
 evaluators
 analysis program
 train
@@ -119,7 +119,7 @@ def test_only_configs_import_recipes():
         for m in imports(ROOT / "vit_jax" / "recipes.py")
         if m.startswith("vit_jax.")
     }
-    assert own <= {"config", "errors"}
+    assert own <= {"config", "errors", "vtab_tasks"}
 
 
 def test_import_takes_no_tensorflow_and_no_device():

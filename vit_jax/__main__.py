@@ -12,6 +12,7 @@ from vit_jax import config
 COMMANDS = {
     "main": "train a model, or continue a run",
     "predict": "name what is in images",
+    "embed": "write one vector per image",
     "evaluate": "measure a checkpoint with every evaluator of a config",
     "convert": "write a checkpoint in another layout",
     "analysis": "draw the paper's figures of a checkpoint",

@@ -20,6 +20,7 @@ from vit_jax.config import (
     replace,
 )
 from vit_jax.errors import UserError
+from vit_jax.vtab_tasks import TASKS
 
 # Pre-training: Table 3 ---------------------------------------------------------------
 
@@ -267,36 +268,13 @@ def _sgd(learning_rate: float, warmup: int, polyak: float = 0.0) -> OptimConfig:
 # VTAB-1k: 19 tasks of 1,000 training images ------------------------------------------
 
 
-VTAB = (
-    "caltech101",
-    "cifar100",
-    "dtd",
-    "flowers102",
-    "pets",
-    "svhn",
-    "sun397",
-    "patch_camelyon",
-    "eurosat",
-    "resisc45",
-    "retinopathy",
-    "clevr_count",
-    "clevr_distance",
-    "dmlab",
-    "kitti_distance",
-    "dsprites_location",
-    "dsprites_orientation",
-    "smallnorb_azimuth",
-    "smallnorb_elevation",
-)
-
-
 def vtab(task: str = "dtd", model: str = "ViT-B/16") -> Config:
     """One VTAB-1k task: lr 0.01, 2,500 steps, 384 pixels, the same for all tasks.
 
     The transforms come with the task (BiT's: resize to 448, crop 384, flip, less what
     would change the label).
     """
-    choose("VTAB task", task, dict.fromkeys(VTAB))
+    choose("VTAB task", task, TASKS)
     return Config(
         model=ModelConfig(
             name=model,

@@ -7,6 +7,7 @@ rest of the program. ``data.name="multilabel"`` gives multi-hot labels.
 
 import functools
 from collections.abc import Iterator
+from typing import NoReturn
 
 import numpy as np
 
@@ -62,5 +63,5 @@ def _example(cfg: DataConfig, salt: int, turn: int, row: int) -> tuple:
     return image, rng.integers(classes)
 
 
-def _no_fetch(index: np.ndarray) -> None:
+def _no_fetch(index: np.ndarray) -> NoReturn:
     raise AssertionError("synthetic images are not fetched")

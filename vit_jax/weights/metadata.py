@@ -106,7 +106,8 @@ def of_workdir(folder: Any) -> Metadata:
         )
     # Zeros are filled in from the variant, and read off the arrays.
     model = {k: v for k, v in model.items() if v or k not in _FILLED}
-    model.pop("num_classes")  # of the data, or what masked patch prediction predicts
+    # Of the data, or what masked patch prediction predicts.
+    model.pop("num_classes", None)
     transforms = tuple(dict(t) for t in cfg.data.eval_transforms)
     return Metadata(
         class_names=documents.field(data, "class_names", (), documents.names, where),

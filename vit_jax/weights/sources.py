@@ -82,7 +82,7 @@ def open_source(source: str | Path) -> Iterator[tuple[Contents, str]]:
         path = local(source)
         try:
             contents = _open(path, _Wanted(source, tree, stack))
-            _check_names(contents)
+            _check_names(contents.arrays, source)
             # In a torch file the subtree has been found already.
             yield contents, "" if contents.torch else tree
         except Damaged as e:
@@ -325,11 +325,11 @@ def beside(folder: Path, own: bool) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _check_names(contents: Contents) -> None:
+def _check_names(arrays: dict[str, Array], where: str) -> None:
     """Names of a file are printed; none may write to the terminal what it likes."""
-    for name in contents.arrays:
+    for name in arrays:
         if not name.isprintable():
-            raise UserError(f"{contents.where} names an array {name!r:.80}")
+            raise UserError(f"{where} names an array {name!r:.80}")
 
 
 def _open_orbax(path: Any, where: str) -> Contents:
