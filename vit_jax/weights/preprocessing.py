@@ -79,7 +79,14 @@ def rescaled(
     transforms: Sequence[dict[str, Any]], old: tuple[int, int], new: tuple[int, int]
 ) -> tuple[dict[str, Any], ...]:
     """The operations for a model that takes images of another (height, width): sizes in
-    pixels grow along, so that the same part of an image is seen."""
+    pixels grow along, so that the same part of an image is seen.
+
+    The last of them says which images they were written for; ``old`` counts where it
+    says nothing."""
+    stated = [
+        t["size"] for t in transforms if t.get("size") and t["op"] != "resize_small"
+    ]
+    old = _pair(stated[-1]) if stated else old
     y, x = new[0] / old[0], new[1] / old[1]
     result = []
     for transform in transforms:
