@@ -94,7 +94,7 @@ def result(cfg: Config, run: Run) -> float | None:
 
 def best(results: dict[float, float], metric: str) -> float:
     """The learning rate with the best value of a metric; of equals, the smallest."""
-    sign = -1 if evaluators.smaller_is_better(metric) else 1
+    sign = -1 if evaluators.lower_is_better(metric) else 1
     return max(sorted(results), key=lambda lr: _rank(sign * results[lr]))
 
 

@@ -69,7 +69,7 @@ def train(
             workdir,
             cfg.checkpoint,
             read_metrics(workdir),
-            evaluators.smaller_is_better(cfg.checkpoint.keep_best),
+            evaluators.lower_is_better(cfg.checkpoint.keep_best),
         )
         stack.enter_context(contextlib.closing(checkpoints))
         stack.enter_context(_explain_out_of_memory(program))
@@ -428,7 +428,8 @@ def _say_end(
         say(f"{name:<16} {number(value)}")
     say(f"checkpoint       {path}")
     say(
-        f"curves           tensorboard --logdir {workdir}   (numbers: {epath.Path(workdir) / METRICS})"
+        # --logdir_spec gives the run a name where --logdir would show it as ".".
+        f"curves           tensorboard --logdir_spec {epath.Path(workdir).name}:{workdir}   (numbers: {epath.Path(workdir) / METRICS})"
     )
     say(f"predict          python -m vit_jax.predict {workdir} IMAGE...")
     say(f"export           python -m vit_jax.convert {workdir} model.npz")
