@@ -2,56 +2,92 @@
 """A run that is killed again and again ends with the same bits as one that is left
 alone.
 
-    python tests/soak.py --kills=30
+    python tests/soak.py --kills=200 --limit=7200
 
 Each life of the run is ended by SIGKILL or SIGTERM while it starts, compiles, trains,
-evaluates or saves. Exit status 0 if nothing was lost: equal parameters, every step
-recorded once with the same loss, and a newest checkpoint that never went back.
+evaluates or saves; after ``--limit`` seconds it is left alone. Exit status 0 if nothing
+was lost: equal parameters, every step recorded once with the same loss, every evaluation
+made once with the same result, and a newest checkpoint that never went back.
 """
 
 import argparse
 import collections
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+# A life must not spend its time on compiling what the one before has compiled.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
+from tiny import TINY  # noqa: E402
 
+from vit_jax import config, train  # noqa: E402
 from vit_jax.checkpoint import load_params  # noqa: E402
+from vit_jax.errors import PREEMPTED  # noqa: E402
 from vit_jax.workdir import read_metrics  # noqa: E402
 
-EVALUATE, SAVE = 40, 25  # steps between them
+EVALUATE, SAVE = 16, 10  # steps between them
 PHASES = ("start", "compile", "train", "evaluate", "save")
 
 
+def live(cfg: config.Config, workdir: Path, log: Path) -> None:
+    """One life of the run, in a process of its own."""
+    with open(log, "a", buffering=1) as f:
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+    try:
+        status = PREEMPTED if train.train(cfg, str(workdir)).preempted else 0
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    os._exit(status)
+
+
 class Run:
-    """One command, started as often as it takes."""
+    """One command, started as often as it takes.
+
+    Its processes are forked from this one, which has imported everything and touched no
+    device, so that a life costs a second or two.
+    """
 
     def __init__(self, workdir: Path, steps: int):
         self.workdir, self.steps = workdir, steps
         self.log = workdir.with_suffix(".log")
-        self.process: subprocess.Popen | None = None
+        self.cfg = config.replace(
+            TINY, steps=steps, log_every=1, eval__every=EVALUATE,
+            checkpoint__every=SAVE, optim__polyak=0.9,
+        )  # fmt: skip
 
     def start(self) -> None:
-        command = [
-            sys.executable, "-m", "vit_jax.main", "--config=tests/tiny.py", f"--workdir={self.workdir}",
-            f"--config.steps={self.steps}", "--config.log_every=1", f"--config.eval.every={EVALUATE}",
-            f"--config.checkpoint.every={SAVE}", "--config.model.width=48", "--config.optim.polyak=0.9",
-        ]  # fmt: skip
-        with open(self.log, "a") as f:
-            self.printed = f.tell()
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=f, stderr=f)
+        self.printed = self.log.stat().st_size if self.log.exists() else 0
+        fork = multiprocessing.get_context("fork")
+        self.process = fork.Process(
+            target=live, args=(self.cfg, self.workdir, self.log)
+        )
+        self.process.start()
+
+    def wait(self, seconds: float | None = None) -> int:
+        """Exit status, or minus the signal."""
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, self.output()
+        return self.process.exitcode
 
     def output(self) -> str:
         """What this life printed."""
@@ -61,6 +97,10 @@ class Run:
 
     def trained(self) -> list[dict]:
         return [m for m in read_metrics(str(self.workdir)) if "train/loss" in m]
+
+    def evaluated(self) -> list[tuple]:
+        rows = [m for m in read_metrics(str(self.workdir)) if "test/loss" in m]
+        return [(m["step"], m["test/accuracy"], m["test/loss"]) for m in rows]
 
     def saved(self) -> int:
         """The newest complete checkpoint."""
@@ -77,10 +117,9 @@ class Run:
         if phase == "start":
             return self._sleep(rng.uniform(0.0, 2.0))
         if phase == "compile":
-            return self._until(lambda: "first batch" in self.output()) and self._sleep(
-                rng.uniform(0.0, 0.5)
-            )
-        if not self._until(lambda: "compile " in self.output()):
+            begun = lambda: any(x in self.output() for x in ("initialize ", "restore "))
+            return self._until(begun) and self._sleep(rng.uniform(0.0, 0.5))
+        if not self._until(lambda: "first batch " in self.output()):
             return False
         first = len(self.trained())
         if phase == "train":
@@ -94,24 +133,24 @@ class Run:
 
     def _sleep(self, seconds: float) -> bool:
         time.sleep(seconds)
-        return self.process.poll() is None
+        return self.process.is_alive()
 
     def _until(self, condition) -> bool:
         deadline = time.monotonic() + 300
-        while self.process.poll() is None and not condition():
+        while self.process.is_alive() and not condition():
             if time.monotonic() > deadline:
                 raise SystemExit(f"the run stood still for 300 s:\n{self.output()}")
             time.sleep(0.004)
-        return self.process.poll() is None
+        return self.process.is_alive()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--limit", type=float, default=3000, help="seconds after which it gives up"
+        "--limit", type=float, default=7200, help="seconds after which it kills no more"
     )
     args = parser.parse_args()
     rng, begun = random.Random(args.seed), time.monotonic()
@@ -121,7 +160,7 @@ def main() -> int:
         Run(folder / "killed", args.steps),
     )
     straight.start()
-    if straight.process.wait():
+    if straight.wait():
         raise SystemExit(straight.output())
     print(
         f"undisturbed run: {args.steps} steps in {time.monotonic() - begun:.0f} s",
@@ -131,24 +170,20 @@ def main() -> int:
     ends, problems = collections.Counter(), []
     kills = lost = 0
     while True:
-        if time.monotonic() - begun > args.limit:
-            raise SystemExit(
-                f"gave up after {kills} kills and {args.limit:.0f} s, at step {killed.saved()}"
-            )
         before = killed.saved()
         killed.start()
-        if kills >= args.kills:
-            status = killed.process.wait()
+        if kills >= args.kills or time.monotonic() - begun > args.limit:
+            status = killed.wait()
             break
         phase, sent = (
             PHASES[kills % len(PHASES)],
             rng.choice([signal.SIGKILL, signal.SIGTERM]),
         )
         if not killed.wait_for(phase, rng):
-            status = killed.process.wait()
+            status = killed.wait()
             break
-        killed.process.send_signal(sent)
-        status = killed.process.wait(timeout=120)
+        os.kill(int(killed.process.pid or 0), sent)
+        status = killed.wait(120)
         kills += 1
         ends[phase, sent.name, status] += 1
         trained, after = len(killed.trained()), killed.saved()
@@ -163,11 +198,11 @@ def main() -> int:
             problems.append(
                 f"{sent.name} while it was to {phase} ended with {status}: {killed.output()[-500:]}"
             )
-        if status == 75 and trained != after:
+        if "asked to stop: saving" in killed.output() and trained != after:
             problems.append(f"told to stop after step {trained}, it saved {after}")
     if status:
         problems.append(f"the last life ended with {status}: {killed.output()[-2000:]}")
-    if kills < args.kills:
+    if kills < args.kills and time.monotonic() - begun < args.limit:
         problems.append(f"it was done after {kills} kills: give more --steps")
 
     expected, found = straight.trained(), killed.trained()
@@ -175,6 +210,8 @@ def main() -> int:
         problems.append("some step is recorded twice or not at all")
     if [m["train/loss"] for m in found] != [m["train/loss"] for m in expected]:
         problems.append("some step has another loss")
+    if killed.evaluated() != straight.evaluated():
+        problems.append(f"evaluations differ: {killed.evaluated()}")
     equal = jax.tree.map(
         np.array_equal,
         load_params(str(straight.workdir)),
@@ -191,7 +228,7 @@ def main() -> int:
     print(
         "\n".join(["FAILED", *problems])
         if problems
-        else "same parameters and losses, bit for bit"
+        else f"same parameters, losses and {len(killed.evaluated())} evaluations, bit for bit"
     )
     if not problems:
         shutil.rmtree(folder)

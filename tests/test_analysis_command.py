@@ -17,7 +17,7 @@ from PIL import Image
 from trained import trained_workdir
 
 from vit_jax import models, weights
-from vit_jax.analysis import drawing, embeddings, figures, images, maps, report, runs
+from vit_jax.analysis import drawing, embeddings, figures, maps, report, runs
 from vit_jax.analysis.__main__ import analyse
 from vit_jax.analysis.subject import Subject
 from vit_jax.config import ModelConfig
@@ -328,12 +328,12 @@ def test_bad_images_are_errors(npz, photos, tmp_path):
     bad.write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"bad.png cannot be read: not an image"):
         analyse(npz, str(tmp_path), places=(photos, str(bad)))
-    with pytest.raises(UserError, match=r"'/nowhere', which does not exist"):
+    with pytest.raises(UserError, match="--images: /nowhere does not exist"):
         analyse(npz, str(tmp_path), places=("/nowhere",))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no images"):
         analyse(npz, str(tmp_path), places=(str(tmp_path / "empty"),))
-    assert len(images.find([photos], 2)) == 2
+    assert len(Subject(npz, (photos,), count=2).photos()) == 2
 
 
 def test_other_mistakes(npz, tmp_path):

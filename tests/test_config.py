@@ -132,6 +132,29 @@ def test_the_nearest_name_is_written_in_another_way(value, expected):
     assert config.nearest("quite else", names) == ""
 
 
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [("lr", "learning_rate"), ("wd", "weight_decay"), ("momentum", "b1"), ("ema", "polyak")],
+)  # fmt: skip
+def test_names_of_other_projects_are_understood(key, expected):
+    with pytest.raises(UserError, match=f"did you mean '{expected}'"):
+        config.from_dict({"optim": {key: 0.1}})
+
+
+@pytest.mark.parametrize(
+    "value", ["fewshot,knn", ("fewshot,knn",), ["fewshot", {"type": "knn"}]]
+)
+def test_evaluators_and_transforms_may_be_given_by_name(value):
+    found = config.from_dict({"eval": {"evaluators": value}}).eval.evaluators
+    assert found == ({"type": "fewshot"}, {"type": "knn"})
+    found = config.from_dict({"data": {"train_transforms": "flip"}}).data
+    assert found.train_transforms == ({"op": "flip"},)
+    with pytest.raises(
+        UserError, match=r"config.eval.evaluators is 3: it must be a list"
+    ):
+        config.from_dict({"eval": {"evaluators": 3}})
+
+
 def test_an_int_is_a_float():
     assert config.from_dict({"optim": {"learning_rate": 1}}).optim.learning_rate == 1.0
 

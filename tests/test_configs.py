@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from vit_jax import config, data, models, recipes
+from vit_jax import config, data, models, recipes, vtab_tasks
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 from vit_jax.program import build
@@ -26,7 +26,7 @@ ARGUMENTS = {
     "resnet": [m for m in recipes.PRETRAIN["jft"] if "ViT" not in m],
     "finetune": list(recipes.FINETUNE),
     "finetune_table2": ["ViT-L/16", "ViT-H/14"],
-    "vtab": list(recipes.VTAB),
+    "vtab": list(vtab_tasks.TASKS),
     "augreg_i1k": list(recipes.AUGREG_DEFAULT["imagenet"]),
     "augreg_i21k": list(recipes.AUGREG_DEFAULT["imagenet21k"]),
     "masked_patch": ["imagenet", "jft"],
@@ -98,6 +98,12 @@ def test_two_steps_trace(name):
         assert {"loss", "learning_rate", "grad_norm"} <= set(metrics)
         state = after
     assert batch["image"].shape[:1] == (cfg.batch,)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_synthetic_images_need_no_other_flag(name):
+    cfg = config.replace(load(name), data__source="synthetic", data__subset=0.0)
+    assert data.describe(cfg.data).num_train
 
 
 def test_every_pipeline_makes_an_image():

@@ -182,7 +182,7 @@ def test_workdir_to_npz(tmp_path):
     )
     params = jax.tree.map(jax.numpy.asarray, fit.unflatten(flat))
     saver = checkpoint.Checkpointer(str(workdir), cfg.checkpoint)
-    saver.save(State(params, {}, jax.numpy.int32(3), {}), 3, {})
+    saver.save(State(params, {}, jax.numpy.int32(3), {}), 3)
     saver.wait()
     saver.close()
     for source in (workdir, workdir / "checkpoints", workdir / "checkpoints" / "3"):

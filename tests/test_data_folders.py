@@ -433,9 +433,11 @@ def test_what_records_cannot_be_written_from_or_to(tmp_path):
         write_records.write(str(source), str(file))
     with pytest.raises(UserError, match=r"--workers is -1: it must be at least 0"):
         write_records.write(str(source), str(tmp_path / "out"), workers=-1)
-    (source / "a/gone.jpg").symlink_to("/nowhere/gone.jpg")
-    with pytest.raises(UserError, match=r"cannot read .*gone.jpg: No such file"):
+    for photo in source.rglob("*.jpg"):
+        photo.write_bytes(b"<html>not found</html>")
+    with pytest.raises(UserError, match=r"none of the \d images .* can be decoded"):
         write_records.write(str(source), str(tmp_path / "out"))
+    assert not list((tmp_path / "out").glob("*.json"))
 
 
 def test_a_set_that_is_all_test_set(tmp_path):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from vit_jax import data
 from vit_jax.config import DataConfig
-from vit_jax.data import records, write_records
+from vit_jax.data import sequential, write_records
 from vit_jax.errors import UserError
 
 BATCH = 12
@@ -59,7 +59,7 @@ def same(a, b):
 def test_resuming_and_other_process_counts_give_the_same_bits(
     kind, configs, monkeypatch
 ):
-    monkeypatch.setattr(records, "STREAM_RECORDS", 9)  # as if there were more photos
+    monkeypatch.setattr(sequential, "STREAM_RECORDS", 9)  # as if there were more photos
     cfg = configs[kind]
     whole = take(data.train_batches(cfg, batch=BATCH, seed=7), 6)
     same(next(data.train_batches(cfg, batch=BATCH, seed=7, start=5)), whole[5])
@@ -149,9 +149,9 @@ def test_a_jpeg_damaged_in_the_middle_is_left_out_where_the_crop_shows_it(tmp_pa
     cfg = DataConfig(
         source="folder", path=str(root), image_size=8, cache_gib=0.0, max_bad=0.9
     )
-    data.pipeline._bad.clear()
     whole = take(data.train_batches(cfg, batch=BATCH, seed=0), 8)
-    found, none = set(data.bad_examples()), str(root / "train/a/none.jpg")
+    found = {name for name in data.bad_examples() if str(root) in name}
+    none = str(root / "train/a/none.jpg")
     assert none in found
     assert len(found) > 1
     assert found <= {*bad, none}
@@ -239,14 +239,3 @@ def test_real_processes_that_are_killed_and_come_back_in_another_number(photos):
         for row, (image, label) in enumerate(zip(b["image"], b["label"], strict=True))
     ]
     assert lines == expected
-
-
-def test_benchmark_reports_all_three_pipelines():
-    from vit_jax.data import benchmark
-
-    found = benchmark.run(
-        DataConfig(image_size=32), batch=4, rounds=1, steps=1, photos=8
-    )
-    assert set(found["images_per_second"]) == {"obvious", "decode_only", "ours"}
-    assert min(found["images_per_second"].values()) > 0
-    assert 0 < found["pixel_difference"]["mean"] < 20

@@ -176,6 +176,20 @@ def test_what_a_folder_may_not_be(case, tmp_path):
         data.describe(cfg)
 
 
+@pytest.mark.parametrize(
+    ("classes", "share", "message"),
+    [
+        ({"cat": 1, "dog": 1}, 0.2, "no class has two of them"),
+        ({"cat": 1, "dog": 1}, 0.9, "no class has two of them"),
+    ],
+)
+def test_what_cannot_be_held_out_and_why(tmp_path, classes, share, message):
+    write_folder(tmp_path, classes)
+    cfg = DataConfig(source="folder", path=str(tmp_path), test_share=share)
+    with pytest.raises(UserError, match=message):
+        data.describe(cfg)
+
+
 def test_labels_out_of_range_are_refused(tmp_path):
     (tmp_path / "0.jpg").write_bytes(encoded(picture(0)))
     path = _file(tmp_path, "m.csv", "image,label\n0.jpg,0\n0.jpg,7\n")

@@ -9,9 +9,10 @@ from data_files import picture
 
 from vit_jax import data, plan
 from vit_jax.config import Config, DataConfig
-from vit_jax.data import tfds_source, vtab
+from vit_jax.data import tfds_source, transforms, vtab
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
+from vit_jax.vtab_tasks import GROUPS, TASKS
 
 import tensorflow_datasets as tfds  # isort: skip
 
@@ -162,35 +163,14 @@ def test_imagenet_archives_missing_or_misplaced(tmp_path):
 
 
 def test_the_table_is_complete():
-    groups = [t.group for t in vtab.TASKS.values()]
-    assert [
-        groups.count(g) for g in (vtab.NATURAL, vtab.SPECIALIZED, vtab.STRUCTURED)
-    ] == [7, 4, 8]
-    classes = [t.classes for t in vtab.TASKS.values()]
-    assert classes == [
-        102,
-        100,
-        47,
-        102,
-        37,
-        10,
-        397,
-        2,
-        10,
-        45,
-        5,
-        8,
-        6,
-        6,
-        4,
-        16,
-        16,
-        18,
-        9,
-    ]
-    no_flip = {n for n, t in vtab.TASKS.items() if not t.flip}
+    groups = [t.group for t in TASKS.values()]
+    assert [groups.count(g) for g in GROUPS] == [7, 4, 8]
+    classes = {name: t.classes for name, t in TASKS.items()}
+    assert [*classes.values()][:11] == [102, 100, 47, 102, 37, 397, 10, 2, 10, 45, 5]
+    assert [*classes.values()][11:] == [8, 6, 6, 16, 16, 4, 18, 9]
+    no_flip = {n for n, t in TASKS.items() if not t.flip}
     assert no_flip == {"dsprites_location", "dsprites_orientation", "smallnorb_azimuth"}
-    no_crop = {n for n, t in vtab.TASKS.items() if not t.crop}
+    no_crop = {n for n, t in TASKS.items() if not t.crop}
     assert no_crop == {
         "clevr_count",
         "clevr_distance",
@@ -198,6 +178,7 @@ def test_the_table_is_complete():
         "kitti_distance",
         "dsprites_location",
     }
+    assert vtab.LABELS.keys() <= TASKS.keys()
 
 
 SIZES = {
@@ -215,7 +196,7 @@ SIZES = {
 @pytest.mark.parametrize("name", SIZES)
 def test_the_splits_are_those_of_the_benchmark(name):
     sizes, val = SIZES[name]
-    found = vtab.split_expressions(vtab.TASKS[name], {"test": 24300} | sizes)
+    found = vtab.split_expressions(TASKS[name], {"test": 24300} | sizes)
     assert found["val200"] == val
     assert found["train800val200"] == f"train[:800]+{val}"
     test = {"eurosat": "train[21600:]", "resisc45": "train[25200:]"}
@@ -225,34 +206,53 @@ def test_the_splits_are_those_of_the_benchmark(name):
 
 def test_label_rules():
     coords = {"objects": {"pixel_coords": np.array([[0, 0, 9.7], [0, 0, 8.2]])}}
-    assert vtab.TASKS["clevr_distance"].label(coords) == 1
+    assert vtab.LABELS["clevr_distance"](coords) == 1
     assert vtab.nearest_clevr({"objects": {"pixel_coords": [[0, 0, 10.5]]}}) == 5
-    assert vtab.TASKS["clevr_count"].label({"objects": {"size": [1, 0, 1, 1]}}) == 1
+    assert vtab.LABELS["clevr_count"]({"objects": {"size": [1, 0, 1, 1]}}) == 1
     cars = {
         "objects": {"type": [3, 0, 2], "location": [[0, 0, 2.0], [0, 0, 30], [0, 0, 9]]}
     }
     assert vtab.nearest_kitti(cars) == 1
     nobody = {"objects": {"type": np.array([4]), "location": np.array([[0, 0, 2.0]])}}
     assert vtab.nearest_kitti(nobody) == 3
-    assert vtab.TASKS["dsprites_location"].label({"label_x_position": 31}) == 15
-    turned = vtab.TASKS["dsprites_orientation"].label
+    assert vtab.LABELS["dsprites_location"]({"label_x_position": 31}) == 15
+    turned = vtab.LABELS["dsprites_orientation"]
     assert [turned({"label_orientation": i}) for i in (0, 2, 3, 39)] == [0, 0, 1, 15]
 
 
-def test_a_task_from_end_to_end(data_dir, monkeypatch):
-    row = vtab.Task(vtab.NATURAL, "tiny_task", 3, ("validation", 5), ("train", 0.5))
-    monkeypatch.setitem(vtab.TASKS, "tiny", row)
+@pytest.fixture
+def tiny_task(monkeypatch):
+    row = TASKS["dtd"]._replace(
+        source="tiny_task", classes=3, val=("validation", 5), test=("train", 0.5)
+    )
+    monkeypatch.setitem(TASKS, "tiny", row)
+
+
+def test_a_task_from_end_to_end(data_dir, tiny_task):
     cfg = DataConfig(source="tfds", name="vtab/tiny", path=data_dir, image_size=12)
     assert data.describe(cfg) == data.DataInfo(3, ("x", "y", "z"), 1000, 410, False)
-    assert next(data.train_batches(cfg, batch=2, seed=0))["image"].shape == (
-        2,
-        12,
-        12,
-        3,
-    )
     select = dataclasses.replace(cfg, train_split="train800")
     info = data.describe(select)
     assert (info.num_train, info.num_test) == (800, 200)
+
+
+def test_crops_of_a_task_follow_the_image_size(data_dir, tiny_task, monkeypatch):
+    """In one process, whichever size came first."""
+    resized = []
+    resize_to = transforms.resize_to
+
+    def seen(image, size, **options):
+        resized.append(size)
+        return resize_to(image, size, **options)
+
+    monkeypatch.setattr(transforms, "resize_to", seen)
+    cfg = DataConfig(source="tfds", name="vtab/tiny", path=data_dir)
+    for size, before in ((224, 261), (384, 448), (12, 14)):
+        sized = dataclasses.replace(cfg, image_size=size)
+        batch = next(data.train_batches(sized, batch=1, seed=0))
+        assert batch["image"].shape == (1, size, size, 3)
+        assert set(resized) == {before}
+        resized.clear()
 
 
 def test_dsprites_is_brightened():
@@ -261,9 +261,9 @@ def test_dsprites_is_brightened():
 
 
 def test_transforms_of_a_task():
-    ops = vtab.transforms(vtab.TASKS["dtd"], 384)
+    ops = vtab.transforms(TASKS["dtd"], 384)
     assert ops == ({"op": "resize", "size": 448}, {"op": "random_crop"}, {"op": "flip"})
-    assert vtab.transforms(vtab.TASKS["dsprites_location"], 384) == ({"op": "resize"},)
+    assert vtab.transforms(TASKS["dsprites_location"], 384) == ({"op": "resize"},)
     cfg = DataConfig(source="tfds", name="vtab/dtt")
     with pytest.raises(UserError, match=r"unknown VTAB task .*did you mean 'dtd'"):
         data.describe(cfg)

@@ -356,10 +356,19 @@ def test_images_that_do_not_fit_the_model(basic):
 
 
 @pytest.mark.parametrize("sized", [True, False])
-@pytest.mark.parametrize("positions", ["learned", "learned2d", "relative"])
-def test_images_of_another_size_name_both_sizes(positions, sized):
-    size = (16, 16) if sized else (0, 0)
-    model = tiny(positions=positions, image_size=size)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"positions": "learned"},
+        {"positions": "learned", "registers": 3, "distillation": "token"},
+        {"positions": "learned2d"},
+        {"positions": "relative"},
+        {"positions": "none", "relative_bias": True},
+    ],
+    ids=str,
+)
+def test_images_of_another_size_name_both_sizes(fields, sized):
+    model = tiny(**fields, image_size=(16, 16) if sized else (0, 0))
     params = init(model)
     images = lambda *shape: jax.ShapeDtypeStruct((2, *shape, 3), jnp.float32)
     apply = lambda *size: jax.eval_shape(model.apply, {"params": params}, images(*size))

@@ -19,8 +19,6 @@ import numpy as np
 import pytest
 
 from vit_jax.checkpoint import load_params
-from vit_jax.distributed import Peers
-from vit_jax.errors import UserError
 from vit_jax.workdir import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -219,94 +217,3 @@ def test_a_lone_process_says_who_is_missing(me, tmp_path):
         f"error: process {me} of 2 is alone: process {1 - me} did not come within 2 s"
     )
     assert "--process_timeout" in line
-
-
-def meet(ids, n, timeout, port):
-    """What processes ``ids`` of ``n`` are told, by id."""
-    told = {}
-
-    def one(i):
-        peers = Peers(f"127.0.0.1:{port}", n, i)
-        try:
-            peers.meet(timeout)
-            told[i] = "all here"
-        except UserError as e:
-            told[i] = str(e)
-        finally:
-            peers.close()
-
-    threads = [threading.Thread(target=one, args=(i,)) for i in ids]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    return told
-
-
-def test_all_processes_hear_who_is_missing(capsys):
-    told = meet([1, 0], 4, 1, free_port())
-    assert len(told) == 2
-    assert all("process 2, 3 did not come within 1 s" in m for m in told.values()), told
-
-
-def test_processes_meet_in_any_order_and_strangers_are_ignored(capsys):
-    port = free_port()
-
-    def bother():
-        for _ in range(50):
-            with (
-                contextlib.suppress(OSError),
-                socket.create_connection(("127.0.0.1", port)) as s,
-            ):
-                s.sendall(b"GET / HTTP/1.1\r\n\r\n")
-                return
-            time.sleep(0.02)
-
-    stranger = threading.Thread(target=bother)
-    stranger.start()
-    assert meet([2, 0, 1], 3, 20, port) == dict.fromkeys(range(3), "all here")
-    stranger.join()
-
-
-def test_a_taken_port_is_named(capsys):
-    with socket.create_server(("", 0)) as s:
-        port = s.getsockname()[1]
-        with pytest.raises(
-            UserError, match=f"process 0 cannot use port {port}: Address already in use"
-        ):
-            Peers(f"localhost:{port}", 2, 0).meet(1)
-
-
-@pytest.mark.parametrize("address", ["localhost", "localhost:", ":1234", "localhost:x"])
-def test_a_bad_address_is_named(address):
-    with pytest.raises(UserError, match="must be HOST:PORT"):
-        Peers(address, 2, 0)
-
-
-def test_an_error_of_one_process_ends_the_others_with_its_status():
-    code = (
-        "import sys, time\n"
-        "from vit_jax import distributed\n"
-        "distributed.GRACE = 0.5\n"
-        "me = int(sys.argv[2])\n"
-        "peers = distributed.Peers(f'127.0.0.1:{sys.argv[1]}', 3, me)\n"
-        "peers.meet(60)\n"
-        "peers.watch()\n"
-        "if me == 1: peers.leave(2)\n"
-        "time.sleep(60)\n"
-    )
-    port = str(free_port())
-    ends = finish(
-        [
-            subprocess.Popen(
-                [sys.executable, "-c", code, port, str(i)], cwd=ROOT, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )
-            for i in range(3)
-        ]
-    )  # fmt: skip
-    assert [e[0] for e in ends] == [2, 2, 2], ends
-    for me in (0, 2):
-        assert ends[me][2] == (
-            f"error: process {me} of 3 stopped because process 1 did, with exit status 2: see its output\n"
-        )

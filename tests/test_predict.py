@@ -1,14 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
+import argparse
+import contextlib
+import csv
+import http.server
 import json
+import re
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from weights_files import small_model
 
-from vit_jax import predict, weights
+from vit_jax import photos, predict, weights
 from vit_jax.errors import UserError
 from vit_jax.weights import fit
 from vit_jax.weights.contents import Metadata
@@ -47,14 +55,34 @@ def test_probabilities_and_names(checkpoint, images):
     np.testing.assert_allclose(got, np.sort(want)[::-1], atol=1e-5)
 
 
-def test_command(checkpoint, images):
+@pytest.fixture
+def command(checkpoint, monkeypatch, capsys):
+    """``predict`` in this process: (exit status, standard output, standard error)."""
+
+    def run(*arguments):
+        parsed = argparse.Namespace(top=5, json=False, csv="", parquet="", image_size=0)
+        for argument in arguments:
+            if argument.startswith("--"):
+                name, _, value = argument[2:].partition("=")
+                kind = type(getattr(parsed, name))
+                setattr(parsed, name, kind(value) if value else True)
+        monkeypatch.setattr(predict.flags, "FLAGS", parsed)
+        places = [a for a in arguments if not a.startswith("--")]
+        try:
+            status = predict.main([checkpoint[0], *places])
+        except UserError as e:
+            status = 2
+            print(f"error: {e}", file=sys.stderr)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_command(command, images):
     paths = [str(images / n) for n in ("a.png", "b.png", "c.jpg")]
-    run = [sys.executable, "-m", "vit_jax.predict", checkpoint[0], *paths]
-    done = subprocess.run(
-        [*run, "--json", "--top=2"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    results = [json.loads(line) for line in done.stdout.splitlines()]
+    status, out, _ = command(*paths, "--json", "--top=2")
+    assert status == 0
+    results = [strict(line) for line in out.splitlines()]
     assert [r["image"] for r in results] == paths
     for result in results:
         assert [*result] == ["image", "top"]
@@ -63,20 +91,131 @@ def test_command(checkpoint, images):
         assert result["top"][0]["probability"] >= result["top"][1]["probability"]
 
 
-def test_bad_images_are_named_together(checkpoint, images, tmp_path):
+def strict(text):
+    """JSON without NaN."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(name))
+
+
+def test_images_that_are_all_bad_are_named_together(command, images, tmp_path):
     (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "empty.png").write_bytes(b"")
     data = (images / "c.jpg").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
-    paths = [tmp_path / n for n in ("text.jpg", "empty.png", "none.png")] + [tmp_path]
-    run = [sys.executable, "-m", "vit_jax.predict", checkpoint[0], *map(str, paths)]
-    done = subprocess.run(run, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    for part in ("no image", "is empty", "does not exist", "is a folder"):
-        assert part in done.stderr
-    with pytest.raises(UserError, match=r"cut.jpg.*truncated"):
-        list(predict.predict(checkpoint[0], [str(tmp_path / "cut.jpg")]))
+    status, out, err = command(
+        *(str(tmp_path / n) for n in ("text.jpg", "empty.png", "none.png"))
+    )
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    for part in ("text.jpg", "empty.png", "none.png does not exist"):
+        assert part in err
+    status, out, err = command(str(tmp_path / "cut.jpg"))
+    assert (status, out) == (2, "")
+    assert re.fullmatch(r"error: .*cut.jpg.*truncated.*\n", err)
+    (tmp_path / "folder").mkdir()
+    assert "holds no images" in command(str(tmp_path / "folder"))[2]
+
+
+def test_a_bad_image_among_good_ones_is_reported_and_the_rest_goes_on(
+    checkpoint, command, images, tmp_path
+):
+    """Folders, lists and tables; and the same answers as one by one."""
+    folder = tmp_path / "photos"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("a.png", "b.png", "c.jpg"):
+        (folder / "deep" / name).write_bytes((images / name).read_bytes())
+    (folder / "b.jpg").write_text("<html>")
+    (folder / "notes.md").write_text("left out")
+    (tmp_path / "list.txt").write_text("photos/deep/c.jpg\n\nphotos/b.jpg\n")
+    table, parquet_file = tmp_path / "x.csv", tmp_path / "x.parquet"
+    status, out, err = command(
+        str(folder),
+        str(tmp_path / "list.txt"),
+        "--json",
+        f"--csv={table}",
+        f"--parquet={parquet_file}",
+    )
+    assert status == 2
+    assert err.count("error: ") == err.count("\n") == 2
+    results = [strict(line) for line in out.splitlines()]
+    assert [Path(r["image"]).name for r in results] == [
+        "b.jpg", "a.png", "b.png", "c.jpg", "c.jpg", "b.jpg",
+    ]  # fmt: skip
+    assert "not an image" in results[0]["error"]
+    for result in results[1:5]:
+        (alone,) = predict.predict(checkpoint[0], [result["image"]])
+        assert [e["class"] for e in alone["top"]] == [e["class"] for e in result["top"]]
+        got, want = ([e["probability"] for e in r["top"]] for r in (result, alone))
+        np.testing.assert_allclose(got, want, atol=1e-6)
+    with table.open() as f:
+        rows = list(csv.DictReader(f))
+    assert len(rows) == 4 * 5
+    assert rows[0]["image"].endswith("a.png")
+    assert [r["class"] for r in rows[:5]] == [e["class"] for e in results[1]["top"]]
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = parquet.read_table(parquet_file).to_pydict()
+    assert columns["image"] == [r["image"] for r in rows]
+    np.testing.assert_allclose(
+        columns["probability"], [float(r["probability"]) for r in rows], rtol=1e-6
+    )
+
+
+@pytest.fixture
+def server(images):
+    """Addresses on this machine: an image, a page, something huge and something slow."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            kind = "text/html" if "page" in self.path else "image/png"
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                if "slow" in self.path:
+                    for _ in range(100):
+                        self.wfile.write(b"x")
+                        self.wfile.flush()
+                        stop.wait(0.05)
+                elif "huge" in self.path:
+                    self.wfile.write(bytes(10_000))
+                elif "page" in self.path:
+                    self.wfile.write(b"<!doctype html>")
+                else:
+                    self.wfile.write((images / "a.png").read_bytes())
+
+        def log_message(self, *args):
+            pass
+
+    stop = threading.Event()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
+        thread = threading.Thread(target=found.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{found.server_port}"
+        stop.set()
+        found.shutdown()
+
+
+def test_addresses(checkpoint, images, server, monkeypatch):
+    monkeypatch.setattr(photos, "PATIENCE", 0.5)
+    monkeypatch.setattr(photos, "LARGEST", 5_000)
+    places = [f"{server}/{n}.png" for n in ("cat", "page", "huge", "slow")]
+    places += ["http://example.com/cat.jpg", "ftp://example.com/x"]
+    good, *bad = predict.predict(checkpoint[0], places)
+    (same,) = predict.predict(checkpoint[0], [str(images / "a.png")])
+    assert good["image"] == places[0]
+    assert good["top"][0]["class"] == same["top"][0]["class"]
+    reasons = ("is a page (text/html)", "larger than", "too slow", "use https", "")
+    for place, result, reason in zip(places[1:], bad, reasons, strict=True):
+        assert result["image"] == place
+        assert place in result["error"]
+        assert reason in result["error"]
+        assert "\n" not in result["error"]
+
+
+def test_probabilities_that_are_not_finite_are_an_error(checkpoint, images, tmp_path):
+    _, model, params = checkpoint
+    broken = jax.tree.map(lambda x: np.full_like(x, 1e30), params)
+    weights.save(tmp_path / "x.npz", model.cfg, broken)
+    with pytest.raises(UserError, match=r"a.png is not finite"):
+        list(predict.predict(str(tmp_path / "x.npz"), [str(images / "a.png")]))
 
 
 def test_preprocessing_comes_from_the_checkpoint(checkpoint, images, tmp_path):

@@ -2,6 +2,8 @@
 """On eight fake devices: the same training from every strategy, state in parts, and
 errors that name the knob."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -118,6 +120,15 @@ def test_tensor_divides_heads_and_mlp(runs):
     assert out.sharding.spec == P(None, "tensor", None, "column")
     assert mlp["Dense_0"]["kernel"].sharding.spec == P(None, "column", "tensor")
     assert "tensor" in mlp["Dense_1"]["kernel"].sharding.spec[1]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "tensor"])
+def test_the_gate_of_an_mlp_lies_like_what_it_gates(strategy):
+    cfg = replace(CONFIG, sharding=strategy, mesh=(4, 2), model__mlp="swiglu")
+    params = build(cfg).state_sharding.params
+    mlp = params["Transformer"]["encoderblock"]["MlpBlock_3"]
+    assert mlp["gate"] == mlp["Dense_0"]
+    assert re.fullmatch(sharding.CAST, "MlpBlock_3/gate/kernel")
 
 
 def test_moments_lie_where_their_parameter_does(runs):

@@ -183,6 +183,15 @@ def test_rotated_products_depend_on_the_offset_only():
     assert np.ptp(dot(q, q[:1, :1])) > 1
 
 
+def test_registers_start_different():
+    """Without positions, equal ones would get equal gradients for ever."""
+    model = create(registers=4)
+    tokens = jax.jit(lambda: model.init(jax.random.key(0), images_of())["params"])()
+    registers = np.asarray(tokens["registers"][0])
+    assert np.linalg.matrix_rank(registers) == 4
+    assert 0.01 < registers.std() < 0.03
+
+
 def test_a_symbolic_batch_can_be_exported():
     for family in ("pe", "dinov2 with registers"):
         model, params, *_ = computed(family)

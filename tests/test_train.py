@@ -21,9 +21,9 @@ from tiny import TINY
 
 from vit_jax import config, data, train
 from vit_jax.checkpoint import Checkpointer, load_params
-from vit_jax.distributed import Preemption
 from vit_jax.errors import UserError
 from vit_jax.feed import Feed, put
+from vit_jax.preemption import Preemption
 from vit_jax.program import build
 from vit_jax.workdir import read_metrics
 

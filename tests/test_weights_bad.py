@@ -8,7 +8,9 @@ import zipfile
 
 import numpy as np
 import pytest
-from weights_files import save_npz, small_model
+from flax import serialization
+from safetensors.numpy import save_file
+from weights_files import assert_same, save_npz, save_torch, small_model, timm_arrays
 
 from vit_jax import checkpoint, weights
 from vit_jax.config import CheckpointConfig
@@ -136,13 +138,87 @@ def test_zip_bomb_is_refused_by_its_directory(tmp_path):
     at = data.rindex(b"PK\x01\x02")  # the directory entry: uncompressed size at 24
     data[at + 24 : at + 28] = (0xFFFFFFF0).to_bytes(4, "little")
     file.write_bytes(bytes(data))
-    monkey = contents.available_memory()
-    if monkey < 1 << 32:
-        with pytest.raises(UserError, match="GiB"):
-            weights.read(file)
+    with pytest.raises(UserError, match=r"claims to unpack to 4,294,967,\d+"):
+        weights.read(file)
+
+
+def test_cached_files_do_not_use_up_the_memory_of_a_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(contents, "_GROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    stat = "anon 200\ninactive_file 400\nactive_file 300\n"
+    (tmp_path / "memory.stat").write_text(stat)
+    assert contents.available_memory() == 800
+
+
+def test_a_name_twice(tmp_path):
+    file = save_npz(tmp_path / "x.npz", small_model()[1])
+    with zipfile.ZipFile(file, "a") as archive, pytest.warns(match="Duplicate"):
+        archive.writestr("cls.npy", archive.read("cls.npy"))
+    with pytest.raises(UserError, match="holds one name twice"):
+        weights.read(file)
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors", "msgpack", "pth"])
+def test_quantised_weights(tmp_path, suffix):
+    arrays = {"embedding": {"kernel": np.ones((8, 8, 3, 16), np.int8)}}
+    file = tmp_path / f"x.{suffix}"
+    if suffix == "npz":
+        np.savez(file, **arrays["embedding"])
+    elif suffix == "safetensors":
+        save_file(arrays["embedding"], file)
+    elif suffix == "msgpack":
+        file.write_bytes(serialization.msgpack_serialize(arrays))
     else:
-        with pytest.raises(UserError, match="damaged"):
-            weights.read(file)
+        save_torch(file, arrays)
+    with pytest.raises(UserError, match="kernel has type int8: quantised"):
+        weights.read(file)
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors", "msgpack"])
+def test_names_do_not_reach_the_terminal_raw(tmp_path, suffix):
+    name = "Transformer/a\n\x1b[31mred"
+    _, flat, torch_arrays = timm_arrays(tmp_path)
+    arrays = torch_arrays if suffix == "safetensors" else flat
+    arrays = {**arrays, name: np.ones(3, np.float32)}
+    file = tmp_path / f"x.{suffix}"
+    if suffix == "npz":
+        np.savez(file, **arrays)
+    elif suffix == "safetensors":
+        save_file(arrays, file)
+    else:
+        file.write_bytes(serialization.msgpack_serialize(arrays))
+    with pytest.raises(UserError, match="names an array") as e:
+        weights.read(file)
+    assert str(e.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\x81\xa1a\xdd\x7f\xff\xff\xff" + b"\x90" * 3_000_000, "1,000,000 entries"),
+        (b"\x81\xa1a\xdd\x7f\xff\xff\xff", "ends too early"),
+        (b"\x81\xa1a\xc6\x7f\xff\xff\xff", "stated, but not there"),
+        (b"\x81\xa1a" * 1000, "nested more than"),
+        (b"\xdf\xff\xff\xff\xff" + b"\xa1a\xc0" * 9, "ends too early"),
+        (b"\x81\xa1a\xc0 more", "5 bytes follow"),
+    ],
+)
+def test_msgpack_takes_no_more_than_its_size(tmp_path, data, message):
+    (tmp_path / "x").write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        weights.read(tmp_path / "x")
+
+
+def test_msgpack_is_what_flax_writes(tmp_path, monkeypatch):
+    """Also large arrays, which it cuts into chunks, and every other kind of value."""
+    monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", 100)
+    _, flat = small_model()
+    other = {"step": 70_000, "rate": -1.5, "state": [1, None, "x", {"a": True}, -3]}
+    other |= {"count": np.array(3), "float": np.float32(3), "none": np.zeros((0, 2))}
+    tree = {"target": fit.unflatten(flat), "state": other}
+    (tmp_path / "x").write_bytes(serialization.msgpack_serialize(tree))
+    assert_same(weights.read(tmp_path / "x").params, flat)
 
 
 def test_header_that_lies_about_the_shape(tmp_path):
@@ -193,7 +269,7 @@ def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("workdir")
     saver = checkpoint.Checkpointer(str(folder), CheckpointConfig())
     params = fit.unflatten(small_model()[1])
-    saver.save(State(params, {}, np.int32(3), {}), 3, {})
+    saver.save(State(params, {}, np.int32(3), {}), 3)
     saver.wait()
     saver.close()
     return folder

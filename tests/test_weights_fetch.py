@@ -12,9 +12,10 @@ from functools import partial
 
 import numpy as np
 import pytest
+from tiny import TINY
 from weights_files import assert_same, small_model
 
-from vit_jax import checkpoint, weights
+from vit_jax import checkpoint, config, weights
 from vit_jax.errors import UserError
 from vit_jax.weights import catalogue, fetch, fit, hub
 
@@ -123,11 +124,11 @@ def npz(tmp_path_factory):
 
 
 def in_cache(tmp_path):
-    return sorted(p.name for p in (tmp_path / "cache").rglob("*") if p.is_file())
+    return sorted(p.name for p in (tmp_path / "cache").glob("[!.]*/*"))
 
 
 def leftovers(tmp_path):
-    return [p.name for p in tmp_path.rglob("*.partial/*") if p.is_file()]
+    return [p.name for p in tmp_path.rglob(".partial/*")]
 
 
 def test_download_once_then_offline(site, npz, tmp_path):
@@ -304,6 +305,13 @@ def test_two_versions_are_never_glued(site, version, careless):
                 fetch.download(url)
             site.cuts = []
     assert fetch.download(url).read_bytes() == new
+
+
+def test_metadata_of_a_run_needs_no_weights(tmp_path):
+    (tmp_path / "checkpoints/3").mkdir(parents=True)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict(TINY)))
+    (tmp_path / "dataset.json").write_text(json.dumps({"class_names": list("vwxyz")}))
+    assert weights.read_metadata(tmp_path).class_names == tuple("vwxyz")
 
 
 def answer(head, body=b""):

@@ -13,41 +13,100 @@ imports tensorflow.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vit_jax.models import ResNet, ViT
+    from pathlib import Path
 
-__all__ = ["create_model", "load", "load_for_finetune"]
+    from vit_jax.models import ResNet, ViT
+    from vit_jax.weights import Size
+
+__all__ = ["create_model", "list_models", "load", "load_for_finetune"]
 
 
 def create_model(name: str, **fields: Any) -> "ViT | ResNet":
     """The model of that name as a Flax module, without parameters.
 
     Args:
-      name: such as "ViT-B/16", "R50+ViT-L/32" or "R152x2"; "" if every size is given.
+      name: such as "ViT-B/16", "R50+ViT-L/32" or "R152x2"; what timm and Hugging Face
+        call it, such as "vit_base_patch16_224" or "facebook/dinov2-base"; "" if every
+        size is given.
       **fields: of ``vit_jax.config.ModelConfig``; ``image_size`` is a number or
-        (height, width).
+        (height, width), and by default what the name of timm or Hugging Face says.
 
     Raises:
       UserError: unknown name or field, or sizes that contradict each other.
     """
     from vit_jax import config, models
 
+    known = models.published.fields_of(name)
+    fields = {"name": "" if known else name, **known, **fields}
     if isinstance(fields.get("image_size"), int):
         fields["image_size"] = (fields["image_size"],) * 2
-    return models.create(config.from_dict({"model": {"name": name, **fields}}).model)
+    return models.create(config.from_dict({"model": fields}).model)
 
 
-def load(source: Any, *args: Any, **options: Any) -> Any:
-    """(model, params) as ``source`` holds them; see ``vit_jax.weights.load``."""
+def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
+    """Names that ``create_model`` takes; ``pretrained``: ids that ``load`` takes.
+
+    Args:
+      pattern: as in a shell, "*b*16*"; capitals do not count.
+      pretrained: the published checkpoints of the catalogue instead.
+    """
+    import fnmatch
+
+    if pretrained:
+        from vit_jax.weights import catalogue
+
+        names = list(catalogue.CATALOGUE)
+    else:
+        from vit_jax import models
+
+        names = models.names()
+    return [n for n in names if fnmatch.fnmatchcase(n.lower(), pattern.lower())]
+
+
+def load(
+    source: "str | Path", image_size: "Size" = None, **overrides: Any
+) -> "tuple[ViT | ResNet, dict[str, Any]]":
+    """(model, params) exactly as ``source`` holds them, the head included.
+
+    Args:
+      source: a file or folder, local or remote (gs://, https://, hf://), or an id of
+        ``list_models(pretrained=True)``; see ``vit_jax.weights.load``.
+      image_size: side, or (height, width), to resize the position embeddings to.
+      **overrides: fields of ``ModelConfig`` that change no array, such as ``dtype``, or
+        that the file does not state, such as ``heads``.
+
+    Returns:
+      ``model.apply({"params": params}, images)`` gives logits (B, K) of images
+      (B, H, W, 3) in [-1, 1].
+
+    Raises:
+      UserError: naming everything that is wrong with the file.
+    """
     from vit_jax import weights
 
-    return weights.load(source, *args, **options)
+    return weights.load(source, image_size, **overrides)
 
 
-def load_for_finetune(source: Any, *args: Any, **options: Any) -> Any:
-    """(model, params) with a new head; see ``vit_jax.weights.load_for_finetune``."""
+def load_for_finetune(
+    source: "str | Path",
+    num_classes: int,
+    image_size: "Size" = None,
+    **overrides: Any,
+) -> "tuple[ViT | ResNet, dict[str, Any]]":
+    """(model, params) with a new head of zeros and without ``pre_logits``.
+
+    Args:
+      source: as for ``load``.
+      num_classes: outputs of the new head; 0: none, the model returns features.
+      image_size: side, or (height, width), to resize the position embeddings to.
+      **overrides: fields of ``ModelConfig``; see ``vit_jax.weights.load_for_finetune``.
+
+    Raises:
+      UserError: naming everything that is wrong with the file.
+    """
     from vit_jax import weights
 
-    return weights.load_for_finetune(source, *args, **options)
+    return weights.load_for_finetune(source, num_classes, image_size, **overrides)
 
 
 def __getattr__(name: str) -> str:

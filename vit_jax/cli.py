@@ -27,8 +27,6 @@ from vit_jax import config, config_file, distributed, runtime
 from vit_jax.errors import UserError
 
 USER_ERROR = 2  # exit status: something in the command, its config or its files
-# Exit status: a checkpoint was saved, or a peer was lost: start the same command again.
-PREEMPTED = distributed.PREEMPTED
 
 # Which extra of the package brings a module that is not part of the core.
 EXTRAS = {
@@ -41,6 +39,7 @@ EXTRAS = {
     "matplotlib": "analysis",
     "sklearn": "analysis",
     "libtpu": "plan",
+    "jax2onnx": "onnx",
     "pyarrow": "parquet",
 }
 

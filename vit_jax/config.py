@@ -9,48 +9,35 @@ elsewhere; there is no ``None``, which the command line could not override.
 """
 
 import dataclasses
-import difflib
-import inspect
 import json
-import math
-import re
-import types
-import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
 from ml_collections import ConfigDict
 
 from vit_jax.errors import UserError
+from vit_jax.fields import (
+    Above0,
+    Amount,
+    Count,
+    Decay,
+    Named,
+    Positive,
+    Range,
+    Share,
+    arguments,
+    build,
+    choose,
+    nearest,
+)
 
-
-@dataclass(frozen=True)
-class Range:
-    """The numbers that a field allows, ``low`` and ``high`` included unless they are
-    ``above`` the one or ``below`` the other."""
-
-    low: float
-    high: float = math.inf
-    above: bool = False
-    below: bool = False
-
-    def __contains__(self, value: Any) -> bool:
-        over = value > self.low if self.above else value >= self.low
-        return over and (value < self.high if self.below else value <= self.high)
-
-    def __str__(self) -> str:
-        low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
-        high = f"below {self.high:g}" if self.below else f"at most {self.high:g}"
-        return low if self.high == math.inf else f"{low} and {high}"
-
-
-Count = Annotated[int, Range(0)]
-Positive = Annotated[int, Range(1)]
-Amount = Annotated[float, Range(0)]
-Above0 = Annotated[float, Range(0, above=True)]
-Share = Annotated[float, Range(0, 1)]
-Decay = Annotated[float, Range(0, 1, below=True)]  # of a moving average
+__all__ = [
+    "Above0", "Amount", "CheckpointConfig", "Config", "Count", "DataConfig", "Decay",
+    "EvalConfig", "ModelConfig", "OptimConfig", "Positive", "Range", "Share",
+    "SweepConfig", "arguments", "checked", "choose", "config_dict", "difference",
+    "from_dict", "nearest", "read", "replace", "to_dict", "to_json",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,7 +45,8 @@ class ModelConfig:
     """The architecture. Zeros are filled in from the row of ``models/variants.py`` that
     ``name`` selects."""
 
-    # A row of models/variants.py with a patch size; "": every size below is given.
+    # A size and a patch, or what timm or Hugging Face call it (models/published.py): says
+    # what is left at its default below; "": every size is given.
     name: str = "ViT-B/16"
     num_classes: Count = 0  # outputs of the head; 0: as many as the data has classes
     # (height, width) in pixels; (0, 0): data.image_size, square
@@ -153,11 +141,16 @@ class DataConfig:
 
     source: Literal["digits", "folder", "tfds", "records", "synthetic"] = "tfds"
     name: str = ""  # tfds: data set name, for example "cifar10"; vtab tasks: "vtab/dtd"
-    path: str = ""  # folder, records: where the images are; tfds: data_dir
+    # folder: class folders (layouts in data/folders.py) or a .csv or .jsonl table (columns
+    # in data/manifest.py); records: folder of the shards; tfds: data_dir.
+    path: str = ""
     # Side of the square images that reach the model, in pixels.
     image_size: Positive = 224
-    train_split: str = "train"  # tfds split expression, or sub-folder; see sources.py
-    # Falls back to "validation" or "val", then to the held-out share below.
+    # A sub-folder, a value of the column "split", or a split expression of tfds. Sub-folders
+    # are also found as Train/ or imagenet_train/.
+    train_split: str = "train"
+    # "test" falls back to "val" or "validation", then to the held-out share below; "": that
+    # share. folder: also a text file of lines "image label", such as "val.txt".
     test_split: str = "test"
     # Share of the examples held out for testing where the source has no test split; 1:
     # all of them, to evaluate on.
@@ -170,8 +163,9 @@ class DataConfig:
     # The subset has as many examples of every class as it can; False: at random.
     subset_balanced: bool = True
     # For example ({"op": "inception_crop"}, {"op": "flip"}); (): just these.
-    train_transforms: tuple[dict[str, Any], ...] = ()
-    eval_transforms: tuple[dict[str, Any], ...] = ()  # (): ({"op": "resize"},)
+    train_transforms: Annotated[tuple[dict[str, Any], ...], Named("op")] = ()
+    # (): ({"op": "resize"},), which does not anti-alias: see data/transforms.py.
+    eval_transforms: Annotated[tuple[dict[str, Any], ...], Named("op")] = ()
     # synthetic: how many; multi-label records: width of the label vector; 0: found in
     # the data.
     num_classes: Count = 0
@@ -182,7 +176,11 @@ class DataConfig:
     access: Literal["auto", "random", "sequential"] = "auto"
     # Examples shuffled at a time where the source is read in sequence; 0: 8192.
     shuffle_buffer: Count = 0
-    max_bad: Share = 0.01  # share of unreadable examples above which the run stops
+    # Share of unreadable examples above which the run stops; one is always allowed unless
+    # it is 0. An image of more than 134 megapixels (2**27) counts as unreadable. Decoding
+    # takes 3 bytes per pixel and thread for most files, 18 at the worst: see
+    # data/image_files.py.
+    max_bad: Share = 0.01
 
 
 @dataclass(frozen=True)
@@ -223,8 +221,11 @@ class EvalConfig:
 
     every: Count = 1_000  # steps between evaluations; 0: only at the end
     batch: Count = 0  # images per evaluation step over all devices; 0: batch
-    # See evaluators/; each may override its data.
-    evaluators: tuple[dict[str, Any], ...] = ({"type": "accuracy"},)
+    # See evaluators/; each may override its data. On the command line names will do:
+    # --config.eval.evaluators=accuracy,knn
+    evaluators: Annotated[tuple[dict[str, Any], ...], Named("type")] = (
+        {"type": "accuracy"},
+    )
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,7 @@ class SweepConfig:
 
     learning_rates: tuple[Above0, ...] = (0.001, 0.003, 0.01, 0.03)  # the grid
     # Share of the training set that the runs of the grid are compared on.
-    holdout: Share = 0.1
+    holdout: Annotated[float, Range(0, 1, above=True, below=True)] = 0.1
     # Final runs on the whole training set, with seed, seed + 1, ...
     seeds: Positive = 3
     # What is compared, at the end of a run; the best wins.
@@ -296,7 +297,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
       UserError: unknown key (with the nearest valid one), wrong type, or a value that
         is not among the choices.
     """
-    return _build(Config, values, "config")
+    return build(Config, values, "config")
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:
@@ -327,38 +328,6 @@ def read(path: Any) -> Config:
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a JSON object, not {values!r:.80}")
     return from_dict(values)
-
-
-def arguments(
-    function: Callable[..., Any], given: Mapping[str, Any], knob: str
-) -> dict[str, Any]:
-    """``given`` as keyword arguments of ``function``, converted like fields are.
-
-    Names, types and ranges are those of its keyword-only parameters and their
-    annotations, for example ``def flip(image, seed, *, p: Share = 0.5)``.
-
-    Raises:
-      UserError: an unknown or missing option, a wrong type, or a value that is not
-        allowed; it begins with ``knob``.
-    """
-    parameters = {
-        k: p
-        for k, p in inspect.signature(function).parameters.items()
-        if p.kind is p.KEYWORD_ONLY
-    }
-    for key in given:
-        if key not in parameters:
-            raise UserError(
-                f"{knob} has the unknown option {key!r}: {nearest(str(key), parameters)}"
-                f"it takes {sorted(parameters)}"
-            )
-    missing = [
-        k for k, p in parameters.items() if p.default is p.empty and k not in given
-    ]
-    if missing:
-        raise UserError(f"{knob} needs the option {missing[0]!r}")
-    hints = typing.get_type_hints(function, include_extras=True)
-    return {k: _convert(hints.get(k, Any), v, f"{knob}.{k}") for k, v in given.items()}
 
 
 def config_dict(cfg: Config) -> ConfigDict:
@@ -393,26 +362,6 @@ def replace(cfg: Config, **changes: Any) -> Config:
     return dataclasses.replace(cfg, **top)
 
 
-def nearest(value: str, allowed: typing.Iterable[str]) -> str:
-    """``did you mean 'x'? `` where something is close, else nothing; for error messages.
-
-    Only letters and digits count: ``vit_b16`` is ``ViT-B/16``.
-    """
-    plain = lambda text: re.sub(r"[\W_]", "", str(text)).lower()
-    names = {plain(name): name for name in allowed}
-    close = difflib.get_close_matches(plain(value), names, n=1, cutoff=0.5)
-    return f"did you mean {names[close[0]]!r}? " if close else ""
-
-
-def choose(what: str, value: str, allowed: Mapping[str, Any]) -> Any:
-    """``allowed[value]``, or a UserError that names the knob, the value and the choices."""
-    if value not in allowed:
-        raise UserError(
-            f"unknown {what} {value!r}: {nearest(value, allowed)}choose one of {sorted(allowed)}"
-        )
-    return allowed[value]
-
-
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in values.items():
@@ -421,80 +370,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
-    hints = typing.get_type_hints(cls, include_extras=True)
-    for key in values:
-        if key not in hints:
-            raise UserError(
-                f"unknown key {path}.{key}: {nearest(str(key), hints)}"
-                f"{path} has {sorted(hints)}"
-            )
-    return cls(**{k: _convert(hints[k], v, f"{path}.{k}") for k, v in values.items()})
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    """``value`` as the field's type; JSON and ConfigDict turn tuples into lists, which
-    is undone here."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return _plain(value)
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        if isinstance(value, hint):
-            return value
-        if not hasattr(value, "items"):
-            raise UserError(f"{path} is {value!r}: it must be a group of keys")
-        return _build(hint, dict(value.items()), path)
-    if origin is Annotated:
-        value = _convert(args[0], value, path)
-        if value not in args[1]:
-            raise UserError(f"{path} is {value!r}: it must be {args[1]}")
-        return value
-    if origin in (Union, types.UnionType):
-        return _convert_to_one(args, value, path)
-    if origin is Literal:
-        if value not in args:
-            near = nearest(str(value), args)
-            raise UserError(f"{path} is {value!r}: {near}choose one of {sorted(args)}")
-        return value
-    if origin in (tuple, Sequence):
-        if not isinstance(value, (list, tuple)):
-            raise UserError(f"{path} is {value!r}: it must be a list")
-        if origin is Sequence or args[-1] is Ellipsis:
-            args = (args[0],) * len(value)
-        if len(args) != len(value):
-            raise UserError(f"{path} is {value!r}: it must have {len(args)} entries")
-        return tuple(
-            _convert(a, v, f"{path}[{i}]")
-            for i, (a, v) in enumerate(zip(args, value, strict=True))
-        )
-    if origin in (dict, Mapping):
-        if not hasattr(value, "items"):
-            raise UserError(f"{path} is {value!r}: it must be a group of keys")
-        return {k: _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise UserError(
-            f"{path} is {value!r} of type {type(value).__name__}: "
-            f"it must be of type {hint.__name__}"
-        )
-    return value
-
-
-def _convert_to_one(hints: Sequence[Any], value: Any, path: str) -> Any:
-    """``value`` as the first of several types that takes it."""
-    problems = []
-    for hint in hints:
-        try:
-            return _convert(hint, value, path)
-        except UserError as e:
-            problems.append(str(e).removeprefix(f"{path} is {value!r}: "))
-    raise UserError(f"{path} is {value!r}: {', or '.join(problems)}")
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "items"):
-        return {k: _plain(v) for k, v in value.items()}
-    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one exception that a user may cause, and how a command reports it."""
 
+# Exit status (EX_TEMPFAIL): a checkpoint was saved, or a peer was lost. Start the same
+# command again.
+PREEMPTED = 75
+
 
 class UserError(ValueError):
     """Bad input from outside: a file, a path, a config value, a flag.

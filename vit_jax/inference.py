@@ -44,6 +44,45 @@ def outputs(model: Any, params: Any, images: jax.Array) -> dict[str, jax.Array]:
     return {"logits": logits, "pre_logits": out["pre_logits"]}
 
 
+def vectors(
+    model: Any, params: Any, images: jax.Array, layer: int = 0, pooling: str = "head"
+) -> jax.Array:
+    """What represents images, float32 (B, D), or (B, h, w, D) for ``pooling="none"``.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      images: as in :func:`outputs`.
+      layer: after which block, from 1; 0: after the last norm.
+      pooling: "head", what the head reads (of layer 0 only); "class", the class token;
+        "mean", the mean of the patches; "none", each patch.
+    """
+    found: Any = model.apply(
+        {"params": params},
+        normalize(images),
+        method="forward",
+        mutable=["intermediates"] if layer else False,
+    )
+    (_, out), state = found if layer else (found, {})
+    if pooling == "head":
+        return out["pre_logits"].astype(jnp.float32)
+    tokens = out["tokens"]
+    if layer:
+        encoder = state["intermediates"]["Transformer"]
+        if "encoderblock" in encoder:
+            tokens = encoder["encoderblock"]["tokens"][0][layer - 1]
+        else:
+            tokens = encoder[f"encoderblock_{layer - 1}"]["tokens"][0]
+    tokens = tokens.astype(jnp.float32)
+    if pooling == "class":
+        return tokens[:, 0]
+    grid = models.token_grid(model.cfg, (images.shape[1], images.shape[2]))
+    patches = tokens[:, models.prefix_tokens(model.cfg) :]
+    if pooling == "mean":
+        return patches.mean(1)
+    return patches.reshape(len(images), *grid, -1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Predictor:
     """What computes outputs, and the way of a data set to it.

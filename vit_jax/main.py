@@ -10,7 +10,7 @@ to continue.
 from absl import flags
 
 from vit_jax import cli
-from vit_jax.errors import UserError
+from vit_jax.errors import PREEMPTED, UserError
 
 flags.DEFINE_string(
     "workdir", "", "Folder of the run, local or gs://; an existing run is continued."
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     from vit_jax import train
 
     result = train.train(cfg, flags.FLAGS.workdir)
-    return cli.PREEMPTED if result.preempted else 0
+    return PREEMPTED if result.preempted else 0
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ from vit_jax import (
     search,
     sharding,
     tpu,
-)
+    vtab_tasks,
+)  # fmt: skip
 from vit_jax.config import Config, DataConfig, choose
 from vit_jax.errors import UserError
 from vit_jax.hardware import Chip
@@ -127,11 +128,11 @@ def _describe(cfg: Config) -> data.DataInfo | None:
 
 def _tfds_classes(cfg: DataConfig) -> int:
     """Known before a set is downloaded, unlike its size."""
-    from vit_jax.data import tfds_source, vtab  # imports tensorflow
-
     if cfg.name.startswith("vtab/"):
         task = cfg.name.removeprefix("vtab/")
-        return choose("VTAB task in data.name", task, vtab.TASKS).classes
+        return choose("VTAB task in config.data.name", task, vtab_tasks.TASKS).classes
+    from vit_jax.data import tfds_source  # imports tensorflow
+
     names = tfds_source.class_names(tfds_source.unprepared(cfg.name, cfg.path))
     if not names:
         raise UserError(f"tfds set {cfg.name!r} has no class names")

@@ -1,32 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m vit_jax.predict SOURCE IMAGE... [--top=5] [--json]``: what is in the images.
+"""Names what is in images.
+
+    python -m vit_jax.predict SOURCE IMAGE|FOLDER|LIST|URL... [--top=5] [--json]
+        [--csv=FILE] [--parquet=FILE]
 
 SOURCE is anything that ``vit_jax.load`` takes. Class names and preprocessing come from
 the checkpoint; where it states none, the official evaluation applies: the whole image
-resized to the model's size, pixels in [-1, 1].
+resized to the model's size, pixels in [-1, 1]. An image that cannot be read is reported
+and the others go on; the exit status is then 2.
 """
 
-import json
+import contextlib
+import csv
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
 
-from vit_jax import cli, models, weights
+from vit_jax import cli, inference, photos, weights
 from vit_jax.errors import UserError
 from vit_jax.weights import preprocessing
 from vit_jax.weights.metadata import DEFAULT_TRANSFORMS
 
-_BATCH = 16
+_BATCH = 8
+
+Result = dict[str, Any]
 
 
 def define_flags() -> None:
     flags.DEFINE_integer("top", 5, "How many classes to name per image.", lower_bound=1)
-    flags.DEFINE_boolean("json", False, "One JSON object per image.")
+    flags.DEFINE_boolean("json", False, "One JSON object per image, one per line.")
+    flags.DEFINE_string(
+        "csv", "", "Also write a table: image, rank, class, probability."
+    )
+    flags.DEFINE_string("parquet", "", "Also write that table as Parquet.")
     flags.DEFINE_integer(
         "image_size", 0, "Resize the position embeddings; 0: keep them."
     )
@@ -39,32 +49,55 @@ def main(arguments: list[str]) -> int:
             "give a checkpoint and at least one image: python -m vit_jax.predict SOURCE "
             "IMAGE... [--top=5] [--json]"
         )
-    source, *images = arguments
+    source, *places = arguments
     options = flags.FLAGS
-    for result in predict(source, images, options.top, options.image_size):
-        if options.json:
-            print(json.dumps(result, ensure_ascii=False), flush=True)
-            continue
-        print(result["image"])
-        for entry in result["top"]:
-            print(f"  {entry['probability']:8.2%}  {entry['class']}", flush=True)
-    return 0
+    failed = 0
+    with contextlib.ExitStack() as stack:
+        tables = [
+            stack.enter_context(table(path))
+            for table, path in ((_csv, options.csv), (_parquet, options.parquet))
+            if path
+        ]
+        for result in predict(source, places, options.top, options.image_size):
+            for write in tables:
+                write(result)
+            if "error" in result:
+                failed += 1
+                print(f"error: {result['error']}", file=sys.stderr)
+            if options.json:
+                cli.print_json(result)
+            elif "error" not in result:
+                print(result["image"])
+                for entry in result["top"]:
+                    print(f"  {entry['probability']:8.2%}  {entry['class']}")
+            sys.stdout.flush()
+    return cli.USER_ERROR if failed else 0
 
 
 def predict(
-    source: str, images: Sequence[str], top: int = 5, image_size: int = 0
-) -> Iterator[dict[str, Any]]:
-    """``{"image": path, "top": [{"class", "probability"}, ...]}`` for each image.
+    source: str, places: Sequence[str], top: int = 5, image_size: int = 0
+) -> Iterator[Result]:
+    """``{"image": name, "top": [{"class", "probability"}, ...]}`` for each image, in
+    order; one that cannot be read has ``"error"`` as well, and no ``top``.
+
+    Args:
+      source: of the weights.
+      places: what ``photos.find`` takes.
+      top: how many classes.
+      image_size: to resize the position embeddings to; 0: as stored.
 
     Raises:
-      UserError: an unreadable image (before the weights are read), or checkpoint.
+      UserError: no image can be read (before the weights are, where their headers show
+        it), or a wrong checkpoint.
     """
-    _check_images(images)
+    images = photos.find(places)
+    wrong = photos.check(images)
+    if len(wrong) == len(images):
+        raise UserError("; ".join(wrong.values()))
     found = weights.read(source, image_size or None)
-    for line in [*found.report.changes, *found.report.warnings]:
-        print(f"{found.report.where}: {line}", file=sys.stderr)
+    found.report.log()
     cfg = found.cfg
-    if not cfg.num_classes or cfg.head not in ("token", "gap", "map"):
+    if not cfg.num_classes or cfg.head in ("none", "masked_patch"):
         raise UserError(
             f"{source} classifies nothing: it has "
             + ("no head" if not cfg.num_classes else f"the head {cfg.head!r}")
@@ -72,47 +105,83 @@ def predict(
         )
     names = found.metadata.class_names or tuple(map(str, range(cfg.num_classes)))
     transforms = found.metadata.transforms or DEFAULT_TRANSFORMS
-    model, params = models.create(cfg), jax.device_put(found.params)
     activation = jax.nn.sigmoid if found.metadata.multilabel else jax.nn.softmax
+    predictor = inference.create(cfg, found.params, devices=jax.devices()[:1])
 
-    @jax.jit
-    def probabilities(params: Any, batch: jax.Array) -> jax.Array:
-        logits: Any = model.apply({"params": params}, batch)
-        return activation(logits)
+    def prepare(place: str) -> np.ndarray:
+        image = photos.read(place, cfg.channels)
+        return preprocessing.prepare(image, transforms, cfg.image_size)
 
-    for start in range(0, len(images), _BATCH):
-        paths = images[start : start + _BATCH]
-        batch = np.stack(
-            [
-                preprocessing.prepare(
-                    preprocessing.read_image(Path(p), cfg.channels),
-                    transforms,
-                    cfg.image_size,
-                )
-                for p in paths
-            ]
-        )
-        size = _BATCH if len(images) > _BATCH else len(images)  # one shape: one compile
-        padding = [(0, size - len(batch)), (0, 0), (0, 0), (0, 0)]
-        values = np.asarray(probabilities(params, np.pad(batch, padding)))[: len(batch)]
-        for path, p in zip(paths, values, strict=True):
-            best = np.argsort(-p, kind="stable")[:top]
-            yield {
-                "image": path,
-                "top": [{"class": names[i], "probability": float(p[i])} for i in best],
-            }
+    def probabilities(batch: np.ndarray) -> jax.Array:
+        return activation(predictor(batch)["logits"])
+
+    # One shape, one compilation.
+    size = min(_BATCH, len(images))
+    failed: list[Result] = []
+    for name, p in photos.apply(probabilities, photos.stream(images, prepare), size):
+        if isinstance(p, UserError):
+            failed.append({"image": name, "top": [], "error": str(p)})
+            continue
+        # Only when an image could be read is it sure that the others are the exception.
+        yield from failed
+        failed.clear()
+        best = np.argsort(-p, kind="stable")[:top]
+        entries = [{"class": names[i], "probability": float(p[i])} for i in best]
+        yield {"image": name, "top": entries}
+    if len(failed) == len(images):
+        raise UserError("; ".join(f["error"] for f in failed))
+    yield from failed
 
 
-def _check_images(images: Sequence[str]) -> None:
-    """Every file that is no image at once, before minutes are spent on the weights."""
-    bad = []
-    for path in images:
-        try:
-            preprocessing.check_image(Path(path))
-        except UserError as e:
-            bad.append(str(e))
-    if bad:
-        raise UserError("; ".join(bad))
+def _rows(result: Result) -> list[tuple[Any, ...]]:
+    return [
+        (result["image"], i + 1, entry["class"], entry["probability"])
+        for i, entry in enumerate(result["top"])
+    ]
+
+
+_COLUMNS = ("image", "rank", "class", "probability")
+
+
+@contextlib.contextmanager
+def _csv(path: str) -> Iterator[Callable[[Result], None]]:
+    with _writable("--csv", path), open(path, "w", newline="", encoding="utf-8") as f:
+        writer = csv.writer(f)
+        writer.writerow(_COLUMNS)
+        yield lambda result: writer.writerows(_rows(result))
+
+
+@contextlib.contextmanager
+def _parquet(path: str) -> Iterator[Callable[[Result], None]]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    types = (pa.string(), pa.int32(), pa.string(), pa.float32())
+    schema = pa.schema(list(zip(_COLUMNS, types, strict=True)))
+    held: list[tuple[Any, ...]] = []
+    with _writable("--parquet", path), parquet.ParquetWriter(path, schema) as writer:
+
+        def flush() -> None:
+            columns = list(zip(*held, strict=True)) or [()] * len(_COLUMNS)
+            writer.write_table(pa.table(list(map(list, columns)), schema=schema))
+            held.clear()
+
+        def write(result: Result) -> None:
+            held.extend(_rows(result))
+            if len(held) > 50_000:
+                flush()
+
+        yield write
+        flush()
+
+
+@contextlib.contextmanager
+def _writable(flag: str, path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        reason = e.strerror or " ".join(str(e).split())
+        raise UserError(f"{flag}={path} cannot be written: {reason}") from e
 
 
 if __name__ == "__main__":

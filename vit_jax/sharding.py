@@ -88,14 +88,14 @@ RULES = (
     # (heads, D_h, D)
     Rule(r".*out/kernel", -3, (-3, -1)),
     # (D, M), (M,) and (M, D)
-    Rule(r".*Dense_0/kernel", -1, (-2, -1)),
-    Rule(r".*Dense_0/bias", -1, ()),
+    Rule(r".*(Dense_0|gate)/kernel", -1, (-2, -1)),
+    Rule(r".*(Dense_0|gate)/bias", -1, ()),
     Rule(r".*Dense_1/kernel", -2, (-2, -1)),
 )
 NO_RULE = Rule("", 0, ())
 # Kernels that a layer casts to the dtype of the computation anyway: casting before the
 # gather halves the traffic.
-CAST = r".*(query|key|value|out|Dense_[01])/kernel"
+CAST = r".*(query|key|value|out|Dense_[01]|gate)/kernel"
 # Up to this many chips XLA reduce-scatters over a flat axis.
 FLAT = 32
 # Parameters of a block, and of all blocks stacked along the first axis.

@@ -16,10 +16,10 @@ from etils import epath
 from vit_jax import config, data, evaluators, models, sharding, weights
 from vit_jax.checkpoint import Checkpointer
 from vit_jax.config import Config
-from vit_jax.distributed import Preemption
 from vit_jax.errors import UserError
 from vit_jax.feed import Feed
 from vit_jax.inference import Predictor
+from vit_jax.preemption import Preemption
 from vit_jax.program import Batch, Metrics, Program, State, build
 from vit_jax.progress import Bar, number, phase, say
 from vit_jax.workdir import METRICS, Claim, MetricsWriter, is_evaluation, read_metrics
@@ -71,7 +71,7 @@ def train(
             workdir,
             cfg.checkpoint,
             read_metrics(workdir),
-            evaluators.smaller_is_better(cfg.checkpoint.keep_best),
+            evaluators.lower_is_better(cfg.checkpoint.keep_best),
         )
         stack.enter_context(contextlib.closing(checkpoints))
         stack.enter_context(_explain_out_of_memory(program))
@@ -430,7 +430,8 @@ def _say_end(
         say(f"{name:<16} {number(value)}")
     say(f"checkpoint       {path}")
     say(
-        f"curves           tensorboard --logdir {workdir}   (numbers: {epath.Path(workdir) / METRICS})"
+        # --logdir_spec gives the run a name where --logdir would show it as ".".
+        f"curves           tensorboard --logdir_spec {epath.Path(workdir).name}:{workdir}   (numbers: {epath.Path(workdir) / METRICS})"
     )
     say(f"predict          python -m vit_jax.predict {workdir} IMAGE...")
     say(f"export           python -m vit_jax.convert {workdir} model.npz")

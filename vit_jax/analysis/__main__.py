@@ -17,12 +17,11 @@ from typing import Any
 
 from absl import flags
 
-from vit_jax import cli, config
+from vit_jax import cli, config, photos
 from vit_jax.analysis import attention, figures, report
 from vit_jax.analysis.subject import Subject
 from vit_jax.config import DataConfig
 from vit_jax.errors import UserError
-from vit_jax.weights import preprocessing
 from vit_jax.workdir import read_metrics
 
 
@@ -54,8 +53,8 @@ def analyse(
         config.choose("figure in --only", name, figures.FIGURES)
     subject = Subject(source, places, data, count, seed)
     # A photo that does not decode is an error and not a figure left out.
-    for path in subject.photos() if places else ():
-        preprocessing.check_image(path)
+    if wrong := photos.check(subject.photos() if places else ()):
+        raise UserError("; ".join(wrong.values()))
     pictures, omitted = [], {}
     for name in only or figures.FIGURES:
         try:

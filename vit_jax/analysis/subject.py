@@ -4,14 +4,13 @@
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from vit_jax import data, inference, models, weights, workdir
-from vit_jax.analysis import attention, images
+from vit_jax import data, inference, models, photos, weights, workdir
+from vit_jax.analysis import attention
 from vit_jax.config import DataConfig
 from vit_jax.errors import UserError
 from vit_jax.inference import Batch
@@ -100,12 +99,15 @@ class Subject:
                 break
         return np.concatenate(found)
 
-    def photos(self) -> list[Path]:
-        return images.find(self.places, self.count)
+    def photos(self) -> list[str]:
+        """Of more than ``count`` photos, evenly spaced ones."""
+        found = photos.find(self.places, "--images: ")
+        count = min(self.count, len(found))
+        return [found[i * len(found) // count] for i in range(count)]
 
-    def _photo(self, path: Path) -> np.ndarray:
+    def _photo(self, place: str) -> np.ndarray:
         """uint8 pixels as the checkpoint's preprocessing cuts them."""
-        image = preprocessing.read_image(path, self.model.cfg.channels)
+        image = photos.read(place, self.model.cfg.channels)
         ops = [t for t in self.about.transforms if t["op"] != "normalize"]
         return to_uint8(
             preprocessing.prepare(image, ops or DEFAULT_TRANSFORMS, self.size)

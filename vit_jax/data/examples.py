@@ -2,16 +2,16 @@
 """What a source hands to the pipeline: the types, and choosing among examples.
 
 A source lists examples; it decodes nothing. Each split is a random-access list: an
-example is a file path, the encoded bytes, a serialized record or decoded pixels,
-fetched a batch of indices at a time (sources too remote for that are read in sequence,
-see records.py).
+example is a file path, the encoded bytes or decoded pixels, and its labels, read a batch
+of indices at a time (sources too remote for that are read in sequence, see
+sequential.py).
 """
 
 import dataclasses
 import logging
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -67,25 +67,61 @@ class Labels:
         return np.where(ends > starts, padded[starts], np.int32(IGNORED))
 
 
-# What ``Split.fetch`` returns for n indices:
-#   path    (n,) object: file names
-#   encoded (n,) object: bytes of an image file
-#   record  (n,) object: serialized records, which hold the labels as well
-#   pixels  ((n,) object: uint8 bytes, (n, 3) int32: height, width, channels)
-Kind = Literal["path", "encoded", "record", "pixels"]
+Kind = Literal["path", "encoded", "pixels"]
 
 
 @dataclasses.dataclass(frozen=True)
+class Unreadable:
+    """Stands where an image cannot be had."""
+
+    reason: str
+
+
+# What stands for one image: a path (str), an encoded file (bytes) or uint8 (H, W, 3), as
+# the split's kind says; or Unreadable.
+Image = Any
+# Numbers of examples -> an image and int32 labels for each.
+Fetch = Callable[[np.ndarray], tuple[list[Image], list[np.ndarray]]]
+
+
+@dataclasses.dataclass
+class Rows:
+    """The examples of one step on this process, one per local row."""
+
+    position: np.ndarray  # int64 (b,): what the augmentation follows from
+    index: np.ndarray  # int64 (b,): which example of the split
+    use: np.ndarray  # bool (b,): False where the row stays empty
+    images: list[Image]
+    labels: list[np.ndarray]
+    # (row, attempt) -> (index, image, labels) of what may stand in for a row that cannot
+    # be read: the same whichever examples are known to be bad. None: it stays empty.
+    substitute: Callable[[int, int], tuple[int, Image, np.ndarray]] | None = None
+
+
+class Reader(Protocol):
+    """Draws the rows of one process, for one step after the other."""
+
+    def draw(self, step: int, bad: Mapping[int, str]) -> Rows:
+        """``bad``: examples that are known to be unreadable, not to be drawn."""
+        ...
+
+
+# (rows of the batch that this process has, batch over all processes, seed or None for
+# evaluation) -> reader
+MakeReader = Callable[[np.ndarray, int, int | None], Reader]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Split:
     """A list of examples. ``select`` restricts it to some of them, in that order."""
 
     size: int
     kind: Kind
-    fetch: Callable[[np.ndarray], Any]
+    fetch: Fetch
     name: Callable[[int], str]  # of one example, for the log
-    labels: Labels | None = None  # None: only the records know
-    parse: Callable[[Any], tuple[Any, Any]] | None = None  # record -> (image, labels)
-    sequence: Any = None  # records.Sequence, where only reading in order is possible
+    labels: Labels | None = None  # None: known only when an example is read
+    # Where only reading in order is possible, or much faster.
+    sequence: MakeReader | None = None
     selected: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -95,21 +131,19 @@ class Split:
         """Positions in this list -> numbers of examples in the source."""
         return index if self.selected is None else self.selected[index]
 
+    def read(self, index: np.ndarray) -> tuple[list[Image], list[np.ndarray]]:
+        """Images, as ``kind`` says, and labels of positions in this list."""
+        return self.fetch(self.index(index))
+
+    def name_of(self, index: int) -> str:
+        """Of one position in this list."""
+        return self.name(int(self.index(np.array([index]))[0]))
+
     def select(self, chosen: np.ndarray) -> "Split":
         return dataclasses.replace(self, selected=self.index(np.asarray(chosen)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """The examples of one step on this process, one per local row."""
-
-    position: np.ndarray  # int64 (b,): what the augmentation follows from
-    index: np.ndarray  # int64 (b,): which example of the split
-    use: np.ndarray  # bool (b,): False where the row stays empty
-    record: np.ndarray | None = None  # what a sequence source read for the used rows
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
     """Both splits of a data set, before holdout and subset."""
 
@@ -127,28 +161,16 @@ class Dataset:
 
 def listed(
     kind: Kind,
-    images: Sequence[Any] | np.ndarray,
+    images: Sequence[Image] | np.ndarray,
     labels: Labels,
     name: Callable[[int], str],
 ) -> Split:
-    """A split whose examples are held in memory: paths or encoded images."""
-    array = np.empty(len(images), object)
-    array[:] = images
-    return Split(len(array), kind, lambda index: array[index], name, labels)
+    """A split whose paths, encoded images or pixels (uint8 (N, H, W, 3)) are in memory."""
 
+    def fetch(index: np.ndarray) -> tuple[list[Image], list[np.ndarray]]:
+        return [images[i] for i in index], labels.of(index)
 
-def from_arrays(images: np.ndarray, labels: np.ndarray, name: str) -> Split:
-    """A split of decoded images of one size, uint8 (N, H, W, C)."""
-    shape = np.asarray(images.shape[1:], np.int32)
-
-    def fetch(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        pixels = np.empty(len(index), object)
-        pixels[:] = [images[i].tobytes() for i in index]
-        return pixels, np.tile(shape, (len(index), 1))
-
-    return Split(
-        len(images), "pixels", fetch, lambda i: f"{name} {i}", Labels.single(labels)
-    )
+    return Split(len(images), kind, fetch, name, labels)
 
 
 def held_out(split: Split, share: float) -> tuple[np.ndarray, np.ndarray]:
@@ -168,15 +190,20 @@ def held_out(split: Split, share: float) -> tuple[np.ndarray, np.ndarray]:
     if split.labels is None:
         log.warning("held out at random: the classes are known only to the records")
     taken = np.zeros(len(split), bool)
-    for members in _by_class(split):
+    classes = _by_class(split)
+    for members in classes:
         count = round(share * len(members))
         if len(members) > 1:
             count = min(max(count, 1), len(members) - 1)
         taken[members[:count]] = True
     if taken.all() or not taken.any():
+        why = f"a share of {share} leaves one side empty"
+        if max(map(len, classes), default=0) < 2:
+            why = "no class has two of them, so that no share leaves some on both sides"
         raise UserError(
-            f"holding out a share of {share} of {len(split)} examples leaves one side "
-            "empty: change data.test_share or data.holdout"
+            f"cannot hold out some of {len(split)} examples: {why}; change "
+            "config.data.test_share or config.data.holdout, or name a test set with "
+            "config.data.test_split"
         )
     return np.flatnonzero(~taken), np.flatnonzero(taken)
 

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensorflow side of the pipeline: decode, transform and batch, in parallel."""
+"""The tensorflow side: functions that make pixels of images, traced once per process.
 
-import atexit
-import contextlib
+They are called from the threads of ``POOL``; tensorflow works without Python's lock.
+"""
+
+import functools
+import json
 import os
-import weakref
-from collections.abc import Callable, Generator, Iterator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -13,322 +17,196 @@ import numpy as np
 from vit_jax.config import DataConfig
 from vit_jax.data import transforms
 from vit_jax.data.decode import decode, decode_crop, shape_of
-from vit_jax.data.examples import IGNORED, Dataset, Labels, Split
+from vit_jax.data.examples import Dataset, Image, Kind
 from vit_jax.data.tensorflow_cpu import tf
 
 # tensorflow fails to report an error whose text quotes bytes of an image.
 ERRORS = (tf.errors.OpError, UnicodeDecodeError)
 
-Fed = dict[str, np.ndarray]
-# Tensors of k examples, bytes and seeds in, images (and labels) out.
-Group = Callable[[dict[str, Any]], dict[str, Any]]
-
-# Decoding keeps a core busy. tf.data's own tuning takes minutes to find that out.
 THREADS = os.cpu_count() or 1
-_PREFETCH = 2  # finished batches that wait for the device
-_GROUP = 16  # examples made in one go: what is done once per group costs little then
+POOL = ThreadPoolExecutor(THREADS, "vit_jax decode")
+
+_FILE = {"data": tf.TensorSpec((), tf.string)}
+_PIXELS = _FILE | {"shape": tf.TensorSpec((3,), tf.int32)}
 
 
-def group_function(
-    cfg: DataConfig, split: Split, dataset: Dataset, *, training: bool
-) -> Group:
-    """What is done to some examples, by one thread and in one go."""
-    if training:
-        chosen = cfg.train_transforms or dataset.train_transforms
-        chosen = chosen or transforms.DEFAULT_TRAIN
-    else:
-        chosen = cfg.eval_transforms or transforms.DEFAULT_EVAL
-    pipeline = transforms.compose(
-        chosen,
-        size=cfg.image_size,
-        # What is measured must not depend on a shortcut of training.
-        exact=not training or cfg.decode == "exact",
-        knob="data.train_transforms" if training else "data.eval_transforms",
-    )
+class Maker:
+    """``group(images, seeds)``: n images, as the split has them, -> (n, H, W, 3).
 
-    def one(fed: dict[str, Any]) -> dict[str, Any]:
-        image, labels = _open(fed, split, dataset)
-        made = pipeline.alone(image, fed["seed"])
-        if split.kind == "record":
-            made["label"] = _target(labels, dataset)
-        return made
+    One that cannot be decoded fails the group. Then ``alone`` on each finds out which,
+    and ``together`` makes the rest of what it returned.
+    """
 
-    def one_or_empty(fed: dict[str, Any]) -> dict[str, Any]:
-        return tf.cond(
-            fed["use"],
-            lambda: one(fed),
-            lambda: {k: tf.zeros(s.shape, s.dtype) for k, s in specs.items()},
+    def __init__(self, steps: transforms.Pipeline, kind: Kind, count: int):
+        self._kind: Kind = kind
+        one = (_PIXELS if kind == "pixels" else _FILE) | {
+            "seed": tf.TensorSpec((2,), tf.int64)
+        }
+        seeds = tf.TensorSpec((count, 2), tf.int64)
+
+        def alone(fed: Mapping[str, Any]) -> dict[str, Any]:
+            return steps.alone(_opened(fed, kind), fed["seed"])
+
+        self._alone = _traced(alone, one)
+        made: dict[str, Any] = self._alone.structured_outputs
+
+        def group(fed: Mapping[str, Any]) -> Any:
+            parts = _for_each(
+                lambda i: self._alone({k: v[i] for k, v in fed.items()}), made, count
+            )
+            return steps.together(parts, fed["seed"])
+
+        several = {k: tf.TensorSpec((count, *s.shape), s.dtype) for k, s in one.items()}
+        self._group = _traced(group, several)
+        self.shape = tuple(self._group.structured_outputs.shape[1:])
+        self.dtype = self._group.structured_outputs.dtype.as_numpy_dtype
+        lists = {k: [tf.TensorSpec(s.shape, s.dtype)] * count for k, s in made.items()}
+        # Traced at the first bad example: most sets have none.
+        self._together = tf.function(
+            steps.together, input_signature=[lists, seeds], autograph=False
         )
 
-    traced = tf.function(one, input_signature=[_SPECS], autograph=False)
-    specs = traced.get_concrete_function().structured_outputs
+    def group(self, images: Sequence[Image], seeds: np.ndarray) -> np.ndarray:
+        fed = _fed(images, self._kind) | {"seed": tf.constant(seeds)}
+        return np.asarray(self._group(fed))
 
-    def group(fed: dict[str, Any]) -> dict[str, Any]:
-        count = fed["seed"].shape[0]
+    def alone(self, image: Image, seed: np.ndarray) -> dict[str, Any]:
+        fed = {k: v[0] for k, v in _fed([image], self._kind).items()}
+        return self._alone(fed | {"seed": tf.constant(seed)})
 
-        def row(i: Any) -> dict[str, Any]:
-            fed_row = {k: v[i] for k, v in fed.items()}
-            return one(fed_row) if training else one_or_empty(fed_row)
-
-        made = _for_each(row, specs, count)
-        labels = {"label": tf.stack(made.pop("label"))} if "label" in made else {}
-        return {"image": pipeline.together(made, fed["seed"])} | labels
-
-    return tf.function(group, autograph=False)  # traced once per size of a group
-
-
-def batches(
-    steps: range, feed: Callable[[int], Fed], batch: int, group: Group
-) -> Iterator[dict[str, np.ndarray]]:
-    """One batch per step, made ahead of time in the background, in order."""
-    size = max(k for k in range(1, _GROUP + 1) if batch % k == 0)
-
-    def in_order(step: np.ndarray) -> list[np.ndarray]:
-        fed = feed(int(step))
-        return [fed[k].reshape(-1, size, *fed[k].shape[1:]) for k in _SPECS]
-
-    def fetch(step: Any) -> dict[str, Any]:
-        types = [spec.dtype for spec in _SPECS.values()]
-        values = tf.numpy_function(in_order, [step], types)
-        return {
-            k: tf.ensure_shape(v, (batch // size, size, *spec.shape))
-            for (k, spec), v in zip(_SPECS.items(), values, strict=True)
-        }
-
-    dataset = tf.data.Dataset.range(steps.start, steps.stop).map(_plain(fetch))
-    dataset = dataset.prefetch(1).unbatch()
-    dataset = dataset.map(_plain(group), num_parallel_calls=THREADS)
-    dataset = dataset.batch(batch // size, drop_remainder=True).prefetch(_PREFETCH)
-    made = dataset.with_options(_options()).as_numpy_iterator()
-    whole = ({k: v.reshape(batch, *v.shape[2:]) for k, v in m.items()} for m in made)
-    _running.add(whole)
-    return whole
+    def together(
+        self, made: Sequence[Mapping[str, Any]], seeds: np.ndarray
+    ) -> np.ndarray:
+        """``made``: what ``alone`` returned for n images."""
+        lists = {k: [one[k] for one in made] for k in made[0]}
+        return np.asarray(self._together(lists, tf.constant(seeds)))
 
 
-_running: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
+def maker(
+    cfg: DataConfig, dataset: Dataset, kind: Kind, count: int, *, training: bool
+) -> Maker:
+    """What makes ``count`` images at a time; remembered."""
+    if training:
+        ops = cfg.train_transforms or dataset.train_transforms
+        ops = ops or transforms.DEFAULT_TRAIN
+    else:
+        ops = cfg.eval_transforms or transforms.DEFAULT_EVAL
+    # What is measured must not depend on a shortcut of training.
+    exact = not training or cfg.decode == "exact"
+    knob = f"config.data.{'train' if training else 'eval'}_transforms"
+    return _maker(json.dumps(ops), cfg.image_size, exact, knob, kind, count)
 
 
-@atexit.register
-def _stop() -> None:
-    """Ends what still runs: a thread of tensorflow that calls Python while that is
-    being taken down aborts the process."""
-    for iterator in list(_running):
-        with contextlib.suppress(ValueError):  # in use by a thread, which has to end it
-            iterator.close()
+@functools.lru_cache(maxsize=32)
+def _maker(
+    ops: str, size: int, exact: bool, knob: str, kind: Kind, count: int
+) -> Maker:
+    steps = transforms.compose(json.loads(ops), size=size, exact=exact, knob=knob)
+    return Maker(steps, kind, count)
 
 
-def readable(fed: Fed, group: Group) -> dict[int, dict[str, np.ndarray]]:
-    """What can be made of one step: row -> image (and label)."""
-    dataset = tf.data.Dataset.from_tensor_slices(
-        {k: _tensor(k, v) for k, v in fed.items()}
-    )
-    dataset = dataset.batch(1, drop_remainder=True).enumerate()
-    numbered = _plain(lambda i, one: (i, group(one)))
-    dataset = dataset.map(numbered, num_parallel_calls=THREADS)
-    dataset = dataset.ignore_errors().with_options(_options())
-    return {
-        int(i): {k: v[0] for k, v in made.items()}
-        for i, made in dataset.as_numpy_iterator()
-    }
+def pixels(image: Image, kind: Kind) -> np.ndarray:
+    """uint8 (H, W, 3): the whole image."""
+    return np.asarray(_whole(kind)(**_fed_one(image, kind)))
 
 
-def stack(made: dict[int, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Rows 0, 1, ... as one batch."""
-    rows = [made[i] for i in range(len(made))]
-    return {k: np.stack([r[k] for r in rows]) for k in rows[0]}
+def size_of(image: Image, kind: Kind) -> int:
+    """Bytes of the decoded image; of a JPEG, from the header alone."""
+    return int(_size(kind)(**_fed_one(image, kind)))
 
 
-def reason(fed: Fed, row: int, group: Group) -> str:
-    """Why one row cannot be made: the first line of what tensorflow says."""
-    one = {k: _tensor(k, v[row : row + 1]) for k, v in fed.items()}
-    try:
-        group(one)
-    except ERRORS as e:
-        return _first_line(e)
-    return "failed once and then did not"
-
-
-def torn(fed: Fed, row: int, split: Split, dataset: Dataset) -> bool:
+def is_torn(image: Image, kind: Kind) -> bool:
     """Whether only a part of an image cannot be decoded, so that it depends on the crop
     whether the example can be made: the pixel at the top left can, the whole cannot."""
-    one = {k: _tensor(k, v[row]) for k, v in fed.items()}
+    if kind == "pixels":
+        return False
     try:
-        image, _ = _open(one, split, dataset)
-        decode_crop(image, lambda _: tf.constant([0, 0, 1, 1]), target=0)
+        _corner(kind)(**_fed_one(image, kind))
     except ERRORS:
         return False
     try:
-        decode(image)
+        pixels(image, kind)
     except ERRORS:
         return True
     return False
 
 
-def decoded_bytes(split: Split, dataset: Dataset, samples: int = 32) -> float:
-    """Estimate of the memory all images take when decoded."""
-    chosen = np.unique(np.linspace(0, len(split) - 1, samples).astype(np.int64))
-    sizes = []
-    for data in split.fetch(split.index(chosen)):
-        try:
-            image, _ = _open({"data": tf.constant(data)}, split, dataset)
-            sizes.append(int(np.prod(shape_of(image).numpy()[:2])) * 3)
-        except ERRORS:
-            continue
-    return float(np.mean(sizes)) * len(split) if sizes else np.inf
+def _of_one(function: Callable[[Any], Any]) -> Callable[[Kind], Any]:
+    """A function of one opened image, traced once per kind when it is first needed."""
+
+    @functools.cache
+    def of(kind: Kind) -> Any:
+        return tf.function(
+            lambda **fed: function(_opened(fed, kind)),
+            autograph=False,
+            reduce_retracing=True,
+        )
+
+    return of
 
 
-def decode_all(split: Split, dataset: Dataset) -> tuple[Split, dict[int, str]]:
-    """The same examples decoded, and what could not be: position -> reason."""
-
-    def make(i: Any, data: Any) -> dict[str, Any]:
-        image, labels = _open({"data": data}, split, dataset)
-        image = decode(image)
-        made = {"i": i, "shape": tf.shape(image), "pixels": tf.reshape(image, [-1])}
-        return made | ({} if labels is None else {"labels": labels})
-
-    size = len(split)
-    shapes = np.zeros((size, 3), np.int32)
-    chunks, found, counts = [], [], []
-    values: list[np.ndarray] = []
-    for start in range(0, size, _CHUNK):
-        index = np.arange(start, min(start + _CHUNK, size))
-        data = split.fetch(split.index(index))
-        images = tf.data.Dataset.from_tensor_slices((index, _tensor("data", data)))
-        images = images.map(_plain(make), num_parallel_calls=THREADS)
-        images = images.ignore_errors().ragged_batch(_CHUNK)
-        batches: Any = images.with_options(_options())
-        for made in batches:
-            i = made["i"].numpy()
-            found.append(i)
-            shapes[i] = made["shape"].numpy().reshape(-1, 3)
-            chunks.append(made["pixels"].flat_values.numpy())
-            if "labels" in made:
-                values.append(made["labels"].flat_values.numpy())
-                counts.append(made["labels"].row_lengths().numpy())
-    done = np.concatenate([np.zeros(0, np.int64), *found])
-    starts = np.zeros(size, np.int64)
-    lengths = shapes.astype(np.int64).prod(axis=1)
-    starts[done] = np.cumsum(lengths[done]) - lengths[done]
-    pixels = np.concatenate([np.zeros(0, np.uint8), *chunks])
-
-    def fetch(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        images = np.empty(len(index), object)
-        for row, (a, n) in enumerate(zip(starts[index], lengths[index], strict=True)):
-            images[row] = pixels[a : a + n].tobytes()
-        return images, shapes[index]
-
-    bad = {}
-    for i in np.setdiff1d(np.arange(size), done).tolist():
-        try:
-            tf.function(make, autograph=False)(
-                i, tf.constant(split.fetch(split.index(np.array([i])))[0])
-            )
-        except ERRORS as e:
-            bad[i] = _first_line(e)
-    labels = split.labels
-    if split.kind == "record":
-        per_example: list[Any] = [()] * size
-        edges = np.cumsum(np.concatenate([np.zeros(1, np.int64), *counts]))
-        flat = np.concatenate([np.zeros(0, np.int64), *values])
-        for i, a, b in zip(done, edges[:-1], edges[1:], strict=True):
-            per_example[i] = flat[a:b]
-        labels = Labels.several(per_example)
-    elif labels is not None:
-        labels = Labels.several(labels.of(split.index(np.arange(size))))
-
-    def name(i: int) -> str:
-        return split.name(int(split.index(np.array([i]))[0]))
-
-    return Split(size, "pixels", fetch, name, labels), bad
+_whole = _of_one(decode)
+_size = _of_one(
+    lambda image: tf.reduce_prod(tf.cast(shape_of(image)[:2], tf.int64)) * 3
+)
+_corner = _of_one(
+    lambda image: decode_crop(image, lambda _: tf.constant([0, 0, 1, 1]), target=0)
+)
 
 
-_CHUNK = 1024  # examples decoded between two returns to Python
-
-_SPECS = {
-    "seed": tf.TensorSpec((2,), tf.int64),
-    "use": tf.TensorSpec((), tf.bool),
-    "data": tf.TensorSpec((), tf.string),
-    "shape": tf.TensorSpec((3,), tf.int32),
-}
-
-
-def _open(fed: dict[str, Any], split: Split, dataset: Dataset) -> tuple[Any, Any]:
-    """(image: string or uint8 (H, W, 3), labels) of one example; only a record has
-    labels here, int64 (n,), and they are refused where they are out of range."""
-    data = fed["data"]
-    if split.kind == "path":
-        return _long_enough(tf.io.read_file(data)), None
-    if split.kind == "encoded":
-        return _long_enough(data), None
-    if split.kind == "record":
-        assert split.parse is not None
-        image, labels = split.parse(data)
-        return _long_enough(image), _checked(labels, dataset)
-    pixels = tf.reshape(tf.io.decode_raw(data, tf.uint8), fed["shape"])
-    return tf.ensure_shape(pixels, (None, None, 3)), None
-
-
-def _long_enough(image: Any) -> Any:
-    """Refuses what is too short for the headers that decode.py looks at."""
-    size = tf.strings.length(image)
-    # The raw operation: tf.debugging.Assert puts a branch around it.
-    problem = ["no image, size in bytes:", size]
-    check = tf.raw_ops.Assert(condition=size >= 32, data=problem)
-    with tf.control_dependencies([check] if check else []):
-        return tf.identity(image)
-
-
-def _checked(labels: Any, dataset: Dataset) -> Any:
-    count = dataset.num_classes
-    in_range = tf.reduce_all((labels >= IGNORED) & (labels < count))
-    problem = f"a label is out of range: it must be in [0, {count - 1}], not"
-    checks = [tf.debugging.Assert(in_range, [problem, labels])]
-    if not dataset.multilabel:
-        problem = "several labels in a single-label data set:"
-        checks.append(tf.debugging.Assert(tf.size(labels) <= 1, [problem, labels]))
-    with tf.control_dependencies(checks):
-        return tf.identity(labels)
-
-
-def _target(labels: Any, dataset: Dataset) -> Any:
-    """Labels of a record as the batch has them: int32 () or float32 (K,)."""
-    count, labels = dataset.num_classes, tf.cast(labels, tf.int32)
-    if not dataset.multilabel:
-        return tf.concat([labels, [IGNORED]], 0)[0]
-    hot = tf.reduce_max(tf.one_hot(labels, count, dtype=tf.float32), axis=0)
-    hot = tf.maximum(hot, 0.0)  # no label at all: the maximum over nothing is -inf
-    return tf.where(tf.reduce_any(labels == IGNORED), tf.fill([count], -1.0), hot)
-
-
-def _tensor(key: str, values: np.ndarray) -> Any:
-    return tf.constant(values, _SPECS[key].dtype)
-
-
-_TRACE = ("Graph execution error", "Detected at node", "File ", "<stack", "node ", "[[")
-
-
-def _first_line(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """What an error says, without what tensorflow wraps around it."""
     text = str(getattr(error, "message", error))
     if isinstance(error, UnicodeDecodeError):
         text = error.object.decode(errors="replace")
     if "assertion failed: [" in text:  # our own words, then values
         text = text.split("assertion failed: [", 1)[1].split("]\n")[0]
-        text = text.replace("] [", " ")
+        text = text.split("] Op:")[0].replace("] [", " ")
     lines = [line.strip() for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith(_TRACE)]
     text = (lines or [type(error).__name__])[0]
-    text = text.split("}} ", 1)[-1]  # "{{function_node ...}} what happened"
-    return text.split(" [Op:")[0][:200]
+    text = re.sub(r"\{\{.*?\}\} ", "", text)  # "{{function_node ...}} what happened"
+    return text.removeprefix("ImageFileError: ").split(" [Op:")[0][:200]
 
 
-# Our functions say tf.cond themselves: rewriting their Python would only cost time and
-# bury a UserError raised in them under a trace of generated code.
-_plain = tf.autograph.experimental.do_not_convert
+_TRACE = ("Graph execution error", "Detected at node", "File ", "<stack", "node ", "[[")
+
+
+def _fed(images: Sequence[Image], kind: Kind) -> dict[str, Any]:
+    if kind != "pixels":
+        return {"data": tf.constant(list(images), tf.string)}
+    data = tf.constant([image.tobytes() for image in images], tf.string)
+    return {"data": data, "shape": tf.constant([i.shape for i in images], tf.int32)}
+
+
+def _fed_one(image: Image, kind: Kind) -> dict[str, Any]:
+    return {k: v[0] for k, v in _fed([image], kind).items()}
+
+
+def _opened(fed: Mapping[str, Any], kind: Kind) -> Any:
+    """The file, string (), or its pixels, uint8 (H, W, 3), of one example."""
+    if kind == "pixels":
+        image = tf.reshape(tf.io.decode_raw(fed["data"], tf.uint8), fed["shape"])
+        return tf.ensure_shape(image, (None, None, 3))
+    image = tf.io.read_file(fed["data"]) if kind == "path" else fed["data"]
+    size = tf.strings.length(image)
+    # What is too short for the headers that decode.py looks at. The raw operation:
+    # tf.debugging.Assert puts a branch around it.
+    problem = ["not an image, size in bytes:", size]
+    check = tf.raw_ops.Assert(condition=size >= 32, data=problem)
+    with tf.control_dependencies([check] if check else []):
+        return tf.identity(image)
+
+
+def _traced(function: Callable[[Any], Any], signature: Any) -> Any:
+    # Not autograph: our functions say tf.cond themselves, and it would bury a UserError
+    # raised in them under a trace of generated code.
+    traced = tf.function(function, input_signature=[signature], autograph=False)
+    return traced.get_concrete_function()
 
 
 def _for_each(
-    function: Callable[[Any], dict[str, Any]], specs: dict[str, Any], count: int
+    function: Callable[[Any], dict[str, Any]], specs: Mapping[str, Any], count: int
 ) -> dict[str, list[Any]]:
     """``function(i)`` for i < count, whose results may differ in shape. A loop in the
     graph: that many copies of the function would take seconds to build."""
@@ -348,9 +226,3 @@ def _for_each(
     return {
         k: [a.read(i) for i in range(count)] for k, a in zip(names, arrays, strict=True)
     }
-
-
-def _options() -> Any:
-    options = tf.data.Options()
-    options.deterministic = True
-    return options

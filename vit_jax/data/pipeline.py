@@ -1,40 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a data config to batches on this host.
 
-``_Stream.rows`` says which examples a step holds, with which seeds; everything after it
-is a stateless function of those, run by tf.data in parallel and handed on in order. An
-example that cannot be decoded makes its batch fail; that batch is then done over
-without it (``_Stream.repair``), so good data pays nothing for the protection.
+A reader says which examples a step holds and fetches them, in the order of the steps and
+ahead of their use; threads make the pixels, some rows at a time (graph.py). An example
+that cannot be decoded is replaced there and then, by one that follows from its position:
+it costs its own decoding, and good data pays nothing for the protection.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
 import logging
 import os
-import time
-from collections.abc import Iterator, Set
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from vit_jax.config import DataConfig
 from vit_jax.data import order, sources, synthetic
-from vit_jax.data.examples import IGNORED, DataInfo, Dataset, Rows, Split
+from vit_jax.data.examples import (
+    IGNORED,
+    DataInfo,
+    Dataset,
+    Image,
+    Rows,
+    Split,
+    Unreadable,
+)
 from vit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
 
+_GROUP = 8  # images made in one go, so that per-group work is cheap
+_AHEAD = 2  # batches made before they are asked for
+
 _bad: dict[str, str] = {}  # what this process could not read: name -> reason
+_noting = threading.Lock()
 
 
 def bad_examples() -> dict[str, str]:
-    """The examples that this process met and could not read: name -> reason.
+    """What this process has met since it started and could not read: name -> reason.
 
-    The training loop writes their number as a metric. Reset by ``bad_examples.clear``.
+    The training loop writes their number as a metric.
     """
     return dict(_bad)
 
@@ -49,8 +63,8 @@ def describe(cfg: DataConfig) -> DataInfo:
     return DataInfo(
         num_classes=dataset.num_classes,
         class_names=dataset.class_names,
-        num_train=len(sources.training_split(cfg, dataset)),
-        num_test=len(sources.evaluation_split(cfg, dataset, "test")),
+        num_train=len(_split(cfg, "train")),
+        num_test=len(_split(cfg, "test")),
         multilabel=dataset.multilabel,
     )
 
@@ -83,13 +97,12 @@ def train_batches(
     if cfg.source == "synthetic":
         _load(cfg)
         return synthetic.batches(cfg, rows, itertools.count(start), salt=seed)
-    split, bad = _cached(cfg, "train")
-    if not len(split):
+    stream = _Stream(cfg, "train", batch, rows, seed)
+    if not stream.size:
         raise UserError(
-            "there are no training examples left: data.test_share is "
-            f"{cfg.test_share} and data.holdout {cfg.holdout}"
+            "there are no training examples left: config.data.test_share is "
+            f"{cfg.test_share} and config.data.holdout {cfg.holdout}"
         )
-    stream = _Stream(cfg, _load(cfg), split, bad, batch, rows, seed, training=True)
     return stream.run(range(start, 2**62))
 
 
@@ -110,197 +123,182 @@ def eval_batches(
     """
     rows = _local_rows(batch, process_index, process_count)
     if cfg.source == "synthetic":
-        size = len(sources.evaluation_split(cfg, _load(cfg), split))
+        size = len(_split(cfg, split))
         steps = range(-(-size // batch))
         found = synthetic.batches(cfg, rows, iter(steps), salt=-1 - (split == "train"))
         return (
             b | {"mask": (step * batch + rows < size).astype(np.float32)}
             for step, b in zip(steps, found, strict=True)
         )
-    chosen, bad = _cached(cfg, split)
-    stream = _Stream(cfg, _load(cfg), chosen, bad, batch, rows, 0, training=False)
+    stream = _Stream(cfg, split, batch, rows, None)
     return stream.run(range(-(-stream.size // batch)))
-
-
-def split_of(cfg: DataConfig, name: str) -> Split:
-    """The examples of a split, undecoded."""
-    return sources.evaluation_split(cfg, _load(cfg), name)
-
-
-def stream_of(cfg: DataConfig, split: Split, batch: int) -> Iterator[Batch]:
-    """Training batches of any list of examples, all of one class; for the benchmark."""
-    rows, dataset = np.arange(batch), Dataset(split, split, ("0",))
-    stream = _Stream(cfg, dataset, split, {}, batch, rows, 0, training=True)
-    return stream.run(range(2**62))
 
 
 class _Stream:
     """The rows of one process of every batch of one split.
 
-    Training: shuffled, augmented, endless. Otherwise: every example once, in order.
+    Training (with a seed): shuffled, augmented, endless. Otherwise: every example once,
+    in order.
     """
 
     def __init__(
         self,
         cfg: DataConfig,
-        dataset: Dataset,
-        split: Split,
-        bad: dict[int, str],
+        name: str,
         batch: int,
         rows: np.ndarray,
-        seed: int,
-        *,
-        training: bool,
+        seed: int | None,
     ) -> None:
         from vit_jax.data import graph  # imports tensorflow, which takes seconds
 
-        self.graph, self.training = graph, training
-        self.cfg, self.batch, self.local, self.seed = cfg, batch, rows, seed
+        self.graph, self.cfg, self.seed = graph, cfg, seed
+        dataset = _load(cfg)
         self.num_classes, self.multilabel = dataset.num_classes, dataset.multilabel
-        self.dataset, self.split, self.size = dataset, split, len(split)
-        self.bad = bad  # cannot be read: left out; example -> reason
-        # Damaged in the middle: some crops can be made. Remembering these as bad would
-        # make a batch depend on which crops came before.
+        self.split = _split(cfg, name)
+        self.bad: dict[int, str] = {}  # cannot be read: left out; example -> reason
+        # Damaged in the middle: some crops can be made. Leaving these out would make a
+        # batch depend on which crops came before.
         self.torn: dict[int, str] = {}
-        self.group = graph.group_function(cfg, split, dataset, training=training)
-        self.sequence = None
-        if split.sequence is not None:
-            self.sequence = split.sequence.reader(
-                batch, rows, seed if training else None
-            )
-        self.failure: BaseException | None = None
+        self.size = len(self.split)
+        self._hold()
+        # As many as divide the batch, so that one function is traced.
+        self.count = max(k for k in range(1, _GROUP + 1) if len(rows) % k == 0)
+        training = seed is not None
+        self.maker = graph.maker(
+            cfg, dataset, self.split.kind, self.count, training=training
+        )
+        make_reader = self.split.sequence or functools.partial(_Reader, self.split)
+        self.reader = make_reader(rows, batch, seed)
+        groups = len(rows) // self.count
+        self.ahead = max(_AHEAD, -(-_AHEAD * graph.THREADS // groups))
         for index, reason in self.bad.items():
             self._report(index, reason)
         self._check_bad()
 
     def run(self, steps: range) -> Iterator[Batch]:
         """One batch per step. The work starts here, before the first ``next``."""
-        batches = self._batches(steps)
+        reading = ThreadPoolExecutor(1, "vit_jax read")
+        coming = iter(steps)
+        begun = collections.deque(
+            reading.submit(self._begin, step)
+            for step in itertools.islice(coming, self.ahead)
+        )
 
         def iterate() -> Iterator[Batch]:
-            nonlocal batches
-            for step in steps:
-                try:
-                    rows, made = next(batches)
-                except self.graph.ERRORS:
-                    if self.failure is not None:
-                        raise self.failure from None
-                    rows, made = self.repair(step)
-                    batches = self._batches(range(step + 1, steps.stop))
-                yield self.finish(rows, made)
+            while begun:
+                rows, images, making = begun.popleft().result()
+                for made in making:
+                    made.result()
+                for step in itertools.islice(coming, 1):
+                    begun.append(reading.submit(self._begin, step))
+                yield self._finish(rows, images)
 
         return iterate()
 
-    def rows(self, step: int, failed: Set[tuple[int, int]] = frozenset()) -> Rows:
-        """Which examples the step holds on this process.
+    def _begin(self, step: int) -> tuple[Rows, np.ndarray, list[Future[None]]]:
+        """Fetches the examples of a step and starts to make them."""
+        rows = self.reader.draw(step, self.bad)
+        seeds = order.augmentation_seeds(rows.position, self.seed or 0)
+        images = np.empty((len(rows.index), *self.maker.shape), self.maker.dtype)
+        groups = (slice(a, a + self.count) for a in range(0, len(images), self.count))
+        submit = functools.partial(
+            self.graph.POOL.submit, self._make, rows, seeds, images
+        )
+        return rows, images, [submit(group) for group in groups]
 
-        ``failed``: (row, example) that turned out not to be possible in this step.
-        """
+    def _make(
+        self, rows: Rows, seeds: np.ndarray, images: np.ndarray, group: slice
+    ) -> None:
+        """Fills in some rows of ``images``, and corrects ``rows`` where it must."""
+        found = rows.images[group]
+        whole = not any(isinstance(image, Unreadable) for image in found)
+        if whole and rows.use[group].all():
+            try:
+                images[group] = self.maker.group(found, seeds[group])
+                return
+            except self.graph.ERRORS:  # one of them; found out below
+                pass
+        made = {}
+        for row in range(group.start, group.stop):
+            if rows.use[row]:
+                one = self._make_one(rows, row, seeds[row])
+                rows.use[row] = one is not None
+                if one is not None:
+                    made[row] = one
+        images[group] = 0
+        if made:
+            # Unused rows get what is at hand; it is not copied.
+            every = [
+                made.get(row, next(iter(made.values())))
+                for row in range(group.start, group.stop)
+            ]
+            done = self.maker.together(every, seeds[group])
+            for row in made:
+                images[row] = done[row - group.start]
 
-        def unusable(index: np.ndarray) -> np.ndarray:
-            found = np.zeros(len(index), bool)
-            if self.bad:
-                found = np.isin(index, np.fromiter(self.bad, np.int64, len(self.bad)))
-            for row, example in failed:
-                found[row] |= index[row] == example
-            return found
+    def _make_one(self, rows: Rows, row: int, seed: np.ndarray) -> Any:
+        """What the maker makes of the row or, in training, of the first of its
+        substitutes that can be read; None where there is none."""
+        index, image, label = int(rows.index[row]), rows.images[row], rows.labels[row]
+        tried: set[int] = set()
+        for attempt in itertools.count():
+            if index not in self.bad and index not in tried:
+                reason = image.reason if isinstance(image, Unreadable) else ""
+                if not reason:
+                    try:
+                        made = self.maker.alone(image, seed)
+                        rows.index[row], rows.labels[row] = index, label
+                        return made
+                    except self.graph.ERRORS as e:
+                        reason = self.graph.reason(e)
+                tried.add(index)
+                self._note(index, image, reason)
+            if rows.substitute is None:
+                return None
+            self._check_bad()  # where all are bad, the search would have no end
+            index, image, label = rows.substitute(row, attempt)
+        raise AssertionError("substitutes have no end")
 
-        if self.sequence is not None:
-            return self.sequence.rows(step, unusable)
-        position = step * self.batch + self.local
-        if not self.training:
-            use = (position < self.size) & ~unusable(position)
-            return Rows(position, np.where(use, position, 0), use)
-        index = order.train_indices(position, self.size, self.seed)
-        attempt = 0
-        while (left := unusable(index)).any():
-            index[left] = order.substitutes(
-                position[left], self.size, self.seed, attempt
-            )
-            attempt += 1
-        return Rows(position, index, np.ones(len(position), bool))
-
-    def feed(self, rows: Rows) -> dict[str, np.ndarray]:
-        """What tf.data needs to make these examples; nothing for unused rows."""
-        count = len(rows.index)
-        fed = {
-            "seed": order.augmentation_seeds(rows.position, self.seed),
-            "use": rows.use.copy(),  # tensorflow may reuse the memory
-            "data": np.full(count, b"", object),
-            "shape": np.zeros((count, 3), np.int32),
-        }
-        if rows.record is not None:
-            data: Any = rows.record
-        else:
-            data = self.split.fetch(self.split.index(rows.index[rows.use]))
-        if self.split.kind == "pixels":
-            data, fed["shape"][rows.use] = data
-        fed["data"][rows.use] = data
-        return fed
-
-    def finish(self, rows: Rows, made: dict[str, np.ndarray]) -> Batch:
+    def _finish(self, rows: Rows, images: np.ndarray) -> Batch:
         """Adds labels and, for evaluation, the mask."""
-        if "label" in made:
-            label = made["label"]
+        if self.multilabel:
+            label = multi_hot(rows.labels, self.num_classes)
         else:
-            assert self.split.labels is not None
-            index = self.split.index(rows.index)
-            if self.multilabel:
-                label = multi_hot(self.split.labels.of(index), self.num_classes)
-            else:
-                label = self.split.labels.first(index)
-        if self.training:
-            return {"image": made["image"], "label": label}
+            first = [values[0] if len(values) else IGNORED for values in rows.labels]
+            label = np.array(first, np.int32)
+        if self.seed is not None:
+            return {"image": images, "label": label}
         per_row = (slice(None),) + (None,) * (label.ndim - 1)
         use = rows.use & (label != IGNORED).reshape(len(label), -1).any(axis=1)
         label = np.where(use[per_row], label, np.zeros_like(label))
-        return {"image": made["image"], "label": label, "mask": use.astype(np.float32)}
+        return {"image": images, "label": label, "mask": use.astype(np.float32)}
 
-    def repair(self, step: int) -> tuple[Rows, dict[str, np.ndarray]]:
-        """Does one step over, without what cannot be read; returns (rows, made)."""
-        failed: set[tuple[int, int]] = set()
-        while True:
-            rows = self.rows(step, failed)
-            fed = self.feed(rows)
-            made = self.graph.readable(fed, self.group)
-            missing = [
-                (row, int(index))
-                for row, index in enumerate(rows.index)
-                if row not in made
-            ]
-            if not missing:
-                return rows, self.graph.stack(made)
-            for row, index in missing:
-                if index not in self.bad and index not in self.torn:
-                    reason = self.graph.reason(fed, row, self.group)
-                    torn = self.graph.torn(fed, row, self.split, self.dataset)
-                    (self.torn if torn else self.bad)[index] = reason
-                    self._report(index, reason)
-            self._check_bad()
-            if failed.issuperset(missing):
-                raise RuntimeError(f"step {step} cannot be made without {missing}")
-            failed.update(missing)
+    def _hold(self) -> None:
+        """Replaces the split by its decoded images where they fit ``cache_gib``."""
+        limit = self.cfg.cache_gib * 2**30
+        decoded = self.split.kind == "pixels"
+        if decoded or self.split.sequence or limit <= 0 or not self.size:
+            return
+        from vit_jax.data import cache
 
-    def _batches(self, steps: range) -> Iterator[tuple[Rows, dict[str, np.ndarray]]]:
-        """(rows, images and perhaps labels) per step, made ahead in the background."""
-        drawn: collections.deque[Rows] = collections.deque()  # fed, not yet delivered
+        training = self.seed is not None
+        found = cache.cached(self.split, limit, training=training)
+        if found is not None:
+            found.users.add(self)
+            self.split, self.bad = found.split(self.split.name_of), dict(found.bad)
 
-        def feed(step: int) -> dict[str, np.ndarray]:
-            try:
-                drawn.append(self.rows(step))
-                return self.feed(drawn[-1])
-            except BaseException as e:
-                self.failure = e  # tensorflow would turn it into text
-                raise
-
-        for made in self.graph.batches(steps, feed, len(self.local), self.group):
-            yield drawn.popleft(), made
-
-    def _name(self, index: int) -> str:
-        return self.split.name(int(self.split.index(np.array([index]))[0]))
+    def _note(self, index: int, image: Image, reason: str) -> None:
+        """Remembers and reports an example that could not be made."""
+        readable = not isinstance(image, Unreadable)
+        torn = readable and self.graph.is_torn(image, self.split.kind)
+        with _noting:
+            if index not in self.bad and index not in self.torn:
+                (self.torn if torn else self.bad)[index] = reason
+                self._report(index, reason)
+        self._check_bad()
 
     def _report(self, index: int, reason: str) -> None:
-        name = self._name(index)
+        name = self.split.name_of(index)
         if name not in _bad:
             _bad[name] = reason
             log.warning("skipped the unreadable example %s: %s", name, reason)
@@ -310,15 +308,58 @@ class _Stream:
         allowed = self.cfg.max_bad * self.size
         if self.cfg.max_bad > 0:
             allowed = max(allowed, 1)
-        bad = self.bad | self.torn
-        if bad and (len(bad) > allowed or len(bad) == self.size):
-            index, reason = next(iter(bad.items()))
+        count = len(self.bad) + len(self.torn)
+        if count and (count > allowed or count == self.size):
+            index, reason = next(iter({**self.bad, **self.torn}.items()))
             raise UserError(
-                f"{len(bad)} of {self.size} examples cannot be read, more than "
-                f"the share data.max_bad = {self.cfg.max_bad}: the first is "
-                f"{self._name(index)} ({reason}); remove these files or raise "
-                "--config.data.max_bad"
+                f"{count} of {self.size} examples cannot be read, more than the share "
+                f"config.data.max_bad = {self.cfg.max_bad}: the first is "
+                f"{self.split.name_of(index)} ({reason}); remove these files or raise "
+                "config.data.max_bad"
             )
+
+
+class _Reader:
+    """Draws from a list that can be read in any order."""
+
+    def __init__(self, split: Split, rows: np.ndarray, batch: int, seed: int | None):
+        self.split, self.local, self.batch, self.seed = split, rows, batch, seed
+
+    def draw(self, step: int, bad: Mapping[int, str]) -> Rows:
+        position = step * self.batch + self.local
+        size = len(self.split)
+
+        def known(index: np.ndarray) -> np.ndarray:
+            return np.array([i in bad for i in index.tolist()], bool)
+
+        if self.seed is None:
+            use = (position < size) & ~known(position)
+            index = np.where(use, position, 0)
+        else:
+            use = np.ones(len(position), bool)
+            index = order.train_indices(position, size, self.seed)
+            for attempt in itertools.count():
+                left = known(index)
+                if not left.any() or len(bad) == size:
+                    break
+                index[left] = order.substitutes(
+                    position[left], size, self.seed, attempt
+                )
+        images: list[Image] = [None] * len(index)
+        labels = [np.zeros(0, np.int32)] * len(index)
+        found = zip(np.flatnonzero(use), *self.split.read(index[use]), strict=True)
+        for row, image, label in found:
+            images[row], labels[row] = image, label
+
+        def substitute(row: int, attempt: int) -> tuple[int, Image, np.ndarray]:
+            assert self.seed is not None
+            at = position[row : row + 1]
+            chosen = order.substitutes(at, size, self.seed, attempt)
+            (image,), (label,) = self.split.read(chosen)
+            return int(chosen[0]), image, label
+
+        replace = None if self.seed is None else substitute
+        return Rows(position, index, use, images, labels, replace)
 
 
 def multi_hot(labels: list[np.ndarray], num_classes: int) -> np.ndarray:
@@ -346,75 +387,74 @@ def _local_rows(batch: int, process_index: int, process_count: int) -> np.ndarra
     return np.arange(per_process) + process_index * per_process
 
 
-def _spread(values: np.ndarray, row: np.ndarray, count: int) -> np.ndarray:
-    result = np.zeros((count, *values.shape[1:]), values.dtype)
-    result[row] = values
-    return result
-
-
 # ---------------------------------------------------------------------- memory of sets
 
-_LISTING = ("train_transforms", "eval_transforms", "image_size", "decode", "max_bad")
+
+@dataclasses.dataclass
+class _Listed:
+    """A data set, the splits that were asked for, and when its folders last changed."""
+
+    dataset: Dataset
+    changed: dict[str, int]
+    splits: dict[str, Split] = dataclasses.field(default_factory=dict)
+
+
+_listed: collections.OrderedDict[DataConfig, _Listed] = collections.OrderedDict()
+
+
+def _list(cfg: DataConfig) -> _Listed:
+    """What ``sources.load`` says, remembered until a file is added or removed:
+    evaluation during training asks again and again."""
+    key = _listing(cfg)
+    found = _listed.get(key)
+    if found is None or any(_changed(p) != t for p, t in found.changed.items()):
+        changed = _folders(cfg.path)  # first: what changes meanwhile is seen later
+        found = _listed[key] = _Listed(sources.load(key), changed)
+    _listed.move_to_end(key)
+    while len(_listed) > 8:
+        _listed.popitem(last=False)
+    return found
 
 
 def _load(cfg: DataConfig) -> Dataset:
-    """``sources.load``, remembered: evaluation during training asks again and again."""
-    return _load_once(_listing(cfg), _signature(cfg.path))
+    return _list(cfg).dataset
+
+
+def _split(cfg: DataConfig, name: str) -> Split:
+    found = _list(cfg)
+    if name not in found.splits:
+        found.splits[name] = sources.evaluation_split(cfg, found.dataset, name)
+    return found.splits[name]
 
 
 def _listing(cfg: DataConfig) -> DataConfig:
-    """The config without what does not change the list of examples (and so hashable)."""
-    defaults = DataConfig()
-    keep = () if cfg.source != "synthetic" else ("image_size",)
+    """The config without what does not change the list of examples (and so hashable);
+    image_size stays, as the transforms of a VTAB task follow from it."""
     return dataclasses.replace(
-        cfg, **{k: getattr(defaults, k) for k in _LISTING if k not in keep}
+        cfg, train_transforms=(), eval_transforms=(), decode="fast", max_bad=0.0
     )
 
 
-@functools.lru_cache(maxsize=8)
-def _load_once(cfg: DataConfig, signature: tuple[int, ...]) -> Dataset:
-    return sources.load(cfg)
+def _folders(path: str) -> dict[str, int]:
+    """When each folder below ``path`` last changed."""
+    times: dict[str, int] = {}
+    seen = set()
+    todo = [os.path.expanduser(path)] if path and "://" not in path else []
+    while todo:
+        folder = todo.pop()
+        times[folder] = _changed(folder)
+        real = os.path.realpath(folder)  # a link may lead back
+        if real in seen:
+            continue
+        seen.add(real)
+        # A file has no entries, and what cannot be read is for the source to say.
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            todo += [e.path for e in entries if e.is_dir()]
+    return times
 
 
-def _signature(path: str) -> tuple[int, ...]:
-    """Changes when files are added or removed: times of the folder, two levels deep."""
-    if not path or not os.path.exists(path):
-        return ()
-    times = [os.stat(path).st_mtime_ns]
-    folders = [path] if os.path.isdir(path) else []
-    for _ in range(2):
-        entries = [e for f in folders for e in os.scandir(f) if e.is_dir()]
-        times += sorted(e.stat().st_mtime_ns for e in entries)
-        folders = [e.path for e in entries]
-    return tuple(times)
-
-
-def _cached(cfg: DataConfig, name: str) -> tuple[Split, dict[int, str]]:
-    """The split, decoded in memory where it fits ``cache_gib``, and its unreadable
-    examples as far as they are known."""
-    split, bad = _cached_once(_listing(cfg), _signature(cfg.path), name)
-    return split, dict(bad)
-
-
-@functools.lru_cache(maxsize=4)
-def _cached_once(
-    cfg: DataConfig, signature: tuple[int, ...], name: str
-) -> tuple[Split, dict[int, str]]:
-    from vit_jax.data import graph
-
-    dataset = _load_once(cfg, signature)
-    split = sources.evaluation_split(cfg, dataset, name)
-    in_memory = split.kind == "pixels"
-    if in_memory or split.sequence is not None or cfg.cache_gib <= 0 or not len(split):
-        return split, {}
-    if graph.decoded_bytes(split, dataset) > cfg.cache_gib * 2**30:
-        return split, {}
-    started = time.monotonic()
-    cached, bad = graph.decode_all(split, dataset)
-    log.info(
-        "decoded %d images of %s into memory in %.1f s",
-        len(split),
-        name,
-        time.monotonic() - started,
-    )
-    return cached, bad
+def _changed(path: str) -> int:
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0

@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where examples come from. ``SOURCES[name](cfg) -> Dataset``.
+"""Where examples come from: which module lists those of a ``data.source``.
 
-A source lists examples; it decodes nothing (examples.py has the types). To add one, add
-a function and its line in ``SOURCES``.
+A source lists examples; it decodes nothing (examples.py has the types). To add one, write
+a module with ``load(cfg) -> Dataset`` and add its line to ``SOURCES``.
 """
 
 import dataclasses
-from collections.abc import Callable
-
-import numpy as np
+import importlib
 
 from vit_jax.config import DataConfig, choose
-from vit_jax.data.examples import (
-    Dataset,
-    Split,
-    from_arrays,
-    held_out,
-    subset,
-)
+from vit_jax.data.examples import Dataset, Split, held_out, subset
 from vit_jax.errors import UserError
+
+# Imported when they are asked for: some import tensorflow or scikit-learn.
+SOURCES = {
+    "digits": "vit_jax.data.digits",
+    "folder": "vit_jax.data.folders",
+    "records": "vit_jax.data.records",
+    "synthetic": "vit_jax.data.synthetic",
+    "tfds": "vit_jax.data.tfds_source",
+}
+_VTAB = "vit_jax.data.vtab"  # of those names of "tfds" that begin with vtab/
 
 
 def load(cfg: DataConfig) -> Dataset:
@@ -27,12 +29,15 @@ def load(cfg: DataConfig) -> Dataset:
     Raises:
       UserError: it does not exist, is empty, or contradicts itself.
     """
-    dataset = choose("data.source", cfg.source, SOURCES)(cfg)
+    module = choose("config.data.source", cfg.source, SOURCES)
+    if cfg.source == "tfds" and cfg.name.startswith("vtab/"):
+        module = _VTAB
+    dataset = importlib.import_module(module).load(cfg)
     names = dataset.class_names
     if cfg.num_classes and cfg.num_classes != len(names):
         if cfg.num_classes < len(names):
             raise UserError(
-                f"data.num_classes is {cfg.num_classes}, but {_where(cfg)} has "
+                f"config.data.num_classes is {cfg.num_classes}, but {_where(cfg)} has "
                 f"{len(names)} classes: leave it at 0 to use what the data holds"
             )
         # Not the bare number: a class of the data may be called that.
@@ -62,65 +67,9 @@ def evaluation_split(cfg: DataConfig, dataset: Dataset, name: str) -> Split:
         return dataset.test
     if dataset.splits is None:
         raise UserError(
-            f"unknown split {name!r}: data.source {cfg.source!r} has ['train', 'test']"
+            f"unknown split {name!r}: config.data.source {cfg.source!r} has ['train', 'test']"
         )
     return dataset.splits(name)
-
-
-# ---------------------------------------------------------------------------- sources
-
-
-def synthetic(cfg: DataConfig) -> Dataset:
-    """Random images of the right shape, for benchmarks and tests; see synthetic.py."""
-    from vit_jax.data import synthetic as module
-
-    return module.load(cfg)
-
-
-def digits(cfg: DataConfig) -> Dataset:
-    """1,797 scans of handwritten digits, 8 x 8 pixels, that ship with scikit-learn."""
-    from sklearn.datasets import load_digits
-
-    pixels, labels = load_digits(return_X_y=True)
-    pixels = pixels.reshape(-1, 8, 8) * (255 / 16)  # 0..16 -> 0..255
-    grey = np.round(pixels).astype(np.uint8)
-    images = np.repeat(grey[..., None], 3, axis=-1)
-    split = from_arrays(images, labels, "digit")
-    train, test = held_out(split, cfg.test_share)
-    names = tuple(str(i) for i in range(10))
-    return Dataset(split.select(train), split.select(test), names)
-
-
-def folder(cfg: DataConfig) -> Dataset:
-    """Class folders, or a manifest that lists image files with their labels."""
-    from vit_jax.data import folders
-
-    return folders.load(cfg)
-
-
-def tfds(cfg: DataConfig) -> Dataset:
-    """An image classification set of tensorflow-datasets, or a VTAB-1k task."""
-    from vit_jax.data import tfds_source, vtab
-
-    if cfg.name.startswith("vtab/"):
-        return vtab.load(cfg)
-    return tfds_source.load(cfg)
-
-
-def records(cfg: DataConfig) -> Dataset:
-    """TFRecord or ArrayRecord shards, as ``write_records`` makes them or others do."""
-    from vit_jax.data import records as module
-
-    return module.load(cfg)
-
-
-SOURCES: dict[str, Callable[[DataConfig], Dataset]] = {
-    "digits": digits,
-    "folder": folder,
-    "records": records,
-    "synthetic": synthetic,
-    "tfds": tfds,
-}
 
 
 def _where(cfg: DataConfig) -> str:

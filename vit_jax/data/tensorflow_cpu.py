@@ -11,8 +11,13 @@ import os
 from typing import Any
 
 # Warnings about missing CPU instructions and the log lines per undecodable image (which
-# we count and name ourselves) say nothing a user can act on.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# we count and name ourselves) say nothing a user can act on. "1" is what importing jax
+# sets where the user has set nothing.
+if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+# oneDNN logs at import, whatever the level, on processors with AVX-512, and its numbers
+# are others there than elsewhere.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import tensorflow
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from vit_jax.config import DataConfig
-from vit_jax.data import records
-from vit_jax.data.examples import Dataset, Labels, Split, held_out
-from vit_jax.data.tensorflow_cpu import tf
+from vit_jax.data import records, splits
+from vit_jax.data.examples import Dataset, Labels, Split, listed
+from vit_jax.data.shards import ARRAY_RECORD, TFRECORD, Shards, is_remote
 from vit_jax.errors import UserError
 
 import tensorflow_datasets as tfds  # isort: skip  (after tensorflow_cpu)
@@ -30,14 +30,12 @@ def load(cfg: DataConfig) -> Dataset:
             return from_shards(cfg, builder, name)
         return read(builder, name, lambda example: example["label"])
 
-    train = split(cfg.train_split)
-    test_split = _test_split(builder, cfg.test_split)
-    if test_split:
-        test = split(test_split)
-    else:
-        rest, out = held_out(train, cfg.test_share)
-        train, test = train.select(rest), train.select(out)
-    return Dataset(train, test, names, splits=split)
+    wanted = cfg.test_split
+    if wanted == DataConfig.test_split:
+        wanted = next(iter(splits.meant(wanted, builder.info.splits)), "")
+    test = split(wanted) if wanted else None
+    both = splits.with_test(cfg, split(cfg.train_split), test)
+    return Dataset(*both, names, splits=split)
 
 
 def class_names(builder: Any) -> tuple[str, ...]:
@@ -60,7 +58,7 @@ def unprepared(name: str, data_dir: str = "") -> Any:
     """
     if not name:
         raise UserError(
-            "data.source is 'tfds' but data.name is empty: set --config.data.name, "
+            "config.data.source is 'tfds' but config.data.name is empty: set --config.data.name, "
             "for example to 'cifar10'"
         )
     where: Any = {"data_dir": str(Path(data_dir).expanduser())} if data_dir else {}
@@ -73,7 +71,7 @@ def unprepared(name: str, data_dir: str = "") -> Any:
         near = difflib.get_close_matches(name.split("/")[0], known, n=3, cutoff=0.5)
         hint = f"did you mean one of {near}? " if near else ""
         raise UserError(
-            f"unknown tfds set {name!r} (data.name): {hint}"
+            f"unknown tfds set {name!r} (config.data.name): {hint}"
             f"{str(e).splitlines()[0][:200]}"
         ) from e
 
@@ -119,28 +117,10 @@ def read(
 
 
 def from_encoded(images: list[Any], labels: list[int], name: str) -> Split:
-    """A split held in memory: encoded images (bytes) or decoded ones (uint8 arrays)."""
-    if images and isinstance(images[0], np.ndarray):
-        shapes = np.array([i.shape for i in images], np.int32)
-        pixels = np.array([i.tobytes() for i in images] + [None], object)[:-1]
-        return Split(
-            len(images),
-            "pixels",
-            lambda i: (pixels[i], shapes[i]),
-            lambda i: f"{name} example {i}",
-            Labels.single(labels),
-        )
-    array = np.array([*images, None], object)[:-1]
-    return Split(
-        len(images),
-        "encoded",
-        lambda i: array[i],
-        lambda i: f"{name} example {i}",
-        Labels.single(labels),
+    """A split held in memory, of encoded images."""
+    return listed(
+        "encoded", images, Labels.single(labels), lambda i: f"{name} example {i}"
     )
-
-
-_TRAIN_TAR, _VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 
 
 def from_shards(cfg: DataConfig, builder: Any, split: str) -> Split:
@@ -154,36 +134,22 @@ def from_shards(cfg: DataConfig, builder: Any, split: str) -> Split:
             start = sum(counts) - part.examples_in_shard
         end = part.examples_in_shard if part.take < 0 else part.skip + part.take
         chosen.append(np.arange(part.skip, end) + start)
-    format = records.ARRAY_RECORD if "array_record" in files[0] else records.TFRECORD
-    shards = records.Shards(tuple(files), tuple(counts), format)
-    features = builder.info.features
-    decoders = {"image": tfds.decode.SkipDecoding()}
-
-    def parse(record: Any) -> tuple[Any, Any]:
-        example = features.deserialize_example(record, decoders=decoders)
-        return example["image"], tf.reshape(example["label"], [-1])
-
+    format = ARRAY_RECORD if "array_record" in files[0] else TFRECORD
+    shards = Shards(tuple(files), tuple(counts), format)
+    # tfds stores features of the top level under their own names.
+    parse = records.parser("image", "label", builder.info.features["label"].num_classes)
     selected = np.concatenate(chosen)
     whole = len(selected) == len(shards)
-    sequential = cfg.access == "sequential" or (
-        cfg.access == "auto" and "://" in files[0] and format == records.TFRECORD
+    in_sequence = cfg.access == "sequential" or (
+        cfg.access == "auto" and is_remote(files[0]) and format == TFRECORD
     )
-    if sequential and not whole:
+    if in_sequence and not whole:
         raise UserError(
             f"the slice {split!r} of {builder.name} needs random access to its files: "
-            "set --config.data.access=random"
+            "set config.data.access=random"
         )
-    return Split(
-        len(shards),
-        "record",
-        shards.read,
-        shards.name,
-        parse=parse,
-        sequence=records.Sequence(shards, cfg.shuffle_buffer or 8192)
-        if sequential
-        else None,
-        selected=None if whole else selected,
-    )
+    found = records.split_of(shards, parse, cfg, in_sequence=in_sequence)
+    return found if whole else found.select(selected)
 
 
 _TRAIN_TAR, _VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -228,11 +194,3 @@ def _num_bytes(builder: Any, split: str) -> float:
 
 def _is_prepared(builder: Any) -> bool:
     return bool(builder.info.splits)
-
-
-def _test_split(builder: Any, wanted: str) -> str:
-    """The split to test on: the wanted one, or what stands in for a plain "test"."""
-    have = builder.info.splits
-    if wanted != "test" or wanted in have:
-        return wanted
-    return next((n for n in ("validation", "val") if n in have), "")

@@ -7,7 +7,6 @@ selection. Splits and label rules are those of the benchmark's own code; sizes t
 split depends on are read from the data set.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -18,14 +17,7 @@ from vit_jax.data import tfds_source
 from vit_jax.data.examples import Dataset, Labels, Split
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
-
-# The three groups over which the paper averages.
-NATURAL, SPECIALIZED, STRUCTURED = "natural", "specialized", "structured"
-
-
-def as_is(example: Any) -> int:
-    """The label that tfds gives."""
-    return int(example["label"])
+from vit_jax.vtab_tasks import TASKS, Task
 
 
 def nearest_clevr(example: Any) -> int:
@@ -51,123 +43,35 @@ def _bin(value: float, thresholds: tuple[float, ...]) -> int:
     return int(np.flatnonzero(np.asarray(thresholds) < value)[-1])
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One row of the table.
-
-    ``val``: where the 200 validation examples begin, as (split, start): start an
-    integer or a share of the split. ``test``: (split, start), to its end.
-    """
-
-    group: str
-    source: str
-    classes: int
-    val: tuple[str, float]
-    test: tuple[str, float]
-    label: Callable[[Any], int] = as_is
-    flip: bool = True
-    crop: bool = True
-    image: Callable[[bytes], bytes] = lambda encoded: encoded
-
-
-_VALIDATION = ("validation", 0)
-_TEST = ("test", 0)
-
-TASKS: dict[str, Task] = {
-    "caltech101": Task(NATURAL, "caltech101", 102, ("train", 0.9), _TEST),
-    "cifar100": Task(NATURAL, "cifar100", 100, ("train", 0.9), _TEST),
-    "dtd": Task(NATURAL, "dtd", 47, _VALIDATION, _TEST),
-    "flowers102": Task(NATURAL, "oxford_flowers102", 102, _VALIDATION, _TEST),
-    "pets": Task(NATURAL, "oxford_iiit_pet", 37, ("train", 0.8), _TEST),
-    "svhn": Task(NATURAL, "svhn_cropped", 10, ("train", 0.9), _TEST),
-    "sun397": Task(NATURAL, "sun397/tfds", 397, _VALIDATION, _TEST),
-    "patch_camelyon": Task(SPECIALIZED, "patch_camelyon", 2, _VALIDATION, _TEST),
-    "eurosat": Task(SPECIALIZED, "eurosat/rgb", 10, ("train", 0.6), ("train", 0.8)),
-    "resisc45": Task(SPECIALIZED, "resisc45", 45, ("train", 0.6), ("train", 0.8)),
-    "retinopathy": Task(
-        SPECIALIZED,
-        "diabetic_retinopathy_detection/btgraham-300",
-        5,
-        _VALIDATION,
-        _TEST,
-    ),
-    "clevr_count": Task(
-        STRUCTURED,
-        "clevr",
-        8,
-        ("train", 0.9),
-        _VALIDATION,
-        lambda e: len(np.asarray(e["objects"]["size"])) - 3,
-        crop=False,
-    ),
-    "clevr_distance": Task(
-        STRUCTURED,
-        "clevr",
-        6,
-        ("train", 0.9),
-        _VALIDATION,
-        nearest_clevr,
-        crop=False,
-    ),
-    "dmlab": Task(STRUCTURED, "dmlab", 6, _VALIDATION, _TEST, crop=False),
-    "kitti_distance": Task(
-        STRUCTURED, "kitti", 4, _VALIDATION, _TEST, nearest_kitti, crop=False
-    ),
-    "dsprites_location": Task(
-        STRUCTURED,
-        "dsprites",
-        16,
-        ("train", 0.8),
-        ("train", 0.9),
-        lambda e: int(e["label_x_position"]) // 2,
-        flip=False,
-        crop=False,
-        image=brighten,
-    ),
-    "dsprites_orientation": Task(
-        STRUCTURED,
-        "dsprites",
-        16,
-        ("train", 0.8),
-        ("train", 0.9),
-        lambda e: int(int(e["label_orientation"]) // 2.5),
-        flip=False,
-        image=brighten,
-    ),
-    "smallnorb_azimuth": Task(
-        STRUCTURED,
-        "smallnorb",
-        18,
-        _TEST,
-        ("test", 0.5),
-        lambda e: int(e["label_azimuth"]),
-        flip=False,
-    ),
-    "smallnorb_elevation": Task(
-        STRUCTURED,
-        "smallnorb",
-        9,
-        _TEST,
-        ("test", 0.5),
-        lambda e: int(e["label_elevation"]),
-    ),
+# Of the tasks whose label is not the one that tfds gives.
+LABELS: dict[str, Callable[[Any], int]] = {
+    "clevr_count": lambda e: len(np.asarray(e["objects"]["size"])) - 3,
+    "clevr_distance": nearest_clevr,
+    "kitti_distance": nearest_kitti,
+    "dsprites_location": lambda e: int(e["label_x_position"]) // 2,
+    "dsprites_orientation": lambda e: int(int(e["label_orientation"]) // 2.5),
+    "smallnorb_azimuth": lambda e: int(e["label_azimuth"]),
+    "smallnorb_elevation": lambda e: int(e["label_elevation"]),
 }
 
 
 def load(cfg: DataConfig) -> Dataset:
     """The task ``vtab/NAME``."""
-    task = choose("VTAB task in data.name", cfg.name.removeprefix("vtab/"), TASKS)
+    name = cfg.name.removeprefix("vtab/")
+    task = choose("VTAB task in config.data.name", name, TASKS)
     builder = tfds_source.prepared(task.source, cfg.path)
     sizes = {k: v.num_examples for k, v in builder.info.splits.items()}
     splits = split_expressions(task, sizes)
-    choose("data.train_split", cfg.train_split, {"train": 0, "train800": 0})
+    choose("config.data.train_split", cfg.train_split, {"train": 0, "train800": 0})
+    label = LABELS.get(name, lambda example: example["label"])
+    image = brighten if task.source == "dsprites" else lambda encoded: encoded
 
     def read(expressions: str) -> Split:
-        found = tfds_source.read(builder, expressions, task.label, task.image)
+        found = tfds_source.read(builder, expressions, label, image)
         return _checked(found, task, cfg.name)
 
     names = [str(i) for i in range(task.classes)]
-    if task.label is as_is:
+    if name not in LABELS:
         known = builder.info.features["label"].names or []
         names = list(known) if len(known) == task.classes else names
     full = cfg.train_split == "train"

@@ -6,9 +6,10 @@
     python -m vit_jax.data.write_records tfds:cifar10 records/ --split=train
 
 Images are copied as they are, in one fixed random order, so that shards can also be
-read in sequence. Shards are written side by side; one that is finished is not written
-again when the command is repeated after an interruption. The index, SPLIT.json, goes
-first and comes last: shards of two runs are never read together.
+read in sequence; those that cannot be decoded are listed and left out. Shards are
+written side by side; one that is finished is not written again when the command is
+repeated after an interruption. The index, SPLIT.json, is deleted first and written last:
+shards of two runs are never read together.
 """
 
 import dataclasses
@@ -19,30 +20,24 @@ import json
 import math
 import os
 import re
-import threading
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
 from absl import flags
+from tqdm import tqdm
 
 from vit_jax import cli
 from vit_jax.config import DataConfig
-from vit_jax.data import order, sources
-from vit_jax.data.examples import Dataset, Split
-from vit_jax.data.records import (
-    ARRAY_RECORD,
-    FORMATS,
-    IMAGE_KEY,
-    LABEL_KEY,
-    NAME_KEY,
-    TFRECORD,
-    read_sidecar,
-)
+from vit_jax.data import graph, order, sources
+from vit_jax.data.examples import Dataset, Split, Unreadable
+from vit_jax.data.records import IMAGE_KEY, LABEL_KEY, NAME_KEY
+from vit_jax.data.shards import ARRAY_RECORD, FORMATS, TFRECORD, read_sidecar
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 
 SHARD_BYTES = 128 * 2**20  # aimed at: large reads, and enough shards to share out
+_LISTED = 20  # images that were left out are named one by one, up to this number
 _SHUFFLE = 0x77726974  # names the permutation of the examples
 
 
@@ -65,14 +60,15 @@ def write(
       workers: shards written at a time; 0: one per CPU.
 
     Returns:
-      The index of each split, which is also in ``dest/SPLIT.json``.
+      The index of each split, which is also in ``dest/SPLIT.json``; its ``left_out``
+      lists what could not be decoded.
 
     Raises:
-      UserError: the source is no data set or has a file that cannot be read, ``dest``
-        is no folder, or the disk is full.
+      UserError: the source is not a data set or holds no image that can be decoded,
+        ``dest`` is not a folder, or the disk is full.
     """
     if format not in FORMATS:
-        raise UserError(f"unknown format {format!r}: choose one of {list(FORMATS)}")
+        raise UserError(f"--format is {format!r}: choose one of {list(FORMATS)}")
     if source.startswith("tfds:"):
         cfg = DataConfig(source="tfds", name=source.removeprefix("tfds:"))
     else:
@@ -87,23 +83,29 @@ def write(
     result = {}
     for name in (split,) if split else ("train", "test"):
         part = sources.evaluation_split(cfg, dataset, name)
-        if part.parse is not None:
-            record = tf.TensorSpec((), tf.string)
-            parse = tf.function(part.parse, input_signature=[record], autograph=False)
-            part = dataclasses.replace(part, parse=parse)
         result[name] = _write_split(
             dataset, part, dest, name, format, shards, workers, progress
         )
     return result
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Job:
     """One shard: which examples, where to, and what identifies a finished one."""
 
     file: str
     positions: np.ndarray
     fingerprint: str
+    done: int = 0  # examples, written or left out
+
+
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """A finished shard."""
+
+    info: dict[str, Any]  # its entry in the index
+    labels: np.ndarray
+    left_out: list[dict[str, str]]
 
 
 def _write_split(
@@ -116,10 +118,61 @@ def _write_split(
     workers: int,
     progress: bool,
 ) -> dict[str, Any]:
+    jobs = _jobs(dataset, part, os.path.join(dest, name), format, shards)
+    index_file = os.path.join(dest, name + ".json")
+    if tf.io.gfile.exists(index_file):
+        tf.io.gfile.remove(index_file)
+    written: dict[str, _Written] = {}
+    pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
+    bar = tqdm(desc=name, total=len(part), unit=" images", disable=not progress)
+    try:
+        running = {pool.submit(_write_shard, job, part, format): job for job in jobs}
+        left = set(running)
+        while left:
+            finished, left = wait(left, timeout=1.0, return_when=FIRST_COMPLETED)
+            for future in finished:
+                written[running[future].file] = future.result()
+            bar.update(sum(job.done for job in jobs) - bar.n)
+    except (OSError, RuntimeError, tf.errors.OpError) as e:
+        pool.shutdown(cancel_futures=True)
+        raise _failure(e, dest, len(written), len(jobs)) from e
+    finally:
+        pool.shutdown(cancel_futures=True)
+        bar.close()
+    in_order = [written[job.file] for job in jobs]
+    labels = np.concatenate([w.labels for w in in_order])
+    index = {
+        "format": format,
+        "examples": sum(w.info["examples"] for w in in_order),
+        "multilabel": dataset.multilabel,
+        "class_names": list(dataset.class_names),
+        "class_counts": np.bincount(
+            labels[labels >= 0], minlength=dataset.num_classes
+        ).tolist(),
+        "image_key": IMAGE_KEY,
+        "label_key": LABEL_KEY,
+        "shards": [w.info for w in in_order],
+        "left_out": [bad for w in in_order for bad in w.left_out],
+    }
+    if not index["examples"]:
+        first = index["left_out"][0]
+        raise UserError(
+            f"none of the {len(part)} images of the split {name!r} can be decoded: the "
+            f"first is {first['image']} ({first['reason']})"
+        )
+    _replace(index_file, json.dumps(index, indent=1).encode())
+    _remove_others(dest, name, {w.info["file"] for w in in_order})
+    return index
+
+
+def _jobs(
+    dataset: Dataset, part: Split, prefix: str, format: str, shards: int
+) -> list[_Job]:
     size = len(part)
     if not shards:
         sample = np.linspace(0, size - 1, min(size, 64)).astype(np.int64)
-        mean = np.mean([len(_example(part, int(p))[0]) for p in sample])
+        found = [_encoded(part, int(p))[0] for p in sample]
+        mean = np.mean([len(f) if isinstance(f, bytes) else 0 for f in found])
         shards = min(max(1, math.ceil(mean * size / SHARD_BYTES)), size)
     if not 0 < shards <= size:
         raise UserError(f"--shards is {shards}: it must lie in [1, {size}]")
@@ -127,45 +180,9 @@ def _write_split(
     jobs = []
     for i in range(shards):
         positions = shuffled[i * size // shards : (i + 1) * size // shards]
-        file = os.path.join(dest, f"{name}-{i:05d}-of-{shards:05d}.{format}")
+        file = f"{prefix}-{i:05d}-of-{shards:05d}.{format}"
         jobs.append(_Job(file, positions, _fingerprint(dataset, part, positions)))
-    done, lock = 0, threading.Lock()
-    infos: dict[str, dict[str, Any]] = {}
-    counts = np.zeros(dataset.num_classes, np.int64)
-    index_file = os.path.join(dest, name + ".json")
-    if tf.io.gfile.exists(index_file):
-        tf.io.gfile.remove(index_file)
-    pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
-    futures = {pool.submit(_write_shard, j, part, format): j for j in jobs}
-    try:
-        for future in as_completed(futures):
-            info, labels = future.result()
-            with lock:
-                infos[info["file"]] = info
-                counts += np.bincount(labels[labels >= 0], minlength=len(counts))
-                done += 1
-            if progress:
-                print(f"\r{name}: {done} of {shards} shards", end="", flush=True)
-    except (OSError, RuntimeError, tf.errors.OpError) as e:
-        pool.shutdown(cancel_futures=True)
-        raise _failure(e, dest, len(infos), shards) from e
-    finally:
-        pool.shutdown(cancel_futures=True)
-    if progress:
-        print()
-    index = {
-        "format": format,
-        "examples": size,
-        "multilabel": dataset.multilabel,
-        "class_names": list(dataset.class_names),
-        "class_counts": counts.tolist(),
-        "image_key": IMAGE_KEY,
-        "label_key": LABEL_KEY,
-        "shards": [infos[os.path.basename(j.file)] for j in jobs],
-    }
-    _replace(index_file, json.dumps(index, indent=1).encode())
-    _remove_others(dest, name, set(infos))
-    return index
+    return jobs
 
 
 def _remove_others(dest: str, name: str, files: set[str]) -> None:
@@ -179,102 +196,114 @@ def _remove_others(dest: str, name: str, files: set[str]) -> None:
             tf.io.gfile.remove(os.path.join(dest, file))
 
 
-def _write_shard(
-    job: _Job, part: Split, format: str
-) -> tuple[dict[str, Any], np.ndarray]:
-    """Writes one shard unless it is there already; returns its index entry and labels.
+def _write_shard(job: _Job, part: Split, format: str) -> _Written:
+    """Writes one shard unless it is there already.
 
     The sidecar is written last: it vouches for the shard.
     """
     sidecar = job.file + ".npz"
     if tf.io.gfile.exists(sidecar):
-        labels = _finished(job)
-        if labels is not None:
-            return _info(job, tf.io.gfile.stat(job.file).length), labels
+        found = _finished(job)
+        if found is not None:
+            job.done = len(job.positions)
+            return found
         tf.io.gfile.remove(sidecar)
     temporary = job.file + ".tmp"
-    offsets, label_lists = [0], []
     try:
-        writer = _writer(temporary, format)
-        try:
-            for position in job.positions:
-                record, labels = _record(part, int(position))
-                writer.write(record)
-                offsets.append(offsets[-1] + len(record) + 16)
-                label_lists.append(labels)
-        finally:
-            writer.close()
-        size = tf.io.gfile.stat(temporary).length
-        if format == TFRECORD and size != offsets[-1]:
-            raise OSError(errno.ENOSPC, "the shard is shorter than what was written")
-        flat = np.array([v for x in label_lists for v in x], np.int32)
+        arrays = _fill(job, part, temporary, format)
         buffer = io.BytesIO()
-        np.savez(
-            buffer,
-            offsets=np.array(offsets if format == TFRECORD else [], np.int64),
-            labels=flat,
-            label_counts=np.array([len(x) for x in label_lists], np.int32),
-            bytes=size,
-            fingerprint=job.fingerprint,
-        )
+        np.savez(buffer, **arrays)
         tf.io.gfile.rename(temporary, job.file, overwrite=True)
         _replace(sidecar, buffer.getvalue())
     except BaseException:
         if tf.io.gfile.exists(temporary):
             tf.io.gfile.remove(temporary)
         raise
-    return _info(job, size), flat
+    return _written(job, arrays)
 
 
-def _finished(job: _Job) -> np.ndarray | None:
-    """The labels of a shard that an earlier run wrote; None where it is another one."""
+def _fill(job: _Job, part: Split, file: str, format: str) -> dict[str, Any]:
+    """Writes the records of a shard; returns what its sidecar holds."""
+    offsets, label_lists, left_out = [0], [], []
+    writer = _writer(file, format)
     try:
-        found = read_sidecar(job.file, "fingerprint", "bytes", "labels")
+        for position in job.positions.tolist():
+            image, labels = _encoded(part, position)
+            name = part.name_of(position)
+            if isinstance(image, Unreadable):
+                left_out.append({"image": name, "reason": image.reason})
+            else:
+                record = _record(image, labels, os.path.basename(name))
+                writer.write(record)
+                offsets.append(offsets[-1] + len(record) + 16)
+                label_lists.append(labels)
+            job.done += 1
+    finally:
+        writer.close()
+    size = tf.io.gfile.stat(file).length
+    if format == TFRECORD and size != offsets[-1]:
+        raise OSError(errno.ENOSPC, "the shard is shorter than what was written")
+    return {
+        "offsets": np.array(offsets if format == TFRECORD else [], np.int64),
+        "labels": np.concatenate([np.zeros(0, np.int32), *label_lists]),
+        "label_counts": np.array([len(x) for x in label_lists], np.int32),
+        "bytes": np.array(size),
+        "fingerprint": np.array(job.fingerprint),
+        "left_out": np.array(json.dumps(left_out)),
+    }
+
+
+def _finished(job: _Job) -> _Written | None:
+    """A shard that an earlier run wrote; None where it is another one."""
+    try:
+        found = read_sidecar(job.file)
     except UserError:  # cut short
         return None
-    if found is None or str(found[0]) != job.fingerprint:
+    if found is None or str(found["fingerprint"]) != job.fingerprint:
         return None
     if not tf.io.gfile.exists(job.file):
         return None
-    return found[2] if tf.io.gfile.stat(job.file).length == found[1] else None
+    same = tf.io.gfile.stat(job.file).length == found["bytes"]
+    return _written(job, found) if same and "left_out" in found else None
 
 
-def _record(part: Split, position: int) -> tuple[bytes, list[int]]:
-    image, labels = _example(part, position)
-    name = os.path.basename(part.name(int(part.index(np.array([position]))[0])))
+def _written(job: _Job, sidecar: dict[str, Any]) -> _Written:
+    info = {
+        "file": os.path.basename(job.file),
+        "examples": len(sidecar["label_counts"]),
+        "bytes": int(sidecar["bytes"]),
+        "fingerprint": job.fingerprint,
+    }
+    return _Written(info, sidecar["labels"], json.loads(str(sidecar["left_out"])))
+
+
+def _record(image: bytes, labels: np.ndarray, name: str) -> bytes:
     feature = {
         IMAGE_KEY: _bytes(image),
         LABEL_KEY: tf.train.Feature(int64_list=tf.train.Int64List(value=labels)),
         NAME_KEY: _bytes(name.encode()),
     }
     example = tf.train.Example(features=tf.train.Features(feature=feature))
-    return example.SerializeToString(deterministic=True), labels
+    return example.SerializeToString(deterministic=True)
 
 
-def _example(part: Split, position: int) -> tuple[bytes, list[int]]:
-    """The encoded image as it is (a decoded one becomes a PNG file, which loses
-    nothing) and its labels."""
-    index = part.index(np.array([position]))
-    data = part.fetch(index)
-    if part.kind == "record":
-        assert part.parse is not None
-        image, labels = part.parse(data[0])
-        return image.numpy(), labels.numpy().tolist()
-    if part.kind == "pixels":
-        pixels = np.frombuffer(data[0][0], np.uint8).reshape(data[1][0])
-        image = tf.io.encode_png(pixels).numpy()
-    else:
-        image = _read(data[0]) if part.kind == "path" else data[0]
-    assert part.labels is not None
-    return image, part.labels.of(index)[0].tolist()
-
-
-def _read(path: str) -> bytes:
+def _encoded(part: Split, position: int) -> tuple[bytes | Unreadable, np.ndarray]:
+    """The image file as it is (pixels become a PNG file, which loses nothing), where it
+    can be decoded, and its labels."""
+    (image,), (labels,) = part.read(np.array([position]))
     try:
-        with open(path, "rb") as stream:
-            return stream.read()
+        if part.kind == "path":
+            with open(image, "rb") as stream:
+                image = stream.read()
+        if part.kind == "pixels":
+            return tf.io.encode_png(image).numpy(), labels
+        if not isinstance(image, Unreadable):
+            graph.pixels(image, "encoded")
     except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}; mend or remove it") from e
+        image = Unreadable(str(e.strerror))
+    except graph.ERRORS as e:
+        image = Unreadable(graph.reason(e))
+    return image, labels
 
 
 def _bytes(value: bytes) -> Any:
@@ -294,28 +323,19 @@ def _writer(file: str, format: str) -> Any:
     return tf.io.TFRecordWriter(file)
 
 
-def _info(job: _Job, size: int) -> dict[str, Any]:
-    return {
-        "file": os.path.basename(job.file),
-        "examples": len(job.positions),
-        "bytes": int(size),
-        "fingerprint": job.fingerprint,
-    }
-
-
 def _fingerprint(dataset: Dataset, part: Split, positions: np.ndarray) -> str:
     """Changes when a shard would hold other examples, labels or classes, or when a file
     was replaced."""
     digest = hashlib.sha256(json.dumps(dataset.class_names).encode())
-    index = part.index(positions)
-    for i in index.tolist():
-        digest.update(part.name(i).encode() + b"\0")
+    for position in positions.tolist():
+        digest.update(part.name_of(position).encode() + b"\0")
     if part.labels is not None:
-        for labels in part.labels.of(index):
+        for labels in part.labels.of(part.index(positions)):
             digest.update(labels.tobytes() + b"\0")
     if part.kind == "path":
-        for path in part.fetch(index):
-            status = os.stat(path)
+        for path in part.read(positions)[0]:
+            # One that is gone will be among those left out.
+            status = os.stat(path) if os.path.exists(path) else os.stat_result([0] * 10)
             digest.update(f"{status.st_size} {status.st_mtime_ns}\0".encode())
     return digest.hexdigest()
 
@@ -367,6 +387,12 @@ def main(arguments: list[str]) -> None:
             f"{name}: {index['examples']} examples of {len(index['class_names'])} "
             f"classes in {len(index['shards'])} {index['format']} shards"
         )
+        left_out = index["left_out"]
+        for bad in left_out[:_LISTED]:
+            print(f"  left out: {bad['image']}: {bad['reason']}")
+        if len(left_out) > _LISTED:
+            more = len(left_out) - _LISTED
+            print(f"  and {more} more, which {os.path.join(dest, name)}.json lists")
 
 
 if __name__ == "__main__":

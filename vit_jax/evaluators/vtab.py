@@ -9,7 +9,6 @@ they are shown only for orientation.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from etils import epath
 
@@ -18,42 +17,8 @@ from vit_jax.config import choose
 from vit_jax.errors import UserError
 from vit_jax.evaluators.context import Amounts, Context
 from vit_jax.evaluators.linear_probe import L2_GRID, linear_probe
+from vit_jax.vtab_tasks import GROUPS, PAPER, TASKS
 from vit_jax.workdir import read_metrics
-
-
-class Task(NamedTuple):
-    """A row of Table 9: accuracy in % after fine-tuning."""
-
-    group: str
-    title: str
-    h14_jft: float
-    l16_jft: float
-    l16_i21k: float
-
-
-TASKS = {
-    "caltech101": Task("natural", "Caltech101", 95.3, 95.4, 90.8),
-    "cifar100": Task("natural", "CIFAR-100", 85.5, 81.9, 84.1),
-    "dtd": Task("natural", "DTD", 75.2, 74.3, 74.1),
-    "flowers102": Task("natural", "Flowers102", 99.7, 99.7, 99.3),
-    "pets": Task("natural", "Pets", 97.2, 96.7, 92.7),
-    "sun397": Task("natural", "Sun397", 65.0, 63.5, 61.0),
-    "svhn": Task("natural", "SVHN", 88.9, 87.4, 80.9),
-    "patch_camelyon": Task("specialized", "Camelyon", 83.3, 83.6, 82.5),
-    "eurosat": Task("specialized", "EuroSAT", 96.7, 96.5, 95.6),
-    "resisc45": Task("specialized", "Resisc45", 91.4, 89.7, 85.2),
-    "retinopathy": Task("specialized", "Retinopathy", 76.6, 77.1, 75.3),
-    "clevr_count": Task("structured", "Clevr-Count", 91.7, 86.4, 70.3),
-    "clevr_distance": Task("structured", "Clevr-Dist", 63.8, 63.1, 56.1),
-    "dmlab": Task("structured", "DMLab", 53.1, 49.7, 41.9),
-    "dsprites_location": Task("structured", "dSpr-Loc", 79.4, 74.5, 74.7),
-    "dsprites_orientation": Task("structured", "dSpr-Ori", 63.3, 60.5, 64.9),
-    "kitti_distance": Task("structured", "KITTI-Dist", 84.5, 82.2, 79.9),
-    "smallnorb_azimuth": Task("structured", "sNORB-Azim", 33.2, 36.2, 30.5),
-    "smallnorb_elevation": Task("structured", "sNORB-Elev", 51.2, 51.1, 41.7),
-}
-GROUPS = ("natural", "specialized", "structured")
-PAPER = ("h14_jft", "l16_jft", "l16_i21k")
 
 
 def vtab(

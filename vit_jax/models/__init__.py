@@ -38,6 +38,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vit_jax.config import ModelConfig
+from vit_jax.models import published
 from vit_jax.models.attention import Attend, beyond_attend
 from vit_jax.models.flops import macs
 from vit_jax.models.resnet import ResNet
@@ -45,6 +46,7 @@ from vit_jax.models.variants import (
     has_class_token,
     has_stem,
     is_resnet,
+    names,
     prefix_tokens,
     resolve,
     token_grid,
@@ -62,7 +64,9 @@ __all__ = [
     "has_stem",
     "is_resnet",
     "macs",
+    "names",
     "prefix_tokens",
+    "published",
     "resolve",
     "token_grid",
     "token_stride",

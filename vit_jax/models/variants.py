@@ -1,71 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model zoo: names, the sizes behind them, and what sizes are possible."""
+"""What a name stands for, what sizes are possible, and what follows from them."""
 
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from vit_jax.config import Config, ModelConfig, checked, nearest
 from vit_jax.errors import UserError
-
-
-class Size(NamedTuple):
-    """One row of Table 1."""
-
-    depth: int
-    width: int
-    mlp_dim: int
-    heads: int
-
-
-# B, L, H: Table 1. Ti, S: the official code. The rest: big_vision ("Scaling Vision
-# Transformers", arXiv 2106.04560, and later). Case only matters between g and G.
-SIZES = {
-    "mu": Size(1, 32, 128, 2),
-    "Ti": Size(12, 192, 768, 3),
-    "S": Size(12, 384, 1536, 6),
-    "M": Size(12, 512, 2048, 8),
-    "B": Size(12, 768, 3072, 12),
-    "L": Size(24, 1024, 4096, 16),
-    "So400m": Size(27, 1152, 4304, 16),
-    "H": Size(32, 1280, 5120, 16),
-    "g": Size(40, 1408, 6144, 16),
-    "g-opt": Size(40, 1536, 6144, 16),
-    "G": Size(48, 1664, 8192, 16),
-    "G-opt": Size(48, 1536, 8192, 16),
-    "e": Size(56, 1792, 15360, 16),
-}
-
-# Residual units per stage of the ResNet baselines, R50x1 and so on.
-RESNETS = {
-    "R26": (2, 2, 2, 2),
-    "R50": (3, 4, 6, 3),
-    "R101": (3, 4, 23, 3),
-    "R152": (3, 8, 36, 3),
-    "R200": (3, 24, 36, 3),
-}
-
-# Stems of the hybrids: (residual units per stage, patch on the feature map). The number
-# in the name is the total stride (Section 4.1): for 16 the units of stage 4 move into
-# stage 3. Except R+X/16, which is of stride 4 * 8 = 32 in spite of its name.
-STEMS = {
-    ("R", 16): ((), 8),
-    ("R26", 32): ((2, 2, 2, 2), 1),
-    ("R50", 16): ((3, 4, 9), 1),
-    ("R50", 32): ((3, 4, 6, 3), 1),
-}
+from vit_jax.models import published
+from vit_jax.models.sizes import RESNETS, SIZES, STEMS
 
 _NAME = re.compile(
     r"(?:(?P<stem>R\d*)(?:x(?P<factor>[1-9]\d*))?[+_])?"
     r"(?:ViT[-_])?(?P<size>[a-z][a-z0-9-]*)[/_](?P<patch>[1-9]\d*)",
     re.IGNORECASE,
 )
+_DEFAULT = ModelConfig()
 _RESNET = re.compile(r"(?P<stem>R\d+)x(?P<factor>[1-9]\d*)", re.IGNORECASE)
 
 
 def resolve(cfg: ModelConfig) -> ModelConfig:
-    """Fills the zeros of ``cfg`` in from its name and checks that the sizes fit.
+    """Fills in from its name what ``cfg`` leaves at the default, and checks the sizes.
 
     ``num_classes`` and ``image_size`` may stay 0: then the model returns what the head
     would read, and takes images of the size it first sees.
@@ -75,10 +31,9 @@ def resolve(cfg: ModelConfig) -> ModelConfig:
       UserError: naming the field.
     """
     cfg = checked(Config(model=cfg)).model
-    row = _sizes_of(cfg.name) if cfg.name else {}
-    cfg = dataclasses.replace(
-        cfg, **{k: v for k, v in row.items() if not getattr(cfg, k)}
-    )
+    row = _fields_of(cfg.name) if cfg.name else {}
+    unset = lambda field: getattr(cfg, field) == getattr(_DEFAULT, field)
+    cfg = dataclasses.replace(cfg, **{k: v for k, v in row.items() if unset(k)})
     if cfg.resnet and not cfg.resnet_width:
         cfg = dataclasses.replace(cfg, resnet_width=1)
     if is_resnet(cfg):
@@ -87,6 +42,14 @@ def resolve(cfg: ModelConfig) -> ModelConfig:
         cfg = dataclasses.replace(cfg, width=features, head=head, patch=1)
     _check(cfg)
     return cfg
+
+
+def names() -> list[str]:
+    """Every name that is written out somewhere; any size goes with any patch."""
+    found = [f"ViT-{size}/{patch}" for size in SIZES for patch in (14, 16, 32)]
+    found += [f"{stem}+ViT-{size}/{patch}" for stem, patch in STEMS for size in SIZES]
+    found += [f"{resnet}x{factor}" for resnet in RESNETS for factor in (1, 2, 3, 4)]
+    return found + list(published.ARCHITECTURES)
 
 
 def is_resnet(cfg: ModelConfig) -> bool:
@@ -132,7 +95,7 @@ def _stem_stride(cfg: ModelConfig) -> int:
     return 4 * 2 ** max(len(cfg.resnet) - 1, 0) if has_stem(cfg) else 1
 
 
-def _sizes_of(name: str) -> dict[str, Any]:
+def _fields_of(name: str) -> dict[str, Any]:
     """The fields that a name gives."""
     if match := _RESNET.fullmatch(name):
         stem = match["stem"].upper()
@@ -150,14 +113,14 @@ def _sizes_of(name: str) -> dict[str, Any]:
             width = int(match["factor"] or 1)
             found = {"resnet": resnet, "resnet_width": width, "patch": patch}
             return SIZES[same[0]]._asdict() | found
-    names = [f"ViT-{size}/{patch}" for size in SIZES for patch in (14, 16, 32)]
-    names += [f"{s}+ViT-{size}/{p}" for s, p in STEMS for size in SIZES]
-    names += [f"{resnet}x{factor}" for resnet in RESNETS for factor in (1, 2, 3, 4)]
+    elif found := published.fields_of(name):
+        return {k: v for k, v in found.items() if k != "image_size"}
     raise UserError(
-        f"unknown model name {name!r}: {nearest(name, names)}a name is "
+        f"unknown model name {name!r}: {nearest(name, names())}a name is "
         f"'ViT-SIZE/PATCH' with SIZE one of {list(SIZES)}, a hybrid such as "
-        f"{[f'{s}+ViT-B/{p}' for s, p in STEMS]}, or a ResNet, one of {list(RESNETS)} "
-        "with a width factor, such as 'R50x1'"
+        f"{[f'{s}+ViT-B/{p}' for s, p in STEMS]}, a ResNet, one of {list(RESNETS)} "
+        "with a width factor, such as 'R50x1', or what timm or Hugging Face call a "
+        "plain ViT, such as 'vit_small_patch14_dinov2'"
     )
 
 

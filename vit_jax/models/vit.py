@@ -98,16 +98,16 @@ class ViT(nn.Module):
     def _prefix(self, x: jax.Array) -> list[jax.Array]:
         """The learned tokens that come before the patches x, each (B, n, D)."""
         c = self.cfg
-        counts = {
-            "cls": int(has_class_token(c)),
-            "dist": int(c.distillation != "none"),
-            "registers": c.registers,
-        }
+        # Registers have no positions: equal ones would stay equal.
+        zeros, normal = nn.initializers.zeros, nn.initializers.normal(0.02)
         tokens = []
-        for name, count in counts.items():
+        for name, count, init in (
+            ("cls", int(has_class_token(c)), zeros),
+            ("dist", int(c.distillation != "none"), normal),
+            ("registers", c.registers, normal),
+        ):
             if count:
-                zeros = nn.initializers.zeros
-                token = self.param(name, zeros, (1, count, c.width)).astype(x.dtype)
+                token = self.param(name, init, (1, count, c.width)).astype(x.dtype)
                 tokens.append(jnp.broadcast_to(token, (x.shape[0], count, c.width)))
         return tokens
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vit_jax import models
 from vit_jax.config import Config, choose
 from vit_jax.errors import UserError
 from vit_jax.objectives.objective import LossFn, Metrics, Objective
@@ -137,7 +138,7 @@ def _target(cfg: Config) -> Target:
 def outputs(cfg: Config) -> int:
     """Width of the head, predictions per patch; ``cfg.model`` must be resolved."""
     model = cfg.model
-    if model.resnet_width:
+    if models.has_stem(model):
         raise UserError(
             f"config.loss='masked_patch' corrupts patches of pixels, which {model.name!r} "
             "does not have: choose a config.model.name without a ResNet"

@@ -44,7 +44,9 @@ class Metadata:
     # Fields of ModelConfig.
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     multilabel: bool = False  # probabilities are independent: sigmoid, not softmax
-    layout: str = ""  # "timm", "hf" or "": how the arrays are named
+    family: str = ""  # whose names the file has: of families.py; "": the released ones
+    arrays: tuple[str, ...] = ()  # which arrays it has, see roles.write
+    resize: str = ""  # how tables of positions are resized, see positions.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +57,12 @@ class Contents:
     arrays: dict[str, Array]
     metadata: Metadata = Metadata()
     notes: tuple[str, ...] = ()  # lines for the report
+    torch: bool = False  # the arrays have the names of a torch model
+    # JSON objects beside torch weights, by file name, for example "config.json".
+    files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
+_GROUP = Path("/sys/fs/cgroup")  # what the system says about this container
 # Names, arrays or instructions that a file may hold: a published ViT has some hundreds.
 MOST_ENTRIES = 100_000
 
@@ -178,11 +184,10 @@ def available_memory() -> int:
     except OSError:
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     try:
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
+        limit = (_GROUP / "memory.max").read_text().strip()
+        used = int((_GROUP / "memory.current").read_text())
         # Cached files count as used, but the system drops them when memory is short.
-        stat = dict(map(str.split, (group / "memory.stat").read_text().splitlines()))
+        stat = dict(map(str.split, (_GROUP / "memory.stat").read_text().splitlines()))
         cached = int(stat["inactive_file"]) + int(stat["active_file"])
         if limit != "max":
             limits.append(int(limit) - used + cached)

@@ -2,8 +2,7 @@
 """Downloads of ``https://`` and ``gs://`` (public buckets) into a cache.
 
 A file gets its name in the cache only when it is complete and looks like what was asked
-for. Until then its bytes wait beside the cache, in ``<cache>.partial``, where the next
-attempt resumes. A cached file is used without asking the network again.
+for. Until then its bytes wait in ``.partial`` there, where the next attempt resumes. A cached file is used without asking the network again.
 """
 
 import contextlib
@@ -140,7 +139,8 @@ def _claimed(target: Path) -> Iterator[tuple[IO[bytes], Path]]:
     """The partial file of ``target``, for this process alone; others wait here."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = _partial(target)
+        partial = cache_folder() / ".partial" / f"{target.parent.name}-{target.name}"
+        partial.parent.mkdir(exist_ok=True)
         owned = False
         while not owned:
             with partial.open("ab") as file:
@@ -155,19 +155,6 @@ def _claimed(target: Path) -> Iterator[tuple[IO[bytes], Path]]:
             f"the cache {cache_folder()} cannot be written ({e.strerror}): set "
             "VIT_JAX_CACHE to a folder where it can"
         ) from e
-
-
-def _partial(target: Path) -> Path:
-    """Beside the cache rather than in it, if the user may write there."""
-    cache = cache_folder()
-    for folder in (cache.with_name(cache.name + ".partial"), cache / ".partial"):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if folder.stat().st_dev == target.parent.stat().st_dev:
-            return folder / f"{target.parent.name}-{target.name}"
-    return target.with_name(f".{target.name}.partial")
 
 
 def _fill(

@@ -122,7 +122,9 @@ def read(
         if member is None:
             raise Damaged(f"{where}: the values of {name!r} are missing")
         total += member.file_size
-        if is_weight(name, np.dtype(tensor.storage.dtype), tensor.shape, where):
+        dtype, shape = np.dtype(tensor.storage.dtype), tensor.shape
+        # A single number is kept: it may betray a family.
+        if is_weight(name, dtype, shape, where) or not shape:
             arrays[name] = _array(archive, member, name, tensor, where)
     require_memory(total, size, where)
     return arrays, notes
@@ -239,6 +241,7 @@ def _models(root: Any) -> dict[str, dict[str, _Tensor]]:
     A dict that appears twice is looked at once, so that the time goes with the file.
     """
     models: dict[str, dict[str, _Tensor]] = {}
+    part: dict[str, _Tensor] = {}  # one file of several may lack the patch embedding
     seen: set[int] = set()
     waiting: list[tuple[tuple[str, ...], Any]] = [((), root)]
     while waiting:
@@ -250,7 +253,9 @@ def _models(root: Any) -> dict[str, dict[str, _Tensor]]:
         tensors = {k: v for k, v in node.items() if isinstance(v, _Tensor)}
         if any(len(t.shape) == 4 for t in tensors.values()):
             models["/".join(path)] = tensors
-    return models
+        elif tensors and not path:
+            part = tensors
+    return models or ({"": part} if part else {})
 
 
 def _chosen(models: dict[str, Any], tree: str, where: str) -> str:
