@@ -10,9 +10,9 @@ up by overrides alone: --config.model.width=384 --config.model.depth=12
 --config.model.mlp_dim=1536 --config.model.heads=6 --config.steps=50000.
 """
 
-from vit_jax import recipes
+from vit_jax import demos
 from vit_jax.config import config_dict
 
 
 def get_config():
-    return config_dict(recipes.small())
+    return config_dict(demos.small())

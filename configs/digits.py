@@ -7,9 +7,9 @@ Expected: 0.98 on the held-out fifth, after 1,500 steps (67 epochs). Cost: a min
 two on two CPU cores.
 """
 
-from vit_jax import recipes
+from vit_jax import demos
 from vit_jax.config import config_dict
 
 
 def get_config():
-    return config_dict(recipes.digits())
+    return config_dict(demos.digits())

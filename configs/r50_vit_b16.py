@@ -10,8 +10,5 @@ Cost: 165 exaFLOPs on imagenet21k (90 epochs, 21.5 GMAC per image). Not run by u
 """
 
 from vit_jax import recipes
-from vit_jax.config import config_dict
 
-
-def get_config(dataset="imagenet21k"):
-    return config_dict(recipes.pretrain("R50+ViT-B/16", dataset))
+get_config = recipes.table3("R50+ViT-B/16")

@@ -10,8 +10,5 @@ Cost: 834 exaFLOPs for 7 epochs of jft (half of Table 6's 14). Not run by us.
 """
 
 from vit_jax import recipes
-from vit_jax.config import config_dict
 
-
-def get_config(dataset="imagenet21k"):
-    return config_dict(recipes.pretrain("R50+ViT-L/16", dataset))
+get_config = recipes.table3("R50+ViT-L/16")

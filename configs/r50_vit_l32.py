@@ -10,8 +10,5 @@ Cost: 246 exaFLOPs for 7 epochs of jft (Table 6). Not run by us.
 """
 
 from vit_jax import recipes
-from vit_jax.config import config_dict
 
-
-def get_config(dataset="imagenet21k"):
-    return config_dict(recipes.pretrain("R50+ViT-L/32", dataset))
+get_config = recipes.table3("R50+ViT-L/32")

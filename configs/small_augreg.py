@@ -10,9 +10,9 @@ and loss 1.74 without, 0.409 and 1.63 with: it overfits less (training loss 0.73
 1.83), but so small a model needs more than 80 epochs to gain accuracy from it.
 """
 
-from vit_jax import recipes
+from vit_jax import demos
 from vit_jax.config import config_dict
 
 
 def get_config(preset="augreg"):
-    return config_dict(recipes.small_augreg(preset))
+    return config_dict(demos.small_augreg(preset))

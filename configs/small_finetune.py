@@ -10,7 +10,7 @@ scratch, 0.633 from configs/cifar10.py, 0.690 from masked pre-training, 2 CPU mi
 each; cifar10 0.571 (8 CPU minutes), 0.528 with --config.data.image_size=32.
 """
 
-from vit_jax import recipes
+from vit_jax import demos
 from vit_jax.config import choose, config_dict
 
 CROP = ({"op": "inception_crop", "area": (0.5, 1.0)},)  # digits are not flipped
@@ -22,4 +22,4 @@ TASKS = {
 
 def get_config(task="mnist"):
     changes = choose("task", task, TASKS)
-    return config_dict(recipes.small(**changes, batch=64, optim__warmup=20))
+    return config_dict(demos.small(**changes, batch=64, optim__warmup=20))

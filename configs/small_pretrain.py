@@ -10,7 +10,7 @@ loss from ln 512 = 6.24 to 1.83 (the entropy of the patches' colours is 4.23); f
 on MNIST it reaches 0.690 (small_finetune.py). Supervised: see cifar10.py.
 """
 
-from vit_jax import recipes
+from vit_jax import demos
 from vit_jax.config import choose, config_dict
 
 MASKED = {"loss": "masked_patch", "model__head": "masked_patch", "eval__evaluators": ()}
@@ -18,4 +18,4 @@ MASKED = {"loss": "masked_patch", "model__head": "masked_patch", "eval__evaluato
 
 def get_config(objective="supervised"):
     changes = {"supervised": {}, "masked": MASKED}
-    return config_dict(recipes.small(**choose("objective", objective, changes)))
+    return config_dict(demos.small(**choose("objective", objective, changes)))

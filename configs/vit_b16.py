@@ -10,8 +10,5 @@ Cost: 135 exaFLOPs on imagenet21k, 41 on imagenet (300 epochs). Not run by us.
 """
 
 from vit_jax import recipes
-from vit_jax.config import config_dict
 
-
-def get_config(dataset="imagenet21k"):
-    return config_dict(recipes.pretrain("ViT-B/16", dataset))
+get_config = recipes.table3("ViT-B/16")

@@ -11,8 +11,5 @@ TPU v3), 142 on imagenet (300). Not run by us.
 """
 
 from vit_jax import recipes
-from vit_jax.config import config_dict
 
-
-def get_config(dataset="imagenet21k"):
-    return config_dict(recipes.pretrain("ViT-L/16", dataset))
+get_config = recipes.table3("ViT-L/16")

@@ -10,8 +10,5 @@ Cost: 39 exaFLOPs on imagenet21k (30 epochs), 36 on imagenet (300). Not run by u
 """
 
 from vit_jax import recipes
-from vit_jax.config import config_dict
 
-
-def get_config(dataset="imagenet21k"):
-    return config_dict(recipes.pretrain("ViT-L/32", dataset))
+get_config = recipes.table3("ViT-L/32")

@@ -13,6 +13,7 @@ status 1: some failed. Not collected by pytest; ``test_weights_fuzz.py`` runs a 
 import argparse
 import collections
 import json
+import logging
 import random
 import re
 import shutil
@@ -187,6 +188,7 @@ def attempt(source: Path, size: int) -> tuple[str, str]:
 def quiet() -> None:
     """What Orbax logs about damage, the commands do not show either."""
     absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda report: None
 
 

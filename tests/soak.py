@@ -36,8 +36,9 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from tiny import TINY  # noqa: E402
 
-from vit_jax import cli, config, train  # noqa: E402
+from vit_jax import config, train  # noqa: E402
 from vit_jax.checkpoint import load_params  # noqa: E402
+from vit_jax.errors import PREEMPTED  # noqa: E402
 from vit_jax.workdir import read_metrics  # noqa: E402
 
 EVALUATE, SAVE = 16, 10  # steps between them
@@ -51,7 +52,7 @@ def live(cfg: config.Config, workdir: Path, log: Path) -> None:
         os.dup2(f.fileno(), 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
     try:
-        status = cli.PREEMPTED if train.train(cfg, str(workdir)).preempted else 0
+        status = PREEMPTED if train.train(cfg, str(workdir)).preempted else 0
     except Exception:
         traceback.print_exc()
         status = 1
@@ -181,7 +182,7 @@ def main() -> int:
         if not killed.wait_for(phase, rng):
             status = killed.wait()
             break
-        os.kill(killed.process.pid, sent)
+        os.kill(int(killed.process.pid or 0), sent)
         status = killed.wait(120)
         kills += 1
         ends[phase, sent.name, status] += 1

@@ -100,6 +100,12 @@ def test_two_steps_trace(name):
     assert batch["image"].shape[:1] == (cfg.batch,)
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_synthetic_images_need_no_other_flag(name):
+    cfg = config.replace(load(name), data__source="synthetic", data__subset=0.0)
+    assert data.describe(cfg.data).num_train
+
+
 def test_every_pipeline_makes_an_image():
     """What the configs do to a photo, training and evaluation, is done to one."""
     from data_files import encoded, picture

@@ -362,6 +362,13 @@ def test_randaugment_applies_one_of_all_operations():
     assert max(counts.values()) < 70
 
 
+def test_magnitudes_in_pixels_that_exceed_the_image_are_mentioned(caplog):
+    for side, m, words in ((224, 20.0, 0), (96, 3.0, 0), (32, 5.0, 1), (96, 10.0, 1)):
+        caplog.clear()
+        ra.randaugment(tf.zeros([side, side, 3], tf.uint8), seeds(1)[0], n=1, m=m)
+        assert caplog.text.count("many become one colour") == words
+
+
 def test_randaugment_applies_n_layers():
     image = tf.zeros([8, 8, 3], tf.uint8) + 10
     # 12 of the 16 operations do something to a plain dark image, most of them visibly.

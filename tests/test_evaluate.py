@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 from tiny import TINY
 from trained import trained_workdir
 
 from vit_jax import config, weights
+from vit_jax import workdir as run_files
 from vit_jax.errors import UserError
 from vit_jax.evaluate import _class_names, evaluate, table
 from vit_jax.evaluators import vtab
@@ -40,6 +42,37 @@ def test_a_workdir_gives_the_numbers_of_its_training(workdir, tmp_path):
     saved = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert saved == {"source": workdir, "metrics": metrics}
     assert "test/accuracy" in (tmp_path / "out" / "evaluation.txt").read_text()
+
+
+def test_loading_a_run_is_silent(workdir, caplog):
+    """Orbax warned about each read of a checkpoint."""
+    weights.load(workdir)
+    assert [r.getMessage() for r in caplog.records if r.name == "absl"] == []
+
+
+def test_a_run_in_a_bucket_brings_its_config(workdir, tmp_path, monkeypatch):
+    """``gs://bucket`` stands for a local folder."""
+    opened = []
+    real = epath.Path
+
+    def path(place):
+        opened.append(str(place))
+        return real(str(place).replace("gs://bucket", str(tmp_path)))
+
+    (tmp_path / "run").symlink_to(workdir)
+    monkeypatch.setattr(epath, "Path", path)
+    found = run_files.stored_config("gs://bucket/run")
+    assert opened == ["gs://bucket/run"]
+    assert found is not None
+    assert found.data.num_classes == 5
+    assert run_files.stored_config("gs://bucket/none") is None
+    rows = vtab.read_metrics("gs://bucket/run")
+    assert rows[-1]["step"] == 4
+
+
+def test_a_folder_of_hugging_face_is_not_a_run(shared):
+    with pytest.raises(UserError, match=r"brings no config.json of a run: say what"):
+        evaluate(str(shared / "golden" / "hf_vit"))
 
 
 @pytest.fixture(scope="module")

@@ -206,6 +206,14 @@ def test_names_carry_the_prefix(fake):
     assert evaluators.prefix({"type": "accuracy", "split": "train"}) != "train"
 
 
+def test_a_metric_says_whether_lower_is_better():
+    for metric in ("test/loss", "calibration/ece", "mine/brier", "clean_train/loss"):
+        assert evaluators.lower_is_better(metric)
+    # A class or a task may be called like the end of one of them.
+    for metric in ("test/accuracy", "knn/accuracy_k10", "vtab/piece", "train/gloss"):
+        assert not evaluators.lower_is_better(metric)
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
@@ -219,6 +227,7 @@ def test_names_carry_the_prefix(fake):
             "evaluators.0. has the unknown option 'kk'",
         ),
         (({"type": "accuracy"},) * 2, "another 'prefix'"),
+        (({"type": "knn", "prefix": 5},), "evaluators.0..prefix is 5: .* a string"),
         (({"type": 5},), "unknown config.eval.evaluators.0. type '5'"),
         (({"type": "accuracy", "data": 5},), "evaluators.0..data is 5.* group of keys"),
         (

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 # lines above.
 TIERS = """
 errors fields vtab_tasks config runtime preemption peers distributed progress feed config_file cli
-models data optim sharding checkpoint hlo hardware tpu search recipes
-objectives workdir weights inference photos
+models data optim sharding checkpoint hlo hardware tpu search recipes demos
+objectives workdir weights inference photos pixels
 evaluators
 analysis program
 train

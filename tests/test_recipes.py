@@ -120,6 +120,7 @@ def test_table_4_is_complete():
     [
         ("ViT-B/16", 0.0), ("ViT-B/32", 0.0), ("ViT-L/32", 0.0),
         ("ViT-L/16", 0.1), ("ViT-H/14", 0.1), ("R50+ViT-B/16", 0.1),
+        ("R50+ViT-L/32", 0.1),
     ],
 )  # fmt: skip
 def test_finetuning_dropout_and_rate_are_the_official_ones(model, dropout):

@@ -113,3 +113,15 @@ def test_errors(photo):
         preprocessing.prepare(photo, ({"op": "resize", "size": 9},), (8, 8))
     with pytest.raises(UserError, match="smaller than"):
         preprocessing.prepare(photo, ({"op": "central_crop"},), (99, 99))
+
+
+def test_operations_written_for_smaller_images_grow_to_the_model():
+    """As in DINOv2's folders: a model of 518 pixels with a crop of 224."""
+    ops = (
+        {"op": "resize_small", "size": 256},
+        {"op": "central_crop", "size": [224, 224]},
+    )
+    for model in (518, 224):
+        got = preprocessing.rescaled(ops, (518, 518), (model, model))
+        assert got[0]["size"] == round(256 * model / 224)
+        assert got[1]["size"] in ([model, model], [224, 224])

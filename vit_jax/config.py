@@ -138,11 +138,16 @@ class DataConfig:
 
     source: Literal["digits", "folder", "tfds", "records", "synthetic"] = "tfds"
     name: str = ""  # tfds: data set name, for example "cifar10"; vtab tasks: "vtab/dtd"
-    path: str = ""  # folder, records: where the images are; tfds: data_dir
+    # folder: class folders (layouts in data/folders.py) or a .csv or .jsonl table (columns
+    # in data/manifest.py); records: folder of the shards; tfds: data_dir.
+    path: str = ""
     # Side of the square images that reach the model, in pixels.
     image_size: Positive = 224
-    train_split: str = "train"  # tfds split expression, or sub-folder; see sources.py
-    # Falls back to "validation" or "val", then to the held-out share below.
+    # A sub-folder, a value of the column "split", or a split expression of tfds. Sub-folders
+    # are also found as Train/ or imagenet_train/.
+    train_split: str = "train"
+    # "test" falls back to "val" or "validation", then to the held-out share below; "": that
+    # share. folder: also a text file of lines "image label", such as "val.txt".
     test_split: str = "test"
     # Share of the examples held out for testing where the source has no test split; 1:
     # all of them, to evaluate on.
@@ -156,9 +161,8 @@ class DataConfig:
     subset_balanced: bool = True
     # For example ({"op": "inception_crop"}, {"op": "flip"}); (): just these.
     train_transforms: Annotated[tuple[dict[str, Any], ...], Named("op")] = ()
-    eval_transforms: Annotated[
-        tuple[dict[str, Any], ...], Named("op")
-    ] = ()  # (): ({"op": "resize"},)
+    # (): ({"op": "resize"},), which does not anti-alias: see data/transforms.py.
+    eval_transforms: Annotated[tuple[dict[str, Any], ...], Named("op")] = ()
     # synthetic: how many; multi-label records: width of the label vector; 0: found in
     # the data.
     num_classes: Count = 0
@@ -173,8 +177,10 @@ class DataConfig:
     # Examples shuffled at a time where the source is read in sequence; 0: those of 16
     # batches, and at least 8192.
     shuffle_buffer: Count = 0
-    # Share of unreadable examples above which the run stops; above 0, one is allowed
-    # however few examples there are.
+    # Share of unreadable examples above which the run stops; one is always allowed unless
+    # it is 0. An image of more than 134 megapixels (2**27) counts as unreadable. Decoding
+    # takes 3 bytes per pixel and thread for most files, 18 at the worst: see
+    # data/image_files.py.
     max_bad: Share = 0.01
 
 
@@ -244,7 +250,7 @@ class SweepConfig:
 
     learning_rates: tuple[Above0, ...] = (0.001, 0.003, 0.01, 0.03)  # the grid
     # Share of the training set that the runs of the grid are compared on.
-    holdout: Share = 0.1
+    holdout: Annotated[float, Range(0, 1, above=True, below=True)] = 0.1
     # Final runs on the whole training set, with seed, seed + 1, ...
     seeds: Positive = 3
     # What is compared, at the end of a run; the best wins.

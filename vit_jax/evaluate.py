@@ -156,16 +156,18 @@ def main(arguments: list[str]) -> int:
             "--config=configs/X.py"
         )
     options = flags.FLAGS
-    if options.vtab:
-        found = vtab.read(arguments[0])
-        metrics = {f"vtab/{k}": v for k, v in (found | vtab.means(found)).items()}
-        print(json.dumps(_nullable(metrics)) if options.json else vtab.table(found))
-        return 0
-    cli.connect()
-    cfg = None if options.config is None else cli.read_config()
-    metrics = evaluate(arguments[0], cfg, options.out)
+    with cli.only_json(options.json):
+        if options.vtab:
+            found = vtab.read(arguments[0])
+            metrics = {f"vtab/{k}": v for k, v in (found | vtab.means(found)).items()}
+            text = vtab.table(found)
+        else:
+            cli.connect()
+            cfg = None if options.config is None else cli.read_config()
+            metrics = evaluate(arguments[0], cfg, options.out)
+            text = table(metrics)
     if not jax.process_index():
-        print(json.dumps(_nullable(metrics)) if options.json else table(metrics))
+        cli.print_json(metrics) if options.json else print(text)
     return 0
 
 

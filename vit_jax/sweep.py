@@ -29,7 +29,7 @@ from etils import epath
 from vit_jax import cli, evaluators
 from vit_jax.config import Config
 from vit_jax.errors import PREEMPTED, UserError
-from vit_jax.workdir import read_metrics
+from vit_jax.workdir import is_evaluation, read_metrics
 
 
 class Run(NamedTuple):
@@ -83,13 +83,10 @@ def result(cfg: Config, run: Run) -> float | None:
         return None
     lines = [m for m in read_metrics(run.workdir) if m["step"] == cfg.steps]
     found = [m[cfg.sweep.metric] for m in lines if cfg.sweep.metric in m]
-    evaluated = any(
-        "/" in key and not key.startswith("train/") for m in lines for key in m
-    )
-    if evaluated and not found:
+    if any(map(is_evaluation, lines)) and not found:
         names = sorted({key for m in lines for key in m} - {"step"})
         raise UserError(
-            f"config.sweep.metric {cfg.sweep.metric!r} is not among the metrics of "
+            f"config.sweep.metric={cfg.sweep.metric!r} is not among the metrics of "
             f"{run.workdir}: choose one of {names}"
         )
     return found[-1] if found else None
@@ -97,20 +94,22 @@ def result(cfg: Config, run: Run) -> float | None:
 
 def best(results: dict[float, float], metric: str) -> float:
     """The learning rate with the best value of a metric; of equals, the smallest."""
-    sign = -1 if evaluators.smaller_is_better(metric) else 1
+    sign = -1 if evaluators.lower_is_better(metric) else 1
     return max(sorted(results), key=lambda lr: _rank(sign * results[lr]))
 
 
 def summary(
     learning_rate: float, grid: dict[float, float], final: Sequence[float]
 ) -> dict[str, Any]:
-    """What ``sweep.json`` holds."""
+    """What ``sweep.json`` holds; null stands for a rate that diverged, and for the
+    deviation of a single run."""
+    finite = lambda value: value if math.isfinite(value) else None
     return {
-        "selection": {repr(lr): value for lr, value in grid.items()},
+        "selection": {repr(lr): finite(value) for lr, value in grid.items()},
         "learning_rate": learning_rate,
-        "final": list(final),
-        "mean": statistics.fmean(final),
-        "std": statistics.stdev(final) if len(final) > 1 else 0.0,
+        "final": [finite(value) for value in final],
+        "mean": finite(statistics.fmean(final)),
+        "std": finite(statistics.stdev(final)) if len(final) > 1 else None,
     }
 
 
@@ -120,28 +119,17 @@ def check(cfg: Config, workdir: str) -> None:
         raise UserError(
             "--workdir is missing: give the folder that the sweep writes to"
         )
-    if not cfg.sweep.learning_rates or min(cfg.sweep.learning_rates) <= 0:
-        raise UserError(
-            f"config.sweep.learning_rates is {cfg.sweep.learning_rates}: "
-            "give one or more positive numbers"
-        )
+    if not cfg.sweep.learning_rates:
+        raise UserError("config.sweep.learning_rates=() is empty: give one or more")
     if len(set(cfg.sweep.learning_rates)) < len(cfg.sweep.learning_rates):
         raise UserError(
-            f"config.sweep.learning_rates {cfg.sweep.learning_rates} has the same twice"
-        )
-    if not 0 < cfg.sweep.holdout < 1:
-        raise UserError(
-            f"config.sweep.holdout is {cfg.sweep.holdout}: it must lie between 0 and 1"
-        )
-    if cfg.sweep.seeds < 1:
-        raise UserError(
-            f"config.sweep.seeds is {cfg.sweep.seeds}: it must be at least 1"
+            f"config.sweep.learning_rates={cfg.sweep.learning_rates} has the same twice"
         )
     evaluators.check(cfg)
     groups = ["train", *map(evaluators.prefix, cfg.eval.evaluators)]
     if not cfg.sweep.metric.startswith(tuple(f"{g}/" for g in groups)):
         raise UserError(
-            f"config.sweep.metric is {cfg.sweep.metric!r}: the metrics of these runs "
+            f"config.sweep.metric={cfg.sweep.metric!r}: the metrics of these runs "
             f"begin with {' or '.join(f'{g}/' for g in groups)}"
         )
 
@@ -160,8 +148,9 @@ def main(argv: list[str]) -> int:
     if flags.FLAGS.list:
         return _list(cfg, workdir, selection, arguments)
     grid = {}
-    for run in selection:
-        value, status = _finish(cfg, run, arguments)
+    for i, run in enumerate(selection):
+        part = f"selection, run {i + 1} of {len(selection)}"
+        value, status = _finish(cfg, run, arguments, part)
         if status == PREEMPTED:
             return status
         grid[run.learning_rate] = value
@@ -169,13 +158,15 @@ def main(argv: list[str]) -> int:
         raise UserError(f"none of the {len(grid)} runs of the grid finished: see above")
     chosen = best(grid, cfg.sweep.metric) if grid else cfg.sweep.learning_rates[0]
     final = []
-    for run in final_runs(cfg, workdir, chosen):
-        value, status = _finish(cfg, run, arguments)
+    for i, run in enumerate(final_runs(cfg, workdir, chosen)):
+        part = f"final, run {i + 1} of {cfg.sweep.seeds}"
+        value, status = _finish(cfg, run, arguments, part)
         if status:
             return status
         final.append(value)
     found = summary(chosen, grid, final)
-    (epath.Path(workdir) / "sweep.json").write_text(json.dumps(found, indent=2) + "\n")
+    text = json.dumps(found, indent=2, allow_nan=False) + "\n"
+    (epath.Path(workdir) / "sweep.json").write_text(text)
     _report(cfg, workdir, found)
     return 0
 
@@ -207,32 +198,39 @@ def _list(cfg: Config, workdir: str, selection: list[Run], arguments: list[str])
     return 0
 
 
-def _finish(cfg: Config, run: Run, arguments: list[str]) -> tuple[float, int]:
+def _finish(
+    cfg: Config, run: Run, arguments: list[str], part: str
+) -> tuple[float, int]:
     """Starts or continues a run unless it is finished: its metric and exit status.
 
     A run that failed counts as nan: too high a learning rate must not end the sweep.
     """
-    name = f"lr {run.learning_rate!r} seed {run.seed}"
+    name = f"{part}: lr {run.learning_rate!r} seed {run.seed}"
     value = result(cfg, run)
     if value is None:
-        command = run.command(arguments)
-        _say(f"sweep        {shlex.join(command)}")
-        status = _call(command)
+        _say(f"sweep        {name}")
+        status, reason = _call(run.command(arguments))
         value = result(cfg, run)
         if value is None:
             status = status or 1
-            _say(f"sweep        {name}: exit status {status}, no {cfg.sweep.metric}")
+            reason = reason or f"no {cfg.sweep.metric}"
+            _say(f"sweep        {name} ended with exit status {status}: {reason}")
             return math.nan, status
     _say(f"sweep        {name}: {cfg.sweep.metric} {value:.4f}")
     return value, 0
 
 
-def _call(command: list[str]) -> int:
-    """Exit status of a command. It is told to stop when this process is told to."""
-    process = subprocess.Popen(command)
+def _call(command: list[str]) -> tuple[int, str]:
+    """Exit status of a command, and the last line of its standard error. It is told to
+    stop when this process is told to."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    last = ""
     previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
-        return process.wait()
+        for line in process.stderr or ():
+            print(line, end="", file=sys.stderr, flush=True)
+            last = line.strip() or last
+        return process.wait(), last
     except KeyboardInterrupt:
         process.wait()  # the terminal has told the run as well
         raise
@@ -243,11 +241,14 @@ def _call(command: list[str]) -> int:
 def _report(cfg: Config, workdir: str, found: dict[str, Any]) -> None:
     for lr, value in found["selection"].items():
         mark = "  <- best" if float(lr) == found["learning_rate"] else ""
-        _say(f"lr {lr:<9} held-out {cfg.sweep.metric} {value:.4f}{mark}")
-    _say(
-        f"{cfg.sweep.metric} {found['mean']:.4f} +- {found['std']:.4f} "
-        f"over {len(found['final'])} seed(s); {workdir}/sweep.json"
-    )
+        _say(f"lr {lr:<9} held-out {cfg.sweep.metric} {_text(value)}{mark}")
+    seeds = len(found["final"])
+    spread = f" +- {_text(found['std'])} over {seeds} seeds" if seeds > 1 else ""
+    _say(f"{cfg.sweep.metric} {_text(found['mean'])}{spread}; {workdir}/sweep.json")
+
+
+def _text(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
 
 
 def _say(message: str) -> None:

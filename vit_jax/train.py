@@ -58,7 +58,7 @@ def train(
         preemption = stack.enter_context(contextlib.closing(Preemption()))
         with phase("data"):
             info = data.describe(cfg.data)
-        program = build(cfg, devices, info)
+        program = build(adopted(cfg, workdir), devices, info)
         cfg = program.cfg
         for hint in program.hints:
             say(f"hint         {hint}")
@@ -69,7 +69,7 @@ def train(
             workdir,
             cfg.checkpoint,
             read_metrics(workdir),
-            evaluators.smaller_is_better(cfg.checkpoint.keep_best),
+            evaluators.lower_is_better(cfg.checkpoint.keep_best),
         )
         stack.enter_context(contextlib.closing(checkpoints))
         stack.enter_context(_explain_out_of_memory(program))
@@ -394,6 +394,42 @@ class _Profiler:
             jax.profiler.stop_trace()
 
 
+# Fields of a model that are not the file's: what is trained, and how it is computed.
+_OWN = (
+    "num_classes", "image_size", "channels", "pre_logits", "head_bias", "dropout",
+    "attention_dropout", "stochastic_depth", "dtype", "layers", "remat",
+)  # fmt: skip
+
+
+def adopted(cfg: Config, workdir: str) -> Config:
+    """The config with the architecture of the file that it starts from, unless it sets
+    a size itself.
+
+    A run that is continued keeps the one it has, and does not need the file any more.
+    """
+    sizes = ("width", "depth", "mlp_dim", "heads", "patch")
+    if not cfg.pretrained or any(getattr(cfg.model, size) for size in sizes):
+        return cfg
+    before = epath.Path(workdir) / "config.json"
+    old = config.read(before) if before.exists() else cfg
+    if before.exists() and old.pretrained == cfg.pretrained:
+        stored = old.model
+    else:
+        stored = weights.model_config(cfg.pretrained)
+    taken = {
+        f.name: getattr(stored, f.name)
+        for f in dataclasses.fields(cfg.model)
+        if f.name not in _OWN
+        and (f.name == "name" or getattr(cfg.model, f.name) == f.default)
+    }
+    if stored.head in ("none", "masked_patch"):
+        del taken["head"]
+    if stored.name != cfg.model.name:
+        what = stored.name or f"of width {stored.width} and depth {stored.depth}"
+        say(f"model        {what}, as in {cfg.pretrained}, not {cfg.model.name!r}")
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **taken))
+
+
 def _initial_state(program: Program) -> State:
     cfg = program.cfg
     if not cfg.pretrained:
@@ -428,7 +464,8 @@ def _say_end(
         say(f"{name:<16} {number(value)}")
     say(f"checkpoint       {path}")
     say(
-        f"curves           tensorboard --logdir {workdir}   (numbers: {epath.Path(workdir) / METRICS})"
+        # --logdir_spec gives the run a name where --logdir would show it as ".".
+        f"curves           tensorboard --logdir_spec {epath.Path(workdir).name}:{workdir}   (numbers: {epath.Path(workdir) / METRICS})"
     )
     say(f"predict          python -m vit_jax.predict {workdir} IMAGE...")
     say(f"export           python -m vit_jax.convert {workdir} model.npz")

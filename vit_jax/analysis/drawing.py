@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -107,11 +108,8 @@ def wrapped(name: Any, width: int) -> str:
     return "\n".join(lines) or str(name)
 
 
-def relative_colorbar(figure: Figure, axes: Sequence[Any], label: str) -> None:
+def relative_colorbar(figure: Figure, axes: Sequence[Any]) -> None:
     """A colour bar from 0 to the ``PERCENTILE`` of each map."""
-    from matplotlib.cm import ScalarMappable
-
-    bar = figure.colorbar(
-        ScalarMappable(cmap=HEAT), ax=list(axes), label=label, shrink=0.7, aspect=30
-    )
+    heat = ScalarMappable(cmap=HEAT)
+    bar = figure.colorbar(heat, ax=list(axes), shrink=0.7, aspect=40)
     bar.set_ticks([0, 1], labels=["0", f"{PERCENTILE:.0f}th\npercentile"])

@@ -109,7 +109,7 @@ def draw_rollout(
             for axis, title in zip((left, middle, right), titles, strict=True):
                 axis.set_title(title)
     drawing.remove_unused(axes)
-    drawing.relative_colorbar(figure, [a for a in axes if a.figure], "attention")
+    drawing.relative_colorbar(figure, [a for a in axes if a.figure])
     figure.suptitle(f"Attention rollout: {drawing.clipping(maps)}", fontsize=7)
     return figure
 
@@ -174,8 +174,8 @@ def draw_heads(image: np.ndarray, maps: np.ndarray) -> Figure:
                 axis.set_title(str(head + 1))
         axes[layer, 0].set_ylabel(str(layer + 1), rotation=0, ha="right", va="center")
     right.supylabel("layer", fontsize=8)
-    right.suptitle("head", fontsize=8)
-    drawing.relative_colorbar(right, axes.ravel().tolist(), "attention")
+    right.suptitle("attention by head", fontsize=8)
+    drawing.relative_colorbar(right, axes.ravel().tolist())
     return figure
 
 

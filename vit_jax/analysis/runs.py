@@ -200,7 +200,7 @@ def draw_confusion(confusion: np.ndarray, class_names: np.ndarray) -> Figure:
     if named:
         longest = max(len(str(n)) for n in class_names)
         height = max(2.4, min(9.0, 0.3 * k)) + 0.06 * longest + 0.6
-    figure = Figure((WIDTH, height), layout="constrained")
+    figure = Figure((WIDTH, height), layout="compressed")
     axis = figure.subplots()
     image = axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
     size = 8 if k <= 20 else 5

@@ -5,12 +5,17 @@ EfficientNet's heritage, not torchvision's: ``n`` times one of 16 operations is 
 uniformly and applied at magnitude ``m`` (10 is "full", 20 allowed). It has quirks that
 published numbers depend on, so they are the default: the mean of Contrast is
 height * width / 256, Solarize compares with the threshold modulo 256, Posterize keeps
-*more* bits as m grows, blend factors start at 0.1, and m = 0 is no identity.
+*more* bits as m grows, blend factors start at 0.1, and m = 0 is not the identity.
 ``corrected=True``: the operations that have a magnitude leave the image as it is at m =
 0 and change it more and more from there; the mean of Contrast is the mean.
+
+Translate and Cutout are in pixels, 10 m and a square of 8 m, whatever the size of the
+image: made for 224 pixels, at 32 pixels and m = 10 they leave one colour of a third of
+the images.
 """
 
 import functools
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +26,10 @@ GREY = 128  # fills what a geometric operation uncovers
 MAX_LEVEL = 10.0
 HIGHEST = 20.0  # the magnitude up to which the operations are defined
 
+_TRANSLATE = 100.0  # pixels at level 1
+
+log = logging.getLogger(__name__)
+
 Image = Any  # tf.Tensor: uint8 (H, W, 3)
 
 
@@ -29,6 +38,15 @@ def randaugment(
 ) -> Image:
     """``n`` random operations at magnitude ``m`` on a uint8 image."""
     shape = image.shape
+    side = min((s for s in shape[:2] if s), default=0)
+    if n and 0 < side <= _TRANSLATE * m / MAX_LEVEL:
+        log.warning(
+            "randaugment at magnitude %g moves images by up to %g pixels, and these have "
+            "%d: many become one colour; enlarge them before it, or lower m",
+            m,
+            _TRANSLATE * m / MAX_LEVEL,
+            side,
+        )
     for layer in range(n):
         # One stream of draws per layer: operation, sign, and where Cutout cuts.
         draw = tf.raw_ops.StatelessRandomUniform(shape=[4], seed=seed + layer + 1)
@@ -229,8 +247,8 @@ OPERATIONS: dict[str, Callable[..., Image]] = {
     "Sharpness": _blended(sharpness),
     "ShearX": _signed(shear_x, 0.3),
     "ShearY": _signed(shear_y, 0.3),
-    "TranslateX": _signed(translate_x, 100.0),
-    "TranslateY": _signed(translate_y, 100.0),
+    "TranslateX": _signed(translate_x, _TRANSLATE),
+    "TranslateY": _signed(translate_y, _TRANSLATE),
     "Cutout": lambda image, level, sign, draw, corrected: cutout(
         image, int(level * 40), draw
     ),

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random images without tensorflow and almost without work: for benchmarks and tests.
+"""Random images without tensorflow at almost no cost: for benchmarks and tests.
 
 A handful of batches is drawn once and handed out again and again, so this measures the
-rest of the program. ``data.name="multilabel"`` gives multi-hot labels.
+rest of the program. ``data.name="multilabel"`` gives multi-hot labels; any other name,
+such as the one of the config that ``--config.data.source=synthetic`` changes, is ignored.
 """
 
 import functools
@@ -11,7 +12,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from vit_jax.config import DataConfig, choose
+from vit_jax.config import DataConfig
 from vit_jax.data import order
 from vit_jax.data.examples import Dataset, Split
 
@@ -21,7 +22,6 @@ _CYCLE = 4  # different batches before they repeat
 
 def load(cfg: DataConfig) -> Dataset:
     """Names and counts; the batches come from ``train_batches``."""
-    choose("data.name", cfg.name, {"": 0, "multilabel": 1})
 
     def part(size: int) -> Split:
         return Split(size, "pixels", _no_fetch, "synthetic image {}".format)

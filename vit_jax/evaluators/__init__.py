@@ -24,15 +24,7 @@ from vit_jax.evaluators import (
 )
 from vit_jax.evaluators.context import Context, changed
 
-__all__ = [
-    "EVALUATORS",
-    "Context",
-    "check",
-    "lower_is_better",
-    "prefix",
-    "run",
-    "smaller_is_better",
-]
+__all__ = ["EVALUATORS", "Context", "check", "lower_is_better", "prefix", "run"]
 
 
 class Evaluator(NamedTuple):
@@ -66,14 +58,11 @@ def run(context: Context) -> dict[str, float]:
     return metrics
 
 
-def lower_is_better(cfg: Config, metric: str) -> bool:
+def lower_is_better(metric: str) -> bool:
     """Whether the best value of a metric that :func:`run` returns, such as
     ``test/loss``, is the lowest."""
-    return any(
-        metric == f"{prefix(entry)}/{name}"
-        for entry in cfg.eval.evaluators
-        for name in EVALUATORS[entry["type"]].lower_is_better
-    )
+    name = metric.rpartition("/")[2]
+    return any(name in e.lower_is_better for e in EVALUATORS.values())
 
 
 def prefix(entry: Mapping[str, Any]) -> str:
@@ -88,11 +77,6 @@ def prefix(entry: Mapping[str, Any]) -> str:
     # "train/accuracy" is what the training loop measures on augmented images.
     split = entry.get("split", "test")
     return "clean_train" if split == "train" else split
-
-
-def smaller_is_better(metric: str) -> bool:
-    """Whether the best value of a metric, such as ``test/loss``, is the smallest."""
-    return metric.endswith(("loss", "error", "ece", "mce", "brier"))
 
 
 def check(cfg: Config) -> list[dict[str, Any]]:
