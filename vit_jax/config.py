@@ -174,7 +174,9 @@ class DataConfig:
     # Examples shuffled at a time where the source is read in sequence; 0: 8192.
     shuffle_buffer: Count = 0
     # Share of unreadable examples above which the run stops; one is always allowed unless
-    # it is 0. Too large counts as unreadable: see data/image_files.py.
+    # it is 0. An image of more than 134 megapixels (2**27) counts as unreadable. Decoding
+    # takes 3 bytes per pixel and thread for most files, 18 at the worst: see
+    # data/image_files.py.
     max_bad: Share = 0.01
 
 

@@ -166,7 +166,7 @@ def reason(error: Exception) -> str:
     lines = [line for line in lines if line and not line.startswith(_TRACE)]
     text = (lines or [type(error).__name__])[0]
     text = re.sub(r"\{\{.*?\}\} ", "", text)  # "{{function_node ...}} what happened"
-    return text.split(" [Op:")[0][:200]
+    return text.removeprefix("ImageFileError: ").split(" [Op:")[0][:200]
 
 
 _TRACE = ("Graph execution error", "Detected at node", "File ", "<stack", "node ", "[[")
