@@ -169,12 +169,16 @@ class DataConfig:
     # synthetic: how many; multi-label records: width of the label vector; 0: found in
     # the data.
     num_classes: Count = 0
-    cache_gib: Amount = 1.0  # a decoded data set up to this size is kept in memory
+    # Decoded splits are kept in memory up to this size together; 0: none. It counts like
+    # a seed: what is kept is decoded exactly and, where it is damaged, left out as a
+    # whole.
+    cache_gib: Amount = 1.0
     # Of training images; "fast": coarser JPEG decoding and resizing.
     decode: Literal["fast", "exact"] = "fast"
     # Of records; "auto" reads in sequence only remote shards.
     access: Literal["auto", "random", "sequential"] = "auto"
-    # Examples shuffled at a time where the source is read in sequence; 0: 8192.
+    # Examples shuffled at a time where the source is read in sequence; 0: those of 16
+    # batches, and at least 8192.
     shuffle_buffer: Count = 0
     # Share of unreadable examples above which the run stops; one is always allowed unless
     # it is 0. An image of more than 134 megapixels (2**27) counts as unreadable. Decoding
