@@ -47,7 +47,7 @@ def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
     """Names that ``create_model`` takes; ``pretrained``: ids that ``load`` takes.
 
     Args:
-      pattern: as in a shell, "*b*16*"; capitals do not count.
+      pattern: as in a shell, "*b*16*", "ViT-S/*"; capitals do not count.
       pretrained: the published checkpoints of the catalogue instead.
     """
     import fnmatch
@@ -55,11 +55,10 @@ def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
     if pretrained:
         from vit_jax.weights import catalogue
 
-        names = list(catalogue.CATALOGUE)
-    else:
-        from vit_jax import models
+        return [p.id for p in catalogue.matching(pattern)]
+    from vit_jax import models
 
-        names = models.names()
+    names = models.names()
     return [n for n in names if fnmatch.fnmatchcase(n.lower(), pattern.lower())]
 
 

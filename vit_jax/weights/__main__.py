@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m vit_jax.weights``: the published checkpoints, and what a file holds.
 
-list [WORDS...]      table of the catalogue, filtered by words such as "B/16 384"
+list [WORDS...]      table of the catalogue, filtered by words such as "B/16 384" or
+                     patterns such as "ViT-S/*"
 show ID_OR_FILE      everything known about a published checkpoint, or about a file
 parse FILENAME       the hyper-parameters in an AugReg file name
 """
 
 import dataclasses
+import textwrap
 from pathlib import Path
 
 from vit_jax import cli
@@ -17,7 +19,7 @@ from vit_jax.weights import catalogue
 def main(arguments: list[str]) -> int:
     command, *rest = arguments or ["list"]
     if command == "list":
-        _list(" ".join(rest).lower().split())
+        _list(" ".join(rest))
     elif command == "show" and len(rest) == 1:
         _show(rest[0])
     elif command == "parse" and len(rest) == 1:
@@ -31,29 +33,24 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _list(words: list[str]) -> None:
-    head = ("id", "model", "data", "pixels", "classes", "head", "top-1", "source")
-    rows: list[tuple[str, ...]] = [head]
-    for p in catalogue.CATALOGUE.values():
-        row = (
-            p.id,
-            p.model,
-            p.data,
-            str(p.image_size),
-            str(p.classes),
-            p.head,
-            f"{p.accuracy:.2f} ({p.measured_by})" if p.accuracy else "",
-            p.sources[0],
-        )
-        if all(word in " ".join(row).lower() for word in words):
-            rows.append(row)
+def _list(pattern: str) -> None:
+    """A table for a terminal of 80 columns."""
+    rows = [("id", "pixels", "outputs", "top-1")]
+    for p in catalogue.matching(pattern):
+        outputs = {"none": "features", "zeroed": f"{p.classes} (zeroed)"}
+        accuracy = f"{p.accuracy:.2f}" if p.accuracy else ""
+        shown = outputs.get(p.head, str(p.classes))
+        rows.append((p.id, str(p.image_size), shown, accuracy))
     if len(rows) == 1:
-        raise UserError(f"no published checkpoint matches {words}")
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        raise UserError(
+            f"no published checkpoint matches {pattern!r}: give words of an id or model, "
+            'or a pattern such as "ViT-S/*"'
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         line = "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True))
         print(line.rstrip())
-    print(f"\n{catalogue.BUCKET_NOTE}")
+    print(f"\n{textwrap.fill(catalogue.BUCKET_NOTE, 80)}")
 
 
 def _show(name: str) -> None:

@@ -7,13 +7,16 @@ measured the file (bicubic resize, central crop 0.9 at 224, exact GELU), "readme
 official README states; none of them was measured with this code.
 """
 
+import fnmatch
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from vit_jax.config import nearest
 from vit_jax.errors import UserError
+from vit_jax.models import published
 from vit_jax.weights import fetch, hub
 
 _BUCKET = "gs://vit_models"
@@ -32,17 +35,18 @@ class Published:
     model: str  # a name of create_model
     data: str  # trained on; "a -> b": pre-trained on a, fine-tuned on b
     image_size: int
-    classes: int  # outputs of the head in the npz file
-    head: Literal["valid", "zeroed"]
-    file: str  # the original npz
+    classes: int  # outputs of the head; 0: none, the model returns features
+    head: Literal["valid", "zeroed", "none"]
+    file: str = ""  # the original npz
     alternatives: tuple[str, ...] = ()  # the same weights elsewhere
     pre_logits: bool = False  # the npz has the tanh layer
     accuracy: float = 0.0  # top-1 in per cent; 0: not known, or no ImageNet head
     measured_by: str = ""
+    licence: str = "apache-2.0"  # "": see the page of the source
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return (*self.alternatives, self.file)
+        return (*self.alternatives, *((self.file,) if self.file else ()))
 
 
 class AugReg(NamedTuple):
@@ -81,6 +85,26 @@ def find(name: str) -> Published:
             "`python -m vit_jax.weights list` shows all ids"
         )
     return CATALOGUE[name]
+
+
+def matching(pattern: str) -> list[Published]:
+    """The rows in which every word of ``pattern`` is found; capitals do not count.
+
+    A word with ``*`` or ``?`` is a pattern of the id or the model, such as "ViT-S/*";
+    another one may be anywhere in the id, model, data, image size or source.
+    """
+    found = []
+    for p in CATALOGUE.values():
+        names = p.id.lower(), p.model.lower()
+        text = " ".join((*names, p.data, str(p.image_size), p.sources[0])).lower()
+        if all(
+            any(fnmatch.fnmatchcase(name, word) for name in names)
+            if set(word) & set("*?[")
+            else word in text
+            for word in pattern.lower().split()
+        ):
+            found.append(p)
+    return found
 
 
 def parse_name(name: str) -> AugReg:
@@ -139,87 +163,59 @@ def _slug(model: str) -> str:
     return model.lower().replace("+", "_").replace("vit-", "vit_", 1).replace("/", "")
 
 
-def _original() -> list[Published]:
-    """The paper's models: imagenet21k (head zeroed) and its fine-tuned files."""
-    # (model, repositories with the same weights)
-    pretrained = {
-        "ViT-B/8": (),
-        "ViT-B/16": ("hf://google/vit-base-patch16-224-in21k",),
-        "ViT-B/32": ("hf://google/vit-base-patch32-224-in21k",),
-        "ViT-L/16": ("hf://google/vit-large-patch16-224-in21k",),
-        "ViT-L/32": ("hf://google/vit-large-patch32-224-in21k",),
-        "ViT-H/14": ("hf://google/vit-huge-patch14-224-in21k",),
-        "R50+ViT-B/16": ("hf://timm/vit_base_r50_s16_224.orig_in21k",),
-        "R26+ViT-B/32": (),
-        "R50+ViT-L/32": (),
-    }
-    rows = []
-    for model, elsewhere in pretrained.items():
-        file = f"{_BUCKET}/imagenet21k/{model.replace('/', '_')}.npz"
-        rows.append(
-            Published(
-                f"{_slug(model)}_i21k",
-                model,
-                "i21k",
-                224,
-                21843,
-                "zeroed",
-                file,
-                elsewhere,
-                pre_logits=True,
-            )
+# Files of the paper: (folder, model, pixels, the same weights
+# elsewhere, top-1, measured by). The head of those pre-trained on i21k is zeroed.
+_21K, _BOTH = "imagenet21k", "imagenet21k+imagenet2012"
+_GOOGLE = "hf://google/vit-"
+_PAPER: tuple[tuple[str, str, int, str, float, str], ...] = (
+    (_21K, "ViT-B/8", 224, "", 0, ""),
+    (_21K, "ViT-B/16", 224, f"{_GOOGLE}base-patch16-224-in21k", 0, ""),
+    (_21K, "ViT-B/32", 224, f"{_GOOGLE}base-patch32-224-in21k", 0, ""),
+    (_21K, "ViT-L/16", 224, f"{_GOOGLE}large-patch16-224-in21k", 0, ""),
+    (_21K, "ViT-L/32", 224, f"{_GOOGLE}large-patch32-224-in21k", 0, ""),
+    (_21K, "ViT-H/14", 224, f"{_GOOGLE}huge-patch14-224-in21k", 0, ""),
+    (_21K, "R50+ViT-B/16", 224, "hf://timm/vit_base_r50_s16_224.orig_in21k", 0, ""),
+    (_21K, "R26+ViT-B/32", 224, "", 0, ""),
+    (_21K, "R50+ViT-L/32", 224, "", 0, ""),
+    (_BOTH, "ViT-B/8", 384, "", 0, ""),
+    (_BOTH, "ViT-B/16", 384, f"{_GOOGLE}base-patch16-384", 84.21, "timm"),
+    (_BOTH, "ViT-B/16", 224, f"{_GOOGLE}base-patch16-224", 81.78, "timm"),
+    (_BOTH, "ViT-B/32", 384, f"{_GOOGLE}base-patch32-384", 0, ""),
+    (_BOTH, "ViT-L/16", 384, f"{_GOOGLE}large-patch16-384", 0, ""),
+    (_BOTH, "ViT-L/16", 224, f"{_GOOGLE}large-patch16-224", 82.7, "readme"),
+    (_BOTH, "ViT-L/32", 384, f"{_GOOGLE}large-patch32-384", 81.51, "timm"),
+    (
+        *(_BOTH, "R50+ViT-B/16", 384),
+        *("hf://timm/vit_base_r50_s16_384.orig_in21k_ft_in1k", 84.99, "timm"),
+    ),
+    ("sam", "ViT-B/16", 224, "hf://timm/vit_base_patch16_224.sam_in1k", 0, ""),
+    ("sam", "ViT-B/32", 224, "hf://timm/vit_base_patch32_224.sam_in1k", 0, ""),
+    ("gsam", "ViT-B/16", 224, "", 0, ""),
+)
+
+
+def _original() -> Iterator[Published]:
+    """The paper's models: pre-trained (head zeroed), fine-tuned, and with SAM."""
+    for folder, model, size, elsewhere, accuracy, by in _PAPER:
+        pretrained = folder == _21K
+        data = {_21K: "i21k", _BOTH: "i21k -> i1k"}.get(
+            folder, f"i1k ({folder.upper()})"
         )
-    google, timm = "hf://google/vit-", "hf://timm/vit_"
-    finetuned = [
-        ("ViT-B/8", 384, (), 0.0, ""),
-        ("ViT-B/16", 384, (f"{google}base-patch16-384",), 84.21, "timm"),
-        ("ViT-B/16", 224, (f"{google}base-patch16-224",), 81.78, "timm"),
-        ("ViT-B/32", 384, (f"{google}base-patch32-384",), 0.0, ""),
-        ("ViT-L/16", 384, (f"{google}large-patch16-384",), 0.0, ""),
-        ("ViT-L/16", 224, (f"{google}large-patch16-224",), 82.7, "readme"),
-        ("ViT-L/32", 384, (f"{google}large-patch32-384",), 81.51, "timm"),
-        (
-            "R50+ViT-B/16",
-            384,
-            (f"{timm}base_r50_s16_384.orig_in21k_ft_in1k",),
-            84.99,
-            "timm",
-        ),
-    ]
-    for model, size, elsewhere, accuracy, by in finetuned:
-        suffix = "-224" if size == 224 else ""
-        name = model.replace("/", "_") + suffix
-        rows.append(
-            Published(
-                f"{_slug(model)}_i21k_ft_i1k_{size}",
-                model,
-                "i21k -> i1k",
-                size,
-                1000,
-                "valid",
-                f"{_BUCKET}/imagenet21k+imagenet2012/{name}.npz",
-                elsewhere,
-                accuracy=accuracy,
-                measured_by=by,
-            )
+        tags = {_21K: "i21k", _BOTH: f"i21k_ft_i1k_{size}"}
+        suffix = "-224" if folder == _BOTH and size == 224 else ""
+        yield Published(
+            f"{_slug(model)}_{tags.get(folder, f'{folder}_i1k')}",
+            model,
+            data,
+            size,
+            21843 if pretrained else 1000,
+            "zeroed" if pretrained else "valid",
+            f"{_BUCKET}/{folder}/{model.replace('/', '_')}{suffix}.npz",
+            (elsewhere,) if elsewhere else (),
+            pre_logits=pretrained,
+            accuracy=accuracy,
+            measured_by=by,
         )
-    for folder, names in (("sam", ("B/16", "B/32")), ("gsam", ("B/16",))):
-        for size in names:
-            patch = size.split("/")[1]
-            elsewhere = (f"{timm}base_patch{patch}_224.sam_in1k",)
-            rows.append(
-                Published(
-                    f"vit_{size.replace('/', '').lower()}_{folder}_i1k",
-                    f"ViT-{size}",
-                    f"i1k ({folder.upper()})",
-                    224,
-                    1000,
-                    "valid",
-                    f"{_BUCKET}/{folder}/ViT-{size.replace('/', '_')}.npz",
-                    elsewhere if folder == "sam" else (),
-                )
-            )
-    return rows
 
 
 # timm's choice of AugReg files: (pre-trained stem, fine-tuned at, its learning rate,
@@ -325,4 +321,127 @@ def _big_vision() -> list[Published]:
     ]
 
 
-CATALOGUE = {p.id: p for p in (*_original(), *_augreg(), *_big_vision())}
+# Repositories of other families: (source, trained on, licence, outputs, top-1 as timm
+# measured it in results/results-imagenet.csv). "": the licence was not looked up.
+_MIT, _APACHE, _NC, _DINOV3 = "mit", "apache-2.0", "cc-by-nc-4.0", "dinov3-license"
+_FAMILIES: tuple[tuple[str, str, str, int, float], ...] = (
+    ("timm/deit_tiny_patch16_224.fb_in1k", "i1k", _APACHE, 1000, 0),
+    ("timm/deit_small_patch16_224.fb_in1k", "i1k", _APACHE, 1000, 0),
+    ("timm/deit_base_patch16_224.fb_in1k", "i1k", _APACHE, 1000, 81.99),
+    ("timm/deit_base_patch16_384.fb_in1k", "i1k", _APACHE, 1000, 83.11),
+    ("timm/deit_small_distilled_patch16_224.fb_in1k", "i1k", _APACHE, 1000, 81.22),
+    ("timm/deit_base_distilled_patch16_224.fb_in1k", "i1k", _APACHE, 1000, 83.39),
+    ("timm/deit_base_distilled_patch16_384.fb_in1k", "i1k", _APACHE, 1000, 85.43),
+    ("facebook/deit-base-distilled-patch16-224", "i1k", _APACHE, 1000, 0),
+    ("timm/deit3_small_patch16_224.fb_in1k", "i1k", "", 1000, 81.37),
+    ("timm/deit3_small_patch16_384.fb_in1k", "i1k", "", 1000, 83.43),
+    ("timm/deit3_medium_patch16_224.fb_in1k", "i1k", "", 1000, 83.09),
+    ("timm/deit3_base_patch16_224.fb_in1k", "i1k", "", 1000, 83.79),
+    ("timm/deit3_base_patch16_384.fb_in1k", "i1k", "", 1000, 85.07),
+    ("timm/deit3_large_patch16_224.fb_in1k", "i1k", "", 1000, 84.78),
+    ("timm/deit3_large_patch16_384.fb_in1k", "i1k", "", 1000, 85.81),
+    ("timm/deit3_huge_patch14_224.fb_in1k", "i1k", "", 1000, 85.22),
+    ("timm/deit3_small_patch16_224.fb_in22k_ft_in1k", "i22k -> i1k", "", 1000, 83.07),
+    ("timm/deit3_medium_patch16_224.fb_in22k_ft_in1k", "i22k -> i1k", "", 1000, 84.55),
+    ("timm/deit3_base_patch16_224.fb_in22k_ft_in1k", "i22k -> i1k", "", 1000, 85.70),
+    ("timm/deit3_large_patch16_384.fb_in22k_ft_in1k", "i22k -> i1k", "", 1000, 87.72),
+    ("timm/deit3_huge_patch14_224.fb_in22k_ft_in1k", "i22k -> i1k", "", 1000, 87.19),
+    ("timm/vit_base_patch16_224.mae", "i1k", _NC, 0, 0),
+    ("timm/vit_large_patch16_224.mae", "i1k", _NC, 0, 0),
+    ("timm/vit_huge_patch14_224.mae", "i1k", _NC, 0, 0),
+    ("facebook/vit-mae-base", "i1k", _NC, 0, 0),
+    ("timm/vit_small_patch16_224.dino", "i1k", "", 0, 0),
+    ("timm/vit_base_patch16_224.dino", "i1k", "", 0, 0),
+    ("facebook/dino-vits8", "i1k", "", 0, 0),
+    ("facebook/dinov2-base", "lvd142m", _APACHE, 0, 0),
+    ("facebook/dinov2-with-registers-base", "lvd142m", _APACHE, 0, 0),
+    ("timm/vit_small_patch14_dinov2.lvd142m", "lvd142m", _APACHE, 0, 0),
+    ("timm/vit_base_patch14_dinov2.lvd142m", "lvd142m", _APACHE, 0, 0),
+    ("timm/vit_large_patch14_dinov2.lvd142m", "lvd142m", _APACHE, 0, 0),
+    ("timm/vit_base_patch14_reg4_dinov2.lvd142m", "lvd142m", _APACHE, 0, 0),
+    ("timm/vit_giant_patch14_reg4_dinov2.lvd142m", "lvd142m", _APACHE, 0, 0),
+    ("facebook/dinov3-vits16-pretrain-lvd1689m", "lvd1689m", _DINOV3, 0, 0),
+    ("timm/vit_small_patch16_dinov3.lvd1689m", "lvd1689m", _DINOV3, 0, 0),
+    ("timm/vit_base_patch16_dinov3.lvd1689m", "lvd1689m", _DINOV3, 0, 0),
+    ("timm/vit_large_patch16_dinov3.lvd1689m", "lvd1689m", _DINOV3, 0, 0),
+    ("openai/clip-vit-base-patch32", "image-text pairs", "", 512, 0),
+    ("openai/clip-vit-base-patch16", "image-text pairs", "", 512, 0),
+    ("openai/clip-vit-large-patch14", "image-text pairs", "", 768, 0),
+    ("timm/vit_base_patch16_clip_224.openai", "image-text pairs", _APACHE, 512, 0),
+    ("timm/vit_base_patch16_clip_224.laion2b", "laion2b", "", 512, 0),
+    (
+        "timm/vit_base_patch16_clip_224.laion2b_ft_in12k_in1k",
+        *("laion2b -> i12k -> i1k", "", 1000, 86.17),
+    ),
+    (
+        "timm/vit_large_patch14_clip_336.openai_ft_in12k_in1k",
+        *("image-text pairs -> i12k -> i1k", "", 1000, 88.27),
+    ),
+    (
+        "timm/vit_huge_patch14_clip_336.laion2b_ft_in12k_in1k",
+        *("laion2b -> i12k -> i1k", "", 1000, 88.59),
+    ),
+    ("google/siglip-base-patch16-224", "webli", "", 0, 0),
+    ("google/siglip-so400m-patch14-384", "webli", "", 0, 0),
+    ("timm/vit_base_patch16_siglip_224.webli", "webli", "", 0, 0),
+    ("timm/vit_base_patch16_siglip_224.v2_webli", "webli", "", 0, 0),
+    ("timm/vit_large_patch16_siglip_256.v2_webli", "webli", "", 0, 0),
+    ("timm/vit_so400m_patch14_siglip_224.v2_webli", "webli", "", 0, 0),
+    ("microsoft/beit-base-patch16-224", "i22k -> i1k", "", 1000, 0),
+    ("timm/beit_base_patch16_224.in22k_ft_in22k_in1k", "i22k -> i1k", "", 1000, 85.21),
+    ("timm/beit_base_patch16_384.in22k_ft_in22k_in1k", "i22k -> i1k", "", 1000, 86.80),
+    ("timm/beit_large_patch16_224.in22k_ft_in22k_in1k", "i22k -> i1k", "", 1000, 87.48),
+    ("timm/beit_large_patch16_512.in22k_ft_in22k_in1k", "i22k -> i1k", "", 1000, 88.60),
+    ("timm/beitv2_base_patch16_224.in1k_ft_in1k", "i1k", "", 1000, 85.59),
+    ("timm/beitv2_base_patch16_224.in1k_ft_in22k_in1k", "i22k -> i1k", "", 1000, 86.47),
+    ("timm/beitv2_large_patch16_224.in1k_ft_in1k", "i1k", "", 1000, 87.41),
+    (
+        "timm/beitv2_large_patch16_224.in1k_ft_in22k_in1k",
+        "i22k -> i1k",
+        "",
+        1000,
+        88.39,
+    ),
+    (
+        "timm/eva02_small_patch14_336.mim_in22k_ft_in1k",
+        "i22k -> i1k",
+        _MIT,
+        1000,
+        85.72,
+    ),
+    ("timm/eva02_base_patch14_448.mim_in22k_ft_in1k", "i22k -> i1k", _MIT, 1000, 88.25),
+    (
+        "timm/eva02_base_patch14_448.mim_in22k_ft_in22k_in1k",
+        *("i22k -> i1k", _MIT, 1000, 88.69),
+    ),
+    (
+        "timm/eva02_large_patch14_448.mim_m38m_ft_in22k_in1k",
+        *("m38m -> i22k -> i1k", _MIT, 1000, 90.05),
+    ),
+    ("apple/aimv2-large-patch14-224", "image-text pairs", "apple-ascl", 0, 0),
+    ("facebook/ijepa_vith14_1k", "i1k", _NC, 0, 0),
+    ("timm/flexivit_small.1200ep_in1k", "i1k", "", 1000, 82.52),
+    ("timm/flexivit_base.1200ep_in1k", "i1k", "", 1000, 84.68),
+    ("timm/flexivit_large.1200ep_in1k", "i1k", "", 1000, 85.65),
+)
+
+
+def _families() -> Iterator[Published]:
+    """By the name of the repository; the model, too, is what its owner calls it."""
+    for source, data, licence, classes, accuracy in _FAMILIES:
+        owner, name = source.split("/")
+        yield Published(
+            name,
+            name.split(".")[0] if owner == "timm" else source,
+            data,
+            published.fields_of(source)["image_size"][0],
+            classes,
+            "valid" if classes else "none",
+            alternatives=(f"hf://{source}",),
+            accuracy=accuracy,
+            measured_by="timm" if accuracy else "",
+            licence=licence,
+        )
+
+
+CATALOGUE = {p.id: p for p in (*_original(), *_augreg(), *_big_vision(), *_families())}
