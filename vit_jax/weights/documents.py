@@ -5,29 +5,16 @@ Only what is stated is returned: fields of ``ModelConfig``, class names, preproc
 What follows from the arrays or has to be assumed is not decided here.
 """
 
-import math
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from vit_jax import config
 from vit_jax.errors import UserError
+from vit_jax.weights import entries, timm_config
 from vit_jax.weights.contents import Metadata
 from vit_jax.weights.families import FAMILIES, Family
 
-_GELU = {
-    "gelu": "exact",
-    "gelu_python": "exact",
-    "gelu_new": "tanh",
-    "gelu_fast": "tanh",
-    "gelu_tanh": "tanh",
-    "gelu_pytorch_tanh": "tanh",
-    "quick_gelu": "quick",
-    "quickgelu": "quick",
-}
 _RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # of Pillow
-
-Get = Callable[..., Any]
 
 
 def describe(
@@ -44,8 +31,8 @@ def describe(
       UserError: an entry that cannot be, or that no model here has.
     """
     values = files.get("config.json", {})
-    if is_timm(values):
-        return _of_timm(values, f"{where}/config.json")
+    if timm_config.is_timm(values):
+        return timm_config.read(values, f"{where}/config.json")
     if values and family is None:
         kind = values.get("model_type", "vit")
         known = (f for f in FAMILIES if f.hub and kind in f.hub.kinds)
@@ -60,120 +47,18 @@ def describe(
     return Metadata()
 
 
-def is_timm(values: Mapping[str, Any]) -> bool:
-    """Whether a config.json is one of timm's."""
-    return "pretrained_cfg" in values or "architecture" in values
-
-
-# --- entries ------------------------------------------------------------------------------
-
-
-def field(
-    values: Mapping[str, Any],
-    key: str,
-    default: Any,
-    convert: Callable[[Any], Any],
-    where: str,
-) -> Any:
-    """``convert(values[key])``; null and no entry are both the default.
-
-    Raises:
-      UserError: naming an entry that cannot be converted.
-    """
-    value = values.get(key)
-    if value is None:
-        return default
-    try:
-        return convert(value)
-    except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as e:
-        raise UserError(f"{where}: {key} is {value!r:.60}: {e}") from e
-
-
-def count(value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError("it must be a whole number above 0")
-    return value
-
-
-def positive(value: Any) -> float:
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ValueError("it must be a number above 0")
-    return float(value)
-
-
-def epsilon(value: Any) -> float:
-    if positive(value) >= 1:
-        raise ValueError("it must be below 1")
-    return float(value)
-
-
-def pair(size: Any) -> tuple[int, int]:
-    """(height, width) of a side or two, in pixels."""
-    both = (size, size) if isinstance(size, int) else tuple(size)
-    if len(both) != 2 or any(type(n) is not int or n < 1 for n in both):
-        raise ValueError("it must be a side in pixels, or [height, width]")
-    return both
-
-
-def square(size: Any) -> int:
-    height, width = pair(size)
-    if height != width:
-        raise ValueError("patches must be square")
-    return height
-
-
-def names(values: Any) -> tuple[str, ...]:
-    if isinstance(values, str):
-        raise ValueError("it must be a list")
-    return tuple(str(name) for name in values)
-
-
-def operations(values: Any) -> tuple[dict[str, Any], ...]:
-    if not all(isinstance(t, dict) and isinstance(t.get("op"), str) for t in values):
-        raise ValueError('it must be a list of operations such as {"op": "resize"}')
-    return tuple(dict(t) for t in values)
-
-
-def _channels(value: Any) -> tuple[float, ...]:
-    many = list(value) if isinstance(value, (list, tuple)) else [value] * 3
-    if not all(math.isfinite(x) for x in many):
-        raise ValueError("it must be finite")
-    return tuple(float(x) for x in many)
-
-
-def _scales(value: Any) -> tuple[float, ...]:
-    return tuple(
-        map(positive, value if isinstance(value, (list, tuple)) else [value] * 3)
-    )
-
-
-def _labels(values: Any) -> tuple[str, ...]:
-    labels = {int(k): str(v) for k, v in values.items()}
-    found = tuple(labels[i] for i in sorted(labels))
-    # What transformers writes where nobody gave names.
-    return () if all(x == f"LABEL_{i}" for i, x in enumerate(found)) else found
-
-
-def _normalization(get: Get, mean: str, std: str) -> dict[str, Any]:
-    half = (0.5,) * 3
-    return {
-        "image_mean": get(mean, half, _channels),
-        "image_std": get(std, half, _scales),
-    }
-
-
 # --- transformers -------------------------------------------------------------------------
 
 # config.json -> ModelConfig, and how the value is read.
 _FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "hidden_size": ("width", count),
-    "num_hidden_layers": ("depth", count),
-    "num_attention_heads": ("heads", count),
-    "num_channels": ("channels", count),
-    "patch_size": ("patch", square),
-    "image_size": ("image_size", pair),
-    "layer_norm_eps": ("layer_norm_eps", epsilon),
-    "rms_norm_eps": ("layer_norm_eps", epsilon),
+    "hidden_size": ("width", entries.count),
+    "num_hidden_layers": ("depth", entries.count),
+    "num_attention_heads": ("heads", entries.count),
+    "num_channels": ("channels", entries.count),
+    "patch_size": ("patch", entries.square),
+    "image_size": ("image_size", entries.pair),
+    "layer_norm_eps": ("layer_norm_eps", entries.epsilon),
+    "rms_norm_eps": ("layer_norm_eps", entries.epsilon),
 }
 
 
@@ -190,7 +75,7 @@ def _of_transformers(
         )
     inner = values.get("vision_config")
     inner = {**inner} if isinstance(inner, dict) else values
-    get = lambda key, default, convert: field(
+    get = lambda key, default, convert: entries.field(
         inner, key, default, convert, where_config
     )
     model = {ours: get(key, None, convert) for key, (ours, convert) in _FIELDS.items()
@@ -205,14 +90,16 @@ def _of_transformers(
                 f"{where_config}: hidden_act is {act!r}: a gated MLP here has 'silu'"
             )
     elif act:
-        model["gelu"] = config.choose(f"hidden_act in {where_config}", act, _GELU)
+        model["gelu"] = config.choose(
+            f"hidden_act in {where_config}", act, entries.GELU
+        )
     plain = all(str(x).endswith("Model") for x in values.get("architectures") or [""])
     if plain and inner.get("pooler_act", "tanh") != "tanh":
         raise UserError(
             f"{where_config}: pooler_act is {inner['pooler_act']!r}, not 'tanh'"
         )
     if "rope" in family.model:
-        model["rope_theta"] = get("rope_theta", 100.0, positive)
+        model["rope_theta"] = get("rope_theta", 100.0, entries.positive)
     if kind in ("ijepa",):
         model["head"] = "gap"
     transforms: tuple[dict[str, Any], ...] = ()
@@ -220,7 +107,7 @@ def _of_transformers(
         transforms, norm = _of_processor(processor, f"{where}/preprocessor_config.json")
         model |= norm
     return Metadata(
-        field(values, "id2label", (), _labels, where_config),
+        entries.field(values, "id2label", (), entries.labels, where_config),
         transforms,
         model,
         values.get("problem_type") == "multi_label_classification",
@@ -234,10 +121,13 @@ def _gated(values: Mapping[str, Any], family: Family) -> bool:
     )
 
 
-def _mlp_dim(values: Mapping[str, Any], gated: bool, get: Get) -> int:
-    if size := get("intermediate_size", 0, count):
+def _mlp_dim(values: Mapping[str, Any], gated: bool, get: entries.Get) -> int:
+    if size := get("intermediate_size", 0, entries.count):
         return size
-    ratio, width = get("mlp_ratio", 0.0, positive), get("hidden_size", 0, count)
+    ratio, width = (
+        get("mlp_ratio", 0.0, entries.positive),
+        get("hidden_size", 0, entries.count),
+    )
     if not ratio or not width:
         return 0
     # A gated MLP of DINOv2 is two thirds as wide, rounded up to a multiple of 8.
@@ -248,12 +138,14 @@ def _mlp_dim(values: Mapping[str, Any], gated: bool, get: Get) -> int:
 def _of_processor(
     values: dict[str, Any], where: str
 ) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
-    """What the image processor of ``transformers`` does: operations, mean and deviation."""
-    get = lambda key, default, convert: field(values, key, default, convert, where)
-    norm = _normalization(get, "image_mean", "image_std")
+    """What the image processor of ``transformers`` does: entries.operations, mean and deviation."""
+    get = lambda key, default, convert: entries.field(
+        values, key, default, convert, where
+    )
+    norm = entries.normalization(get, "image_mean", "image_std")
     if not get("do_normalize", True, bool):
         norm = {"image_mean": (0.0,) * 3, "image_std": (1.0,) * 3}
-    if stored := get("vit_jax_transforms", (), operations):
+    if stored := get("vit_jax_transforms", (), entries.operations):
         return stored, norm
     size, crop = get("size", {}, _edges), get("do_center_crop", False, bool)
     steps = [_resize(size, crop, get("resample", 2, int), where)]
@@ -293,7 +185,7 @@ _SIDES = ("height", "width")
 def _edges(size: Any) -> dict[str, int]:
     """``size`` and ``crop_size`` of ``transformers``, which older files give as a side."""
     if not isinstance(size, dict):
-        size = dict(zip(_SIDES, pair(size), strict=True))
+        size = dict(zip(_SIDES, entries.pair(size), strict=True))
     return {str(k): int(v) for k, v in size.items() if v is not None}
 
 
@@ -410,131 +302,35 @@ def _to_processor(
     }
 
 
-# --- timm ---------------------------------------------------------------------------------
-
-# What the images of timm's models are pooled with, as heads of ours.
-_POOLS = {"": "none", "token": "token", "avg": "gap", "map": "map"}
-
-# What timm's architectures are known by alone: every row that fits a name counts.
-_ARCHITECTURES: tuple[tuple[str, dict[str, Any]], ...] = (
-    (r"", {"gelu": "exact", "layer_norm_eps": 1e-6}),
-    (
-        r"(base_patch32|so400m_patch16|giantopt_patch16)_siglip|large_patch16_siglip_(gap_)?512",
-        {"gelu": "tanh"},
-    ),
-    (r"quickgelu", {"gelu": "quick"}),
-    (r"^vit_.*_clip_|dinov3|lingbot|^vit_pe_|^aimv2", {"layer_norm_eps": 1e-5}),
-    (r"dinov3|lingbot", {"rope": "dinov3"}),
-    (r"dinov3_|_dinov3$|lingbot", {"rope_theta": 100.0}),
-    (r"^eva02_|_rope_reg\d_gap", {"rope": "eva02", "rope_grid": (16, 16)}),
-    (r"_rope_(ape_)?\d+$", {"rope": "pe", "rope_theta": 100.0}),
-    (r"^vit_pe_", {"rope": "pe", "rope_offset": 1.0, "rope_grid": (32, 32)}),
-    (r"^vit_pe_core_(tiny|small|large)", {"rope_grid": (24, 24)}),
-    (r"^vit_pe_core_base", {"rope_grid": (14, 14)}),
-    (r"^vit_pe_\w+_gigantic", {"rope_offset": 0.0}),
-    (r"^vit_pe_core", {"map_heads": 8}),
-)
-# Heads that do not follow from the width, where config.json does not give them.
-_HEADS = (
-    (r"vit_base_patch16_gap_224|^vit_pe_\w+_gigantic|giantopt|so400m", 16),
-    (r"^vit_(huge|giant|gigantic)_patch1\d_(?!dinov2|reg)", 16),
-    (r"^vit_giant_.*(dinov2|tipsv2)", 24),
-    (r"^vit_7b", 32),
-)
-
-
-def _of_timm(values: dict[str, Any], where: str) -> Metadata:
-    about = field(values, "pretrained_cfg", values, dict, where)
-    arguments = field(values, "model_args", {}, dict, where)
-    architecture = str(values.get("architecture", ""))
-    get = lambda key, default, convert: field(about, key, default, convert, where)
-    given = lambda key, default, convert: field(arguments, key, default, convert, where)
-    model: dict[str, Any] = {}
-    for pattern, known in _ARCHITECTURES:
-        if re.search(pattern, architecture):
-            model |= known
-    for pattern, heads in _HEADS:
-        if re.search(pattern, architecture) and "embed_dim" not in arguments:
-            model["heads"] = heads
-    for key, ours, convert in (
-        ("num_heads", "heads", count),
-        ("embed_dim", "width", count),
-        ("depth", "depth", count),
-        ("patch_size", "patch", square),
-        ("in_chans", "channels", count),
-        ("attn_pool_num_heads", "map_heads", count),
-    ):
-        if value := given(key, None, convert):
-            model[ours] = value
-    size = given("img_size", None, pair) or get(
-        "input_size", None, lambda s: pair(s[1:])
-    )
-    if size:
-        model["image_size"] = size
-    if act := arguments.get("act_layer"):
-        model["gelu"] = config.choose("act_layer in config.json", str(act), _GELU)
-    pool = arguments.get("global_pool", values.get("global_pool"))
-    if pool is not None:
-        model["head"] = config.choose("global_pool in config.json", str(pool), _POOLS)
-    if arguments.get("pos_embed") == "none":
-        model["positions"] = "none"
-    labels = get("label_names", (), names) or field(
-        values, "label_names", (), names, where
-    )
-    model |= _normalization(get, "mean", "std")
-    crop = get("crop_pct", 1.0, positive)
-    mode = about.get("crop_mode") or "center"
-    method = about.get("interpolation") or "bicubic"
-    return Metadata(labels, crops(size, crop, mode, method, where), model)
-
-
-def crops(
-    size: tuple[int, int] | None,
-    share: float,
-    mode: str = "center",
-    method: str = "bicubic",
-    where: str = "",
-) -> tuple[dict[str, Any], ...]:
-    """Resize, then the central ``share`` of the short side ("center") or of both
-    ("squash"). Without a size, both are made for what the model takes."""
-    how = {"method": method, "antialias": True}
-    larger = [int(n / share) for n in size] if size else []
-    if mode == "squash":
-        first = {"op": "resize", **({"size": larger} if larger else {}), **how}
-    elif mode == "center":
-        first = {
-            "op": "resize_small",
-            **({"size": max(larger)} if larger else {}),
-            **how,
-        }
-    else:
-        first = {"op": f"crop_mode={mode} of {where}"}
-    return first, {"op": "central_crop"}
-
-
 # --- OpenCLIP -----------------------------------------------------------------------------
 
 
 def _of_open_clip(values: dict[str, Any], where: str) -> Metadata:
-    outer = field(values, "model_cfg", {}, dict, where)
-    vision = field(outer, "vision_cfg", {}, dict, where)
-    about = field(values, "preprocess_cfg", {}, dict, where)
-    get = lambda key, default, convert: field(vision, key, default, convert, where)
-    prepared = lambda key, default, convert: field(about, key, default, convert, where)
+    outer = entries.field(values, "model_cfg", {}, dict, where)
+    vision = entries.field(outer, "vision_cfg", {}, dict, where)
+    about = entries.field(values, "preprocess_cfg", {}, dict, where)
+    get = lambda key, default, convert: entries.field(
+        vision, key, default, convert, where
+    )
+    prepared = lambda key, default, convert: entries.field(
+        about, key, default, convert, where
+    )
     model: dict[str, Any] = {"gelu": "quick" if outer.get("quick_gelu") else "exact"}
     for key, ours, convert in (
-        ("width", "width", count),
-        ("layers", "depth", count),
-        ("patch_size", "patch", square),
-        ("image_size", "image_size", pair),
+        ("width", "width", entries.count),
+        ("layers", "depth", entries.count),
+        ("patch_size", "patch", entries.square),
+        ("image_size", "image_size", entries.pair),
     ):
         if value := get(key, None, convert):
             model[ours] = value
     if "width" in model:
-        model["heads"] = model["width"] // get("head_width", 64, count)
+        model["heads"] = model["width"] // get("head_width", 64, entries.count)
     if about:
-        model |= _normalization(prepared, "mean", "std")
+        model |= entries.normalization(prepared, "mean", "std")
     mode = {"shortest": "center", "squash": "squash"}
     how = mode.get(str(about.get("resize_mode", "shortest")), "center")
     method = str(about.get("interpolation", "bicubic"))
-    return Metadata((), crops(model.get("image_size"), 1.0, how, method), model)
+    return Metadata(
+        (), timm_config.crops(model.get("image_size"), 1.0, how, method), model
+    )

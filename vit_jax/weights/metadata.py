@@ -15,7 +15,7 @@ from typing import Any
 from vit_jax import config
 from vit_jax.config import ModelConfig
 from vit_jax.errors import UserError
-from vit_jax.weights import documents
+from vit_jax.weights import entries
 from vit_jax.weights.contents import Metadata, atomic
 
 # The official evaluation: the whole image, bilinear without anti-aliasing, [-1, 1].
@@ -100,9 +100,9 @@ def of_workdir(folder: Any) -> Metadata:
     model = dataclasses.asdict(cfg.model)
     where = str(folder / "dataset.json")
     if cfg.model.image_size == (0, 0):
-        size = documents.pair(cfg.data.image_size)
-        model["image_size"] = documents.field(
-            data, "image_size", size, documents.pair, where
+        size = entries.pair(cfg.data.image_size)
+        model["image_size"] = entries.field(
+            data, "image_size", size, entries.pair, where
         )
     # Zeros are filled in from the variant, and read off the arrays.
     model = {k: v for k, v in model.items() if v or k not in _FILLED}
@@ -110,9 +110,9 @@ def of_workdir(folder: Any) -> Metadata:
     model.pop("num_classes", None)
     transforms = tuple(dict(t) for t in cfg.data.eval_transforms)
     return Metadata(
-        class_names=documents.field(data, "class_names", (), documents.names, where),
-        transforms=documents.field(
-            data, "eval_transforms", transforms, documents.operations, where
+        class_names=entries.field(data, "class_names", (), entries.names, where),
+        transforms=entries.field(
+            data, "eval_transforms", transforms, entries.operations, where
         )
         or DEFAULT_TRANSFORMS,
         model=model,
@@ -134,25 +134,25 @@ _FILLED = (
 
 def from_dict(values: dict[str, Any], where: str) -> Metadata:
     """The inverse of :func:`to_dict`. Raises: UserError: naming a wrong field."""
-    model = documents.field(values, "model", {}, dict, where)
+    model = entries.field(values, "model", {}, dict, where)
     known = {f.name for f in dataclasses.fields(ModelConfig)}
     if strange := sorted(set(model) - known):
         raise UserError(f"{where} states unknown model fields {strange}")
-    get = lambda key, default, convert: documents.field(
+    get = lambda key, default, convert: entries.field(
         values, key, default, convert, where
     )
-    transforms = get("transforms", (), documents.operations)
+    transforms = get("transforms", (), entries.operations)
     for step in transforms:
         if step["op"] == "normalize":  # where mean and deviation were once
             model |= {"image_mean": step.get("mean"), "image_std": step.get("std")}
     full = config.from_dict({"model": model}).model  # checks types and choices
     return Metadata(
-        class_names=get("class_names", (), documents.names),
+        class_names=get("class_names", (), entries.names),
         transforms=tuple(t for t in transforms if t["op"] != "normalize"),
         model={k: getattr(full, k) for k in model},
         multilabel=bool(values.get("multilabel", False)),
         family=get("family", "", str),
-        arrays=get("arrays", (), documents.names),
+        arrays=get("arrays", (), entries.names),
         resize=get("resize", "", str),
     )
 

@@ -5,7 +5,15 @@ import dataclasses
 import re
 from typing import Any
 
-from vit_jax.weights import documents, layout, metadata, recognise, roles, sources
+from vit_jax.weights import (
+    documents,
+    layout,
+    metadata,
+    recognise,
+    roles,
+    sources,
+    timm_config,
+)
 from vit_jax.weights.contents import Array, Contents, Metadata, count_up
 from vit_jax.weights.families import BY_NAME
 from vit_jax.weights.infer import Facts, guess_heads
@@ -46,7 +54,7 @@ def understand(
     arrays, names = recognise.convert(found, contents.arrays, sizes, report)
     about = dataclasses.replace(
         about,
-        transforms=about.transforms or documents.crops(None, family.crop),
+        transforms=about.transforms or timm_config.crops(None, family.crop),
         family=about.family or family.name,
         arrays=about.arrays or names,
         resize=about.resize or family.resize,
@@ -81,7 +89,7 @@ def metadata_of(source: str) -> Metadata:
 
 def describe(contents: Contents) -> tuple[Metadata, recognise.Found]:
     """What a torch file and its neighbours state, and the encoder that it holds."""
-    timm = documents.is_timm(contents.files.get("config.json", {}))
+    timm = timm_config.is_timm(contents.files.get("config.json", {}))
     found = recognise.recognise(contents.arrays, timm, contents.where)
     if contents.metadata.model:  # of this code: nothing is left to find out
         about = contents.metadata

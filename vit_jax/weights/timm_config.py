@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``config.json`` of timm: an architecture by name, and what differs from it."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from vit_jax import config
+from vit_jax.weights import entries
+from vit_jax.weights.contents import Metadata
+
+
+def is_timm(values: Mapping[str, Any]) -> bool:
+    """Whether a config.json is one of timm's."""
+    return "pretrained_cfg" in values or "architecture" in values
+
+
+# What the images of timm's models are pooled with, as heads of ours.
+_POOLS = {"": "none", "token": "token", "avg": "gap", "map": "map"}
+
+# What timm's architectures are known by alone: every row that fits a name counts.
+_ARCHITECTURES: tuple[tuple[str, dict[str, Any]], ...] = (
+    (r"", {"gelu": "exact", "layer_norm_eps": 1e-6}),
+    (
+        r"(base_patch32|so400m_patch16|giantopt_patch16)_siglip|large_patch16_siglip_(gap_)?512",
+        {"gelu": "tanh"},
+    ),
+    (r"quickgelu", {"gelu": "quick"}),
+    (r"^vit_.*_clip_|dinov3|lingbot|^vit_pe_|^aimv2", {"layer_norm_eps": 1e-5}),
+    (r"dinov3|lingbot", {"rope": "dinov3"}),
+    (r"dinov3_|_dinov3$|lingbot", {"rope_theta": 100.0}),
+    (r"^eva02_|_rope_reg\d_gap", {"rope": "eva02", "rope_grid": (16, 16)}),
+    (r"_rope_(ape_)?\d+$", {"rope": "pe", "rope_theta": 100.0}),
+    (r"^vit_pe_", {"rope": "pe", "rope_offset": 1.0, "rope_grid": (32, 32)}),
+    (r"^vit_pe_core_(tiny|small|large)", {"rope_grid": (24, 24)}),
+    (r"^vit_pe_core_base", {"rope_grid": (14, 14)}),
+    (r"^vit_pe_\w+_gigantic", {"rope_offset": 0.0}),
+    (r"^vit_pe_core", {"map_heads": 8}),
+)
+# Heads that do not follow from the width, where config.json does not give them.
+_HEADS = (
+    (r"vit_base_patch16_gap_224|^vit_pe_\w+_gigantic|giantopt|so400m", 16),
+    (r"^vit_(huge|giant|gigantic)_patch1\d_(?!dinov2|reg)", 16),
+    (r"^vit_giant_.*(dinov2|tipsv2)", 24),
+    (r"^vit_7b", 32),
+)
+
+
+def read(values: dict[str, Any], where: str) -> Metadata:
+    about = entries.field(values, "pretrained_cfg", values, dict, where)
+    arguments = entries.field(values, "model_args", {}, dict, where)
+    architecture = str(values.get("architecture", ""))
+    get = lambda key, default, convert: entries.field(
+        about, key, default, convert, where
+    )
+    given = lambda key, default, convert: entries.field(
+        arguments, key, default, convert, where
+    )
+    model: dict[str, Any] = {}
+    for pattern, known in _ARCHITECTURES:
+        if re.search(pattern, architecture):
+            model |= known
+    for pattern, heads in _HEADS:
+        if re.search(pattern, architecture) and "embed_dim" not in arguments:
+            model["heads"] = heads
+    for key, ours, convert in (
+        ("num_heads", "heads", entries.count),
+        ("embed_dim", "width", entries.count),
+        ("depth", "depth", entries.count),
+        ("patch_size", "patch", entries.square),
+        ("in_chans", "channels", entries.count),
+        ("attn_pool_num_heads", "map_heads", entries.count),
+    ):
+        if value := given(key, None, convert):
+            model[ours] = value
+    size = given("img_size", None, entries.pair) or get(
+        "input_size", None, lambda s: entries.pair(s[1:])
+    )
+    if size:
+        model["image_size"] = size
+    if act := arguments.get("act_layer"):
+        model["gelu"] = config.choose(
+            "act_layer in config.json", str(act), entries.GELU
+        )
+    pool = arguments.get("global_pool", values.get("global_pool"))
+    if pool is not None:
+        model["head"] = config.choose("global_pool in config.json", str(pool), _POOLS)
+    if arguments.get("pos_embed") == "none":
+        model["positions"] = "none"
+    labels = get("label_names", (), entries.names) or entries.field(
+        values, "label_names", (), entries.names, where
+    )
+    model |= entries.normalization(get, "mean", "std")
+    crop = get("crop_pct", 1.0, entries.positive)
+    mode = about.get("crop_mode") or "center"
+    method = about.get("interpolation") or "bicubic"
+    return Metadata(labels, crops(size, crop, mode, method, where), model)
+
+
+def crops(
+    size: tuple[int, int] | None,
+    share: float,
+    mode: str = "center",
+    method: str = "bicubic",
+    where: str = "",
+) -> tuple[dict[str, Any], ...]:
+    """Resize, then the central ``share`` of the short side ("center") or of both
+    ("squash"). Without a size, both are made for what the model takes."""
+    how = {"method": method, "antialias": True}
+    larger = [int(n / share) for n in size] if size else []
+    if mode == "squash":
+        first = {"op": "resize", **({"size": larger} if larger else {}), **how}
+    elif mode == "center":
+        first = {
+            "op": "resize_small",
+            **({"size": max(larger)} if larger else {}),
+            **how,
+        }
+    else:
+        first = {"op": f"crop_mode={mode} of {where}"}
+    return first, {"op": "central_crop"}
