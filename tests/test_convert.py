@@ -4,11 +4,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors
+from safetensors.numpy import save_file
 from weights_files import save_npz, small_model
 
 import vit_jax
@@ -267,6 +269,68 @@ def test_command(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+FAMILIES = Path(__file__).parent / "golden" / "families"
+
+
+@pytest.mark.parametrize(
+    ("case", "dest"),
+    [
+        ("hf_dinov2_reg_a", "folder"),
+        ("timm_dinov3_a", "x.safetensors"),
+        ("timm_beit_a", "x.safetensors"),
+    ],
+)
+def test_own_format_of_a_family(command, tmp_path, case, dest):
+    """By command: the family's own names; and what comes back is the same bits."""
+    source = FAMILIES / case
+    done = command(source, tmp_path / dest, "--format=own", module="vit_jax.convert")
+    assert done.returncode == 0, done
+    file = tmp_path / dest / "model.safetensors"
+    ours = safetensors.load_file(file if file.exists() else tmp_path / dest)
+    theirs = safetensors.load_file(next(source.glob("*.safetensors")))
+    assert all(any(t.endswith(name) for t in theirs) for name in ours)
+    a, b = weights.read(source), weights.read(tmp_path / dest)
+    assert a.cfg == b.cfg
+    a, b = fit.flatten(a.params), fit.flatten(b.params)
+    assert all(np.array_equal(a[name], b[name]) for name in a.keys() | b.keys())
+
+
+def test_own_format_of_a_folder_is_no_file(command, tmp_path):
+    source, dest = FAMILIES / "hf_dinov2_reg_a", tmp_path / "x.safetensors"
+    done = command(source, dest, "--format=own", module="vit_jax.convert")
+    assert "written as a folder: give DEST without a suffix" in done.error
+    assert not dest.exists()
+
+
+def test_folder_of_timm_needs_an_architecture_of_that_size(command, tmp_path):
+    """BEiT is a class of its own, which timm builds by name only."""
+    source, dest = FAMILIES / "timm_beit_a", tmp_path / "x"
+    done = command(source, dest, "--format=timm", module="vit_jax.convert")
+    assert "no architecture of timm has these sizes" in done.error
+    assert not dest.exists()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layer_norm_eps": 1e-5, "norm_pre": True, "gelu": "quick"},
+        {"head": "gap", "class_token": True, "final_norm": "pooled"},
+        {"head": "map", "gelu": "exact", "registers": 1},
+        {"distillation": "head"},
+    ],
+)
+def test_timm_folder_states_the_model(command, tmp_path, fields):
+    """``config.json`` alone, without the header of the weights, names every switch."""
+    file, model, _ = start(tmp_path, **fields)
+    done = command(file, tmp_path / "m", "--format=timm", module="vit_jax.convert")
+    assert done.returncode == 0, done
+    arrays = tmp_path / "m" / "model.safetensors"
+    save_file(safetensors.load_file(arrays), arrays)
+    found = weights.read(tmp_path / "m")
+    assert found.cfg == model.cfg
+    assert found.metadata.class_names == NAMES.class_names
 
 
 @pytest.mark.slow

@@ -3,7 +3,9 @@
 
 DEST says which: ``x.npz`` has the released names (readable by the official code), with
 class names and preprocessing in ``x.json``; ``x.safetensors`` is for timm; a folder for
-Hugging Face. The weights are the same bits in each.
+Hugging Face. ``--format`` says otherwise: ``timm`` with a folder adds the ``config.json``
+from which timm builds the model, and ``own`` keeps the names of the family that SOURCE is
+of, whoever uses them. The weights are the same bits in each.
 """
 
 import sys
@@ -16,7 +18,11 @@ from vit_jax.weights import export
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("format", "", "npz, timm or hf; otherwise by the name of DEST.")
+    flags.DEFINE_string(
+        "format",
+        "",
+        "own (the names that SOURCE has), npz, timm or hf; otherwise by the name of DEST.",
+    )
     flags.DEFINE_integer(
         "image_size", 0, "Resize the position embeddings; 0: keep them."
     )
@@ -27,7 +33,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 2:
         raise UserError(
             f"give SOURCE and DEST, not {len(arguments)} arguments: python -m "
-            "vit_jax.convert SOURCE DEST [--format=npz|timm|hf] [--image_size=N]"
+            "vit_jax.convert SOURCE DEST [--format=own|npz|timm|hf] [--image_size=N]"
         )
     source, dest = arguments
     lines = convert(source, dest, flags.FLAGS.format, flags.FLAGS.image_size)

@@ -244,11 +244,12 @@ def save(
     """Writes a model as ``.npz`` (released names), timm or Hugging Face safetensors.
 
     Args:
-      path: file, or for "hf" folder.
+      path: file, for "hf" folder, and for "timm" and "own" either.
       cfg: of the model.
       params: its parameters.
       about: class names and preprocessing, which travel along.
-      layout: "npz", "timm" or "hf"; "": by the suffix of ``path``.
+      layout: "npz", "timm", "hf", or "own": as the file that it was loaded from; "": by
+        the suffix of ``path``.
 
     Returns:
       Lines about what a reader of the file should know.

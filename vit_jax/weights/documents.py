@@ -14,6 +14,7 @@ from vit_jax.weights import entries, timm_config
 from vit_jax.weights.contents import Metadata
 from vit_jax.weights.families import FAMILIES, Family
 
+_FILES = (".safetensors", ".bin", ".pth", ".pt")  # else a folder was asked for
 _RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # of Pillow
 
 
@@ -38,6 +39,12 @@ def describe(
         known = (f for f in FAMILIES if f.hub and kind in f.hub.kinds)
         family = next(known, FAMILIES[0])
     if values and family and family.hub is None:
+        if "model_type" in values and not where.endswith(_FILES):
+            raise UserError(
+                f"{where}: config.json says model_type {values['model_type']!r}, but the "
+                f"arrays are those of {family.name}: two models in one folder? Give the "
+                f"file, as in {where}/FILE"
+            )
         return Metadata()  # of another model: a file among strangers
     if values and family:
         processor = files.get("preprocessor_config.json", {})
@@ -55,6 +62,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "num_hidden_layers": ("depth", entries.count),
     "num_attention_heads": ("heads", entries.count),
     "num_channels": ("channels", entries.count),
+    "num_register_tokens": ("registers", entries.whole),
     "patch_size": ("patch", entries.square),
     "image_size": ("image_size", entries.pair),
     "layer_norm_eps": ("layer_norm_eps", entries.epsilon),

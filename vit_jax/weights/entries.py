@@ -50,6 +50,12 @@ def count(value: Any) -> int:
     return value
 
 
+def whole(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError("it must be a whole number, 0 or more")
+    return value
+
+
 def positive(value: Any) -> float:
     if type(value) not in (int, float) or not 0 < value < math.inf:
         raise ValueError("it must be a number above 0")

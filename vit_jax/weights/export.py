@@ -22,6 +22,7 @@ from vit_jax.weights import (
     recognise,
     roles,
     safetensors,
+    timm_config,
 )
 from vit_jax.weights.contents import Contents, Metadata, in_memory
 from vit_jax.weights.families import BY_NAME, FAMILIES, Family
@@ -68,7 +69,7 @@ def layout_of(path: Path) -> str:
         return "hf"
     raise UserError(
         f"{path}: its suffix is none of .npz (released names), .safetensors (timm) or no "
-        "suffix (Hugging Face folder); or give --format=npz, timm, hf or own"
+        "suffix (Hugging Face folder); or give --format=own, npz, timm or hf"
     )
 
 
@@ -113,6 +114,10 @@ class _Layout:
         flat, self.cfg = _with_table(flat, cfg, self.reasons)
         if PATCHES_ONLY in present or (family.timm and cfg.registers):
             flat = _without_rows(flat, infer.positioned_tokens(cfg))
+        patch_bias = flat.get("embedding/bias")
+        if family.timm and cfg.norm_pre and not np.any(patch_bias):
+            # Where a norm follows, timm's patch embedding has no bias.
+            flat = {k: v for k, v in flat.items() if v is not patch_bias}
         stages = tuple(cfg.resnet) if cfg.resnet_width and family.timm else None
         sizes = roles.Sizes(cfg.depth, cfg.width, cfg.heads, cfg.map_heads, stages)
         if cfg.mlp == "swiglu":
@@ -203,25 +208,39 @@ def _torch(
 
 
 def _write(path: Path, layout: _Layout) -> list[str]:
-    about = dataclasses.replace(layout.about, family=layout.family.name)
-    if layout.family.hub:
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{path} is a file; a Hugging Face model is a folder")
-        path.mkdir(parents=True, exist_ok=True)
-        safetensors.write(path / "model.safetensors", layout.arrays, {})
-        for name, values in layout.files.items():
-            metadata.write_json(path / name, values)
-        return []
-    if layout.about.family != layout.family.name:
-        about = dataclasses.replace(about, arrays=())
-    stored = metadata.to_dict(layout.cfg, about)
-    header = {"vit_jax": json.dumps(stored, ensure_ascii=False)}
-    safetensors.write(path, layout.arrays, header)
-    return _notes(layout.cfg)
+    """A folder, if the family is one of ``transformers`` or the path has no suffix."""
+    family, about = layout.family, layout.about
+    if about.family != family.name:
+        about = dataclasses.replace(about, arrays=(), family=family.name)
+    header, files, notes = {}, layout.files, []
+    if not family.hub:
+        stored = metadata.to_dict(layout.cfg, about)
+        header = {"vit_jax": json.dumps(stored, ensure_ascii=False)}
+        notes = _notes(layout.cfg)
+    if path.suffix and not path.is_dir() and not family.hub:
+        safetensors.write(path, layout.arrays, header)
+        return notes
+    if path.suffix == ".safetensors" or (path.exists() and not path.is_dir()):
+        raise UserError(
+            f"{path} is a file; {family.name} is written as a folder: give DEST without a "
+            "suffix"
+        )
+    if family.timm:
+        shapes = {name: shape for name, shape, _ in layout.arrays}
+        files = {"config.json": timm_config.write(layout.cfg, about, shapes)}
+    path.mkdir(parents=True, exist_ok=True)
+    safetensors.write(path / "model.safetensors", layout.arrays, header)
+    for name, values in files.items():
+        metadata.write_json(path / name, values)
+    return notes
 
 
 def _notes(cfg: ModelConfig) -> list[str]:
     notes = []
+    if cfg.layer_norm_eps not in (1e-6, 1e-5):
+        notes.append(
+            f"trained with layer_norm_eps={cfg.layer_norm_eps}, while timm has 1e-6"
+        )
     act = {"tanh": "gelu_tanh", "quick": "quick_gelu"}.get(cfg.gelu)
     if act:
         notes.append(

@@ -20,6 +20,7 @@ CLIP = {
     "image_mean": (0.48145466, 0.4578275, 0.40821073),
     "image_std": (0.26862954, 0.26130258, 0.27577711),
 }
+HALF = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}
 EXACT = {"gelu": "exact", "layer_norm_eps": 1e-6}
 
 
@@ -31,8 +32,6 @@ class Hub:
     plain: str  # architecture without a head
     classifier: str = ""  # and with one
     processor: str = "ViTImageProcessor"
-    # Entries that every model of the family has, besides sizes; see documents.py.
-    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +112,7 @@ FAMILIES = (
         spellings.HF_BEIT,
         has=("scale1", "q"),
         tower="beit.",
-        model={"gelu": "exact", "layer_norm_eps": 1e-12},
+        model={**HALF, "gelu": "exact", "layer_norm_eps": 1e-12},
         resize="bilinear",
         hub=Hub(
             ("beit",),
@@ -154,7 +153,7 @@ FAMILIES = (
         spellings.HF_VIT,
         has=("q", "norm1"),
         tower="vit.",
-        model={"gelu": "exact", "layer_norm_eps": 1e-12},
+        model={**HALF, "gelu": "exact", "layer_norm_eps": 1e-12},
         hub=Hub(("vit", "vit_mae", "vit_msn"), "ViTModel", "ViTForImageClassification"),
     ),
     Family(
@@ -178,7 +177,7 @@ FAMILIES = (
         has=("positions", "q"),
         kinds={"patch": "flat_conv", "positions": "rows"},
         tower="vision_model.",
-        model={"gelu": "tanh", "layer_norm_eps": 1e-6},
+        model={**HALF, "gelu": "tanh", "layer_norm_eps": 1e-6},
         resize="bilinear_antialias",
         crop=1.0,
         hub=Hub(
@@ -194,7 +193,7 @@ FAMILIES = (
         has=("positions", "q"),
         kinds={"positions": "rows"},
         tower="vision_model.",
-        model={"gelu": "tanh", "layer_norm_eps": 1e-6},
+        model={**HALF, "gelu": "tanh", "layer_norm_eps": 1e-6},
         crop=1.0,
         hub=Hub(
             ("siglip_vision_model", "siglip", "siglip2"),
@@ -284,7 +283,7 @@ FAMILIES = (
         "beit",
         spellings.TIMM,
         has=("relative",),
-        model={**EXACT},
+        model={**HALF, **EXACT},
         resize="bicubic",
     ),
     Family(
@@ -312,7 +311,7 @@ FAMILIES = (
         "timm, parallel blocks",
         spellings.TIMM_PARALLEL,
         has=("up_qkv",),
-        model={**EXACT},
+        model={**HALF, **EXACT},
         resize="bicubic_antialias",
         timm=True,
     ),
@@ -320,7 +319,7 @@ FAMILIES = (
         "timm",
         spellings.TIMM,
         has=("norm1",),
-        model={**EXACT},
+        model={**HALF, **EXACT},
         resize="bicubic_antialias",
         timm=True,
     ),

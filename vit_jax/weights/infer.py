@@ -150,8 +150,8 @@ def infer(
     if "depth" in shown:
         _head(arrays, facts)
         _positions(arrays, facts)
-    for field in ModelConfig.__dataclass_fields__.keys() - facts.settled.keys():
-        if field not in ("name", "image_size"):
+    for field in ModelConfig.__dataclass_fields__:
+        if field not in ("name", "image_size", *facts.settled):
             facts.settle(field)
     cfg = ModelConfig(**{**_normal(facts.settled), "name": ""})
     size = _image_size(cfg, arrays, facts, image_size)

@@ -193,11 +193,13 @@ def convert(
     if folded := sorted(n for r, n in names.items() if r in roles.FOLDED):
         report.change(f"folded: {', '.join(folded)} into the layers that they scale")
     _ignore(found, left, report)
-    for name in sorted(left):
+    if left:
+        name, *more = sorted(left)
         other = _other_family(left, found)
-        hint = f" (as in a file of {other}: two models in one?)" if other else ""
         report.problem(
-            f"{found.family.name} has nothing like {name} {left[name].shape}{hint}"
+            f"{found.family.name} has nothing like {name} {left[name].shape}"
+            + (f" and {len(more)} other arrays" if more else "")
+            + (f" (as in a file of {other}: two models in one?)" if other else "")
         )
     _fill(result, sizes.depth, report)
     start = found.prefix
@@ -209,8 +211,9 @@ def convert(
 def _ignore(found: Found, left: dict[str, Array], report: Report) -> None:
     """Takes out what the image encoder does not need, with one line per reason."""
     reasons: dict[str, list[str]] = {}
+    tower = found.prefix or found.names.get("norm1", "").partition("{i}")[0]
     for name in list(left):
-        inside = name.startswith(found.prefix) and found.prefix
+        inside = tower and name.startswith(tower)
         if (
             (not inside and _rank(name) < len(_PREFERRED))
             or "momentum_encoder." in name
@@ -229,12 +232,11 @@ def _ignore(found: Found, left: dict[str, Array], report: Report) -> None:
 
 
 def _other_family(left: dict[str, Array], found: Found) -> str:
-    for family in FAMILIES:
-        if family is not found.family:
-            for spelling in family.names["patch"].split("|"):
-                if any(name.endswith(f"{spelling}.weight") for name in left):
-                    return family.name
-    return ""
+    try:
+        other = recognise(left, False, "the rest").family
+    except UserError:
+        return ""
+    return other.name if other is not found.family else ""
 
 
 # Layers of ours that have a bias where files may have none.
@@ -267,7 +269,7 @@ def _fill(arrays: dict[str, Array], depth: int, report: Report) -> None:
 
 def _refusal(arrays: dict[str, Array], where: str) -> str:
     text = "\n".join(arrays)
-    looks = next((w for p, w in _LOOKS_LIKE.items() if re.search(p, text)), "")
+    looks = next((w for p, w in _LOOKS_LIKE.items() if re.search(p, text, re.M)), "")
     if not looks:
         partial = [
             family.name

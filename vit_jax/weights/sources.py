@@ -217,7 +217,16 @@ def _open_folder(path: Path, wanted: _Wanted) -> Contents:
     if lost := [f.name for f in files if not f.exists()]:
         raise UserError(f"{where}: {lost} are missing, which its index names")
     if files[0].suffix in (".safetensors", *_TORCH):
-        return _open_torch(files, path, wanted)
+        contents = _open_torch(files, path, wanted)
+        index = path / _torch_file(names)
+        if index.name.endswith(".index.json"):
+            listed = metadata.read_json(index)["weight_map"]
+            if lost := sorted(set(listed) - set(contents.arrays)):
+                raise UserError(
+                    f"{where}: {index.name} names {len(lost)} arrays that are in none of "
+                    f"its {len(files)} files, such as {lost[0]!r:.80} of {listed[lost[0]]}"
+                )
+        return contents
     if files[0].is_dir():
         return _open_orbax(files[0].absolute(), f"{where}/{files[0].name}")
     inside = dataclasses.replace(wanted, where=f"{where}/{files[0].name}")

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from vit_jax import config
+from vit_jax.config import ModelConfig
+from vit_jax.errors import UserError
+from vit_jax.models import published
 from vit_jax.weights import entries
 from vit_jax.weights.contents import Metadata
 
@@ -119,3 +122,125 @@ def crops(
     else:
         first = {"op": f"crop_mode={mode} of {where}"}
     return first, {"op": "central_crop"}
+
+
+# Switches that timm's class VisionTransformer has not: another class has them, which is
+# found by an architecture's name.
+_ELSEWHERE = (
+    *(
+        "rope",
+        "relative_bias",
+        "norm",
+        "mlp",
+        "mlp_norm",
+        "attention_norm",
+        "patch_norm",
+    ),
+    *("parallel", "resnet", "resnet_width"),
+)
+
+
+def write(
+    cfg: ModelConfig, about: Metadata, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    """``config.json``, from which timm builds the model that these arrays fit.
+
+    Args:
+      cfg: of the model.
+      about: class names and preprocessing.
+      shapes: of the arrays, by their names in the file.
+
+    Raises:
+      UserError: no architecture of timm is such a model.
+    """
+    pools = {head: pool for pool, head in _POOLS.items()}
+    if cfg.head not in pools or cfg.pre_logits:
+        what = "pre_logits" if cfg.pre_logits else f"head {cfg.head!r}"
+        raise UserError(f"model.head: timm builds no model with {what}")
+    usual = ModelConfig()
+    if any(getattr(cfg, f) != getattr(usual, f) for f in _ELSEWHERE):
+        architecture, arguments = _architecture(cfg), {}
+    else:
+        architecture, arguments = _plain(cfg, shapes)
+    size = [cfg.channels, *cfg.image_size]
+    prepared: dict[str, Any] = {
+        "input_size": size,
+        "fixed_input_size": True,
+        "num_classes": cfg.num_classes,
+        "mean": list(cfg.image_mean or (0.5,) * cfg.channels),
+        "std": list(cfg.image_std or (0.5,) * cfg.channels),
+        **_prepared(cfg, about),
+    }
+    if about.class_names:
+        prepared["label_names"] = list(about.class_names)
+    return {
+        "architecture": architecture,
+        "num_classes": cfg.num_classes,
+        "num_features": cfg.width,
+        "global_pool": pools[cfg.head],
+        "model_args": {
+            "img_size": list(cfg.image_size),
+            "global_pool": pools[cfg.head],
+            **arguments,
+        },
+        "pretrained_cfg": prepared,
+    }
+
+
+def _plain(
+    cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[str, dict[str, Any]]:
+    """An architecture with that epsilon, and every argument of its class."""
+    architecture = "vit_base_patch16_224"
+    if cfg.layer_norm_eps == 1e-5:
+        architecture = "vit_base_patch16_clip_224"
+    if cfg.distillation != "none":
+        architecture = "deit_base_distilled_patch16_224"
+    rows, columns = (n // cfg.patch for n in cfg.image_size)
+    arguments = {
+        "patch_size": cfg.patch,
+        "in_chans": cfg.channels,
+        "embed_dim": cfg.width,
+        "depth": cfg.depth,
+        "num_heads": cfg.heads,
+        "mlp_ratio": cfg.mlp_dim / cfg.width,
+        "act_layer": {"exact": "gelu", "tanh": "gelu_tanh"}.get(cfg.gelu, "quick_gelu"),
+        "class_token": "cls_token" in shapes,
+        "reg_tokens": cfg.registers,
+        "no_embed_class": shapes.get("pos_embed", (0, 0))[1] == rows * columns,
+        "pre_norm": cfg.norm_pre,
+        "final_norm": cfg.final_norm != "none",
+        "fc_norm": cfg.final_norm == "pooled",
+        "qk_norm": cfg.qk_norm,
+        "init_values": 1.0 if "blocks.0.ls1.gamma" in shapes else None,
+    }
+    if cfg.head == "map" and cfg.map_heads:
+        arguments["attn_pool_num_heads"] = cfg.map_heads
+    return architecture, arguments
+
+
+def _architecture(cfg: ModelConfig) -> str:
+    """The published architecture that is this model, but for images and classes."""
+    for name, row in published.ARCHITECTURES.items():
+        fields = {f: row.get(f, getattr(ModelConfig, f)) for f in (*_ELSEWHERE, *row)}
+        fields = {k: v for k, v in fields.items() if k not in ("image_size", "gelu")}
+        if all(getattr(cfg, field) == value for field, value in fields.items()):
+            return name
+    raise UserError(
+        "no architecture of timm has these sizes and switches: write a file NAME.safetensors"
+    )
+
+
+def _prepared(cfg: ModelConfig, about: Metadata) -> dict[str, Any]:
+    """How timm has to prepare an image."""
+    for step in about.transforms:
+        if step["op"] in ("resize", "resize_small"):
+            small = step["op"] == "resize_small"
+            side = step.get("size", max(cfg.image_size))
+            larger = side if isinstance(side, int) else max(side)
+            return {
+                "crop_pct": max(cfg.image_size) / larger,
+                "crop_mode": "center" if small else "squash",
+                "interpolation": step.get("method", "bilinear"),
+            }
+    return {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bilinear"}

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of families that contradict themselves: one line says what is wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from vit_jax import weights
+from vit_jax.errors import UserError
+
+FAMILIES = Path(__file__).parent / "golden" / "families"
+DINOV2, BEIT = FAMILIES / "hf_dinov2_reg_a", FAMILIES / "timm_beit_a"
+
+
+def refused(source, match, **options):
+    with pytest.raises(UserError, match=match) as e:
+        weights.read(source, **options)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of a DINOv2 with registers, and its arrays."""
+    shutil.copytree(DINOV2, tmp_path / "dinov2")
+    return tmp_path / "dinov2", load_file(DINOV2 / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("names", "looks"),
+    [
+        (["layers.0.blocks.0.attn.relative_position_bias_table"], "a Swin Transformer"),
+        (["stages.0.blocks.0.conv_dw.weight"], "a ConvNeXt"),
+        (["layer1.0.conv1.weight", "fc.weight"], "a ResNet"),
+        (["encoder.layer.0.attention.self.query.weight"], "a text model such as BERT"),
+    ],
+)
+def test_family_that_is_not_covered(tmp_path, names, looks):
+    file = tmp_path / "x.safetensors"
+    save_file({name: np.zeros((4, 4), np.float32) for name in names}, file)
+    message = refused(file, f"looks like {looks}, which is none of the families")
+    assert names[0] in message
+
+
+def test_unknown_part_of_a_known_family(folder):
+    path, arrays = folder
+    arrays["encoder.layer.0.gizmo.weight"] = np.zeros(3, np.float32)
+    save_file(arrays, path / "model.safetensors")
+    refused(
+        path,
+        r"dinov2 with registers .* has nothing like encoder.layer.0.gizmo.weight \(3,\)$",
+    )
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "match"),
+    [
+        (
+            "hidden_size",
+            96,
+            "model.width: the file's config says 96, the arrays show 48",
+        ),
+        ("num_hidden_layers", 3, "model.depth: .* says 3, the arrays show 2"),
+        ("num_register_tokens", 9, "model.registers: .* says 9, the arrays show 4"),
+        ("num_attention_heads", 5, "heads=5 does not divide"),
+        ("patch_size", 4, "model.patch: .* says 4, the arrays show 8"),
+        ("model_type", "clip", "model_type 'clip', but the arrays are those of dinov2"),
+        ("image_size", 64, r"says \(64, 64\), which is 8 x 8 patches, but"),
+    ],
+)
+def test_config_that_contradicts_the_arrays(folder, entry, value, match):
+    path, _ = folder
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {entry: value}))
+    refused(path, match)
+
+
+def test_positions_that_no_rule_fits(folder):
+    path, arrays = folder
+    table = "embeddings.position_embeddings"
+    arrays[table] = np.ascontiguousarray(arrays[table][:, :-3])
+    save_file(arrays, path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    del config["image_size"]
+    (path / "config.json").write_text(json.dumps(config))
+    match = r"position_embeddings of shape \(1, 14, 48\) is made for no square grid"
+    refused(path, match)
+    refused(path, match, image_size=64)
+
+
+def test_two_families_in_one_folder(folder):
+    path, arrays = folder
+    other = load_file(BEIT / "model.safetensors")
+    save_file({**arrays, **other}, path / "model.safetensors")
+    refused(path, "has nothing like .* other arrays .as in a file of beit: two models")
+    save_file(other, path / "model.safetensors")
+    refused(path, "says model_type 'dinov2_with_registers', but the arrays are .* beit")
+    # Named, it is a file among strangers, whose config.json is another model's.
+    assert weights.read(path / "model.safetensors", heads=3).metadata.family == "beit"
+
+
+def test_missing_parts(folder):
+    path, arrays = folder
+    (path / "model.safetensors").unlink()
+    parts = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    names = sorted(arrays)
+    index = {name: parts[name in names[9:]] for name in names}
+    (path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": index})
+    )
+    save_file({name: arrays[name] for name in names[:9]}, path / parts[0])
+    refused(path, rf"\['{parts[1]}'\] are missing, which its index names")
+    # All of the last part but the final norm, without which it would be another model.
+    save_file({name: arrays[name] for name in names[9:-2]}, path / parts[1])
+    refused(path, rf"names 2 arrays .* such as 'layernorm.bias' of {parts[1]}")
+    save_file({name: arrays[name] for name in names[9:]}, path / parts[1])
+    weights.read(path)
+
+
+def test_assumptions_about_a_bare_file(tmp_path):
+    """Nothing in it says what the pixels were scaled by."""
+    shutil.copy(BEIT / "model.safetensors", tmp_path / "x.safetensors")
+    (line,) = weights.read(tmp_path / "x.safetensors").report.assumptions
+    assert "image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5)" in line
+    assert "gelu=exact" in line
