@@ -2,15 +2,20 @@
 """Every family of checkpoints: the outputs of independent implementations, at the sizes
 that they were computed for, and the same bits after a way out and back."""
 
+import functools
 import json
+import math
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
 import vit_jax
-from vit_jax import weights
+from vit_jax import models, weights
+from vit_jax.analysis import attention
 from vit_jax.weights import fit
 
 HERE = Path(__file__).parent / "golden" / "families"
@@ -26,28 +31,123 @@ def test_cases_beside_the_project(shared):
     assert len(CASES) >= 41
 
 
-def load(case, read=weights.read, **options):
-    about = json.loads((case / "meta.json").read_text())
-    source = case
-    if not (case / "config.json").exists():
-        (source,) = case.glob("*.safetensors")
-        options["heads"] = about["num_heads"]
-    return read(source, **options), about
+def about(case):
+    return json.loads((case / "meta.json").read_text())
+
+
+def asked(case):
+    """What ``load`` is called with: the folder, or the file and what it does not say."""
+    if (case / "config.json").exists():
+        return case, {}
+    (source,) = case.glob("*.safetensors")
+    return source, {"heads": about(case)["num_heads"]}
+
+
+@functools.cache
+def read(case):
+    source, options = asked(case)
+    return weights.read(source, **options)
+
+
+def images_of(case, io):
+    mean, std = (np.float32(about(case)[key]) for key in ("mean", "std"))
+    return 2 * (io["images"] * std + mean) - 1
+
+
+def check(case, io, logits, out, atol):
+    key = next(k for k in ("logits", "image_embeds", "features") if k in io.files)
+    got = out["pre_logits"] if key == "features" else logits
+    largest = max(1.0, np.abs(io[key]).max())
+    np.testing.assert_allclose(got / largest, io[key] / largest, rtol=0, atol=atol)
+
+
+def forward(model):
+    """Compiled: without, each operation is compiled by itself."""
+    return jax.jit(lambda p, x: model.apply({"params": p}, x, method="forward"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_outputs(case):
     for file in sorted(case.glob("io*.npz")):
         io = np.load(file)
-        size = {} if file.name == "io.npz" else {"image_size": io["images"].shape[1:3]}
-        (model, params), about = load(case, vit_jax.load, **size)
-        mean, std = (np.float32(about[key]) for key in ("mean", "std"))
-        images = 2 * (io["images"] * std + mean) - 1
-        logits, out = model.apply({"params": params}, images, method="forward")
-        key = next(k for k in ("logits", "image_embeds", "features") if k in io.files)
-        got = out["pre_logits"] if key == "features" else logits
-        largest = max(1.0, np.abs(io[key]).max())
-        np.testing.assert_allclose(got / largest, io[key] / largest, rtol=0, atol=1e-4)
+        if file.name == "io.npz":
+            found = read(case)
+            model, params = models.create(found.cfg), found.params
+        else:
+            source, options = asked(case)
+            size = io["images"].shape[1:3]
+            model, params = vit_jax.load(source, image_size=size, **options)
+        check(case, io, *forward(model)(params, images_of(case, io)), 1e-4)
+
+
+# One case for each way of being unlike the others: tokens, positions, norms, MLPs, heads.
+USED = [
+    case
+    for case in CASES
+    if case.name
+    in (
+        *("hf_dinov2_reg_a", "orig_openai_clip_a", "timm_beit_a", "timm_dinov3_a"),
+        *("timm_eva02_small_a", "timm_siglip_base_a", "timm_aimv2_a"),
+        *("timm_deit_distilled_a", "timm_pe_core_a", "timm_mae_avg_a"),
+    )
+]
+
+
+@pytest.mark.parametrize("case", USED, ids=lambda case: case.name)
+def test_fine_tuning_and_prediction(case):
+    source, options = asked(case)
+    model, params = vit_jax.load_for_finetune(source, 3, **options)
+    images = images_of(case, np.load(case / "io.npz"))[:2]
+    labels = jnp.arange(len(images))
+
+    @jax.jit
+    def step(params):
+        def loss(params):
+            logits = model.apply({"params": params}, images)
+            return -jax.nn.log_softmax(logits)[jnp.arange(len(images)), labels].mean()
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        return value, jax.tree.map(lambda p, g: p - 0.01 * g, params, gradient)
+
+    losses = []
+    for _ in range(5):
+        value, params = step(params)
+        losses.append(float(value))
+    assert losses[0] == pytest.approx(math.log(3), abs=1e-6)  # the new head is zero
+    assert np.all(np.diff(losses) < 0)
+    assert (np.argmax(model.apply({"params": params}, images), -1) < 2).all()
+
+
+@pytest.mark.parametrize("case", USED, ids=lambda case: case.name)
+def test_bfloat16(case):
+    source, options = asked(case)
+    model, params = vit_jax.load(source, dtype="bfloat16", **options)
+    io = np.load(case / "io.npz")
+    logits, out = forward(model)(params, images_of(case, io))
+    out = {"pre_logits": np.asarray(out["pre_logits"], np.float32)}
+    # bfloat16 has 8 bits, each layer rounds a few times.
+    check(case, io, np.asarray(logits, np.float32), out, 0.05)
+
+
+@pytest.mark.parametrize("case", USED, ids=lambda case: case.name)
+def test_figures_leave_the_other_tokens_out(case):
+    found = read(case)
+    model = models.create(found.cfg)
+    images = images_of(case, np.load(case / "io.npz"))[:1]
+    a = attention.capture(model, found.params, images)
+    grid, patch = attention.geometry(model, images.shape[1:3])
+    prefix = models.prefix_tokens(found.cfg)
+    tokens = prefix + math.prod(grid)
+    layers, heads = found.cfg.depth, found.cfg.heads
+    assert a.shape == (layers, 1, heads, tokens, tokens)
+    rows = np.asarray(attention.rollout(a))
+    np.testing.assert_allclose(rows.sum(-1), 1, rtol=1e-5)
+    picture = np.asarray(attention.token_map(rows, grid)).reshape(1, -1)
+    row = rows[:, 0] if prefix else rows.mean(1)
+    np.testing.assert_allclose(picture, row[:, prefix:], rtol=1e-5)
+    distance = np.asarray(attention.mean_distance(a, grid, patch))
+    assert distance.shape == (layers, heads)
+    assert np.all((distance > 0) & (distance < math.hypot(*images.shape[1:3])))
 
 
 def _inner(ours, theirs):
@@ -60,7 +160,7 @@ def _inner(ours, theirs):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_own_layout_and_back(case, tmp_path):
     """load -> convert to its own layout -> load: equal bits, equal models."""
-    found, _ = load(case)
+    found = read(case)
     folder = (case / "config.json").exists() and "(Hugging" in found.metadata.family
     path = tmp_path / ("out" if folder else "out.safetensors")
     weights.save(path, found.cfg, found.params, found.metadata, "own")
@@ -88,7 +188,7 @@ def test_a_pretrained_model(shared, size):
     io = np.load(file)
     model, params = vit_jax.load(folder, image_size=io["pixels"].shape[1:3])
     images = io["pixels"].astype(np.float32) / 127.5 - 1
-    _, out = model.apply({"params": params}, images, method="forward")
+    _, out = forward(model)(params, images)
     np.testing.assert_allclose(out["pre_logits"], io["features"], rtol=0, atol=1e-3)
     tokens = out["tokens"]
     np.testing.assert_allclose(tokens[:, :4], io["tokens_first"], rtol=0, atol=1e-3)
