@@ -102,7 +102,7 @@ def test_two_steps_trace(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_synthetic_images_need_no_other_flag(name):
-    cfg = config.replace(load(name), data__source="synthetic")
+    cfg = config.replace(load(name), data__source="synthetic", data__subset=0.0)
     assert data.describe(cfg.data).num_train
 
 

@@ -231,9 +231,7 @@ def test_square_table_for_other_images_of_as_many_patches(tmp_path):
     """2 x 2 and 1 x 4 patches: only metadata can say that a table is no square."""
     model, flat = small_model(image_size=16)
     found = weights.read(save_npz(tmp_path / "x.npz", flat), (8, 32))
-    want = positions.resize_table(
-        flat[POSITIONS], (2, 2), (1, 4), stored_row=True, wanted_row=True
-    )
+    want = positions.resize_table(flat[POSITIONS], (2, 2), (1, 4))
     assert_same(found.params, flat | {POSITIONS: want})
     assert "from 2 x 2 to 1 x 4" in found.report.lines[0]
     model, flat = small_model(image_size=(8, 32))

@@ -12,7 +12,7 @@ import vit_jax
 from vit_jax import weights
 from vit_jax.config import ModelConfig
 from vit_jax.errors import UserError
-from vit_jax.weights import fit
+from vit_jax.weights import fit, positions
 
 PRE = ("pre_logits/kernel", "pre_logits/bias")
 HEAD = ("head/kernel", "head/bias")
@@ -93,11 +93,13 @@ def test_class_token_and_its_row(files, has, wanted):
 def test_load_never_touches_the_head(files, head, image_size):
     path, flat = files[head, True]
     found = weights.read(path, image_size)
-    changed = {POSITIONS} if image_size != 16 else set()
-    flat = {k: v if k not in changed else found.params for k, v in flat.items()}
-    assert_same(found.params, flat, but=changed)
+    grid = (image_size // 8,) * 2
+    table = positions.resize_table(flat[POSITIONS], (2, 2), grid)
+    assert table.shape[1] == grid[0] ** 2 + (head == "token")
+    assert_same(found.params, flat | {POSITIONS: table})
     assert found.cfg.num_classes == 5
-    assert len([x for x in found.report.lines if "resized" in x]) == len(changed)
+    resized = [x for x in found.report.lines if "resized" in x]
+    assert len(resized) == (image_size != 16)
 
 
 def test_image_size_is_one_integer_or_two(files):
@@ -120,10 +122,15 @@ def test_load_without_a_head_gives_features(files, tmp_path):
     assert shape == (2, 16)
 
 
-@pytest.mark.parametrize("key", ["head", "num_classes", "pre_logits", "width"])
+@pytest.mark.parametrize("key", ["num_classes", "pre_logits", "width"])
 def test_load_refuses_what_would_change_arrays(files, key):
     with pytest.raises(UserError, match="load_for_finetune"):
         vit_jax.load(files["token", False][0], **{key: "gap"})
+
+
+def test_load_refuses_another_head(files):
+    with pytest.raises(UserError, match="head is stated as 'gap', but the arrays"):
+        vit_jax.load(files["token", False][0], head="gap")
 
 
 def test_overrides_without_arrays(files):

@@ -101,15 +101,32 @@ def test_training_knows_the_heads_of_a_torch_file(exported, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("width", "heads", "why"), [(32, 2, "ViT-mu"), (64, 1, "size 64")]
+    ("width", "mlp_dim", "heads"),
+    # Published sizes of another depth: ViT-mu, So400m, H; else heads of 64.
+    [(32, 128, 2), (1152, 4304, 16), (1280, 5120, 16), (192, 24, 3), (256, 24, 4)],
 )
-def test_heads_are_assumed_aloud(tmp_path, width, heads, why):
-    model, flat = small_model(width=width, mlp_dim=128, heads=heads, depth=1)
+def test_heads_are_assumed_aloud(tmp_path, width, mlp_dim, heads):
+    model, flat = small_model(width=width, mlp_dim=mlp_dim, heads=heads, depth=1)
     weights.save(tmp_path / "m.safetensors", model.cfg, fit.unflatten(flat))
     arrays = safetensors.load_file(tmp_path / "m.safetensors")
     found = weights.read(save_timm(tmp_path / "x.safetensors", arrays))
     assert found.cfg.heads == heads
-    assert any(why in line and "assumed" in line for line in found.report.lines)
+    (line,) = (x for x in found.report.lines if x.startswith("assumed: "))
+    for said in (f"heads={heads}", "gelu=exact", "layer_norm_eps=1e-06", "head=token"):
+        assert said in line
+
+
+def test_heads_that_no_published_model_has_are_asked_for(tmp_path):
+    model, flat = small_model(width=64, heads=2, mlp_dim=24, depth=1)
+    weights.save(tmp_path / "m.safetensors", model.cfg, fit.unflatten(flat))
+    file = save_timm(
+        tmp_path / "x.safetensors", safetensors.load_file(tmp_path / "m.safetensors")
+    )
+    with pytest.raises(
+        UserError, match="width 64 is no published model's: pass heads="
+    ):
+        weights.read(file)
+    assert_same(weights.read(file, heads=2).params, flat)
 
 
 def test_timm_folder(exported, tmp_path):
@@ -132,7 +149,8 @@ def test_timm_folder(exported, tmp_path):
     assert_same(found.params, flat)
     assert found.metadata.class_names == tuple("vwxyz")
     ops = [t["op"] for t in found.metadata.transforms]
-    assert ops == ["resize_small", "central_crop", "normalize"]
+    assert ops == ["resize_small", "central_crop"]
+    assert found.cfg.image_mean == found.cfg.image_std == ()  # 0.5, the usual ones
     assert found.metadata.transforms[0]["size"] == 20
 
 
@@ -160,7 +178,7 @@ def timm_folder(folder, arrays, pretrained=None, **fields):
 )
 def test_crops_of_timm(exported, tmp_path, stated, op, size):
     found = weights.read(timm_folder(tmp_path, exported[3], stated))
-    first, second, _ = found.metadata.transforms
+    first, second = found.metadata.transforms
     assert (first["op"], first.get("size")) == (op, size)
     assert second == {"op": "central_crop"}
 
@@ -175,43 +193,56 @@ def test_sizes_of_the_preprocessing_grow_with_the_images(exported, tmp_path):
     assert weights.read(folder, (32, 48)).metadata.transforms[0]["size"] == [40, 60]
 
 
-def test_pooling_that_no_model_here_has(exported, tmp_path):
+def test_pooling_of_timm(exported, tmp_path):
     arrays = exported[3]
-    assert weights.read(timm_folder(tmp_path, arrays, global_pool="token"))
-    with pytest.raises(UserError, match=r"head is stated as 'gap'.*with a class token"):
-        weights.read(timm_folder(tmp_path, arrays, global_pool="avg"))
+    for pool, head in (("token", "token"), ("avg", "gap"), ("", "none")):
+        found = weights.read(timm_folder(tmp_path, arrays, global_pool=pool))
+        assert (found.cfg.head, found.cfg.class_token) == (head, head != "token")
+    with pytest.raises(UserError, match=r"head is stated as 'map'.*with a class token"):
+        weights.read(timm_folder(tmp_path, arrays, global_pool="map"))
     with pytest.raises(UserError, match="unknown global_pool"):
         weights.read(timm_folder(tmp_path, arrays, global_pool="max"))
-
-
-HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
 
 
 @pytest.mark.parametrize(
     ("stated", "ops"),
     [
-        ({}, [{"op": "resize", "method": "bilinear"}, HALF]),
-        ({"resample": 3}, [{"op": "resize", "method": "bicubic"}, HALF]),
-        ({"do_resize": False}, [HALF]),
-        ({"size": {"shortest_edge": 20}}, [{"op": "resize_small", "size": 20}, HALF]),
+        ({}, [{"op": "resize", "method": "bilinear"}]),
+        ({"resample": 3}, [{"op": "resize", "method": "bicubic"}]),
+        ({"do_resize": False, "do_center_crop": True}, [{"op": "central_crop"}]),
+        ({"size": {"shortest_edge": 20}}, [{"op": "resize_small", "size": 20}]),
         (
             {"size": 20, "do_center_crop": True, "crop_size": 16},
             [
                 {"op": "resize", "size": [20, 20]},
                 {"op": "central_crop", "size": [16, 16]},
-                HALF,
             ],
         ),
-        ({"do_normalize": False}, [{}, {"mean": [0] * 3, "std": [1] * 3}]),
-        ({"image_mean": 0.25, "image_std": 1}, [{}, {"mean": [0.25] * 3}]),
     ],
 )
 def test_preprocessor_of_hugging_face(tmp_path, stated, ops):
     folder, _, _ = hf_folder(tmp_path)
     (folder / "preprocessor_config.json").write_text(json.dumps({"a": 1} | stated))
     found = weights.read(folder).metadata.transforms
+    assert len(found) == len(ops)
     for got, want in zip(found, ops, strict=True):
         assert want.items() <= got.items()
+
+
+@pytest.mark.parametrize(
+    ("stated", "mean", "std"),
+    [
+        ({}, (), ()),
+        ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}, (), ()),
+        ({"do_normalize": False}, (0.0,) * 3, (1.0,) * 3),
+        ({"image_mean": 0.25, "image_std": 1}, (0.25,) * 3, (1.0,) * 3),
+    ],
+)
+def test_mean_and_deviation_are_the_models(tmp_path, stated, mean, std):
+    folder, _, _ = hf_folder(tmp_path)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"a": 1} | stated))
+    cfg = weights.read(folder).cfg
+    assert (cfg.image_mean, cfg.image_std) == (mean, std)
 
 
 @pytest.mark.parametrize(
@@ -257,20 +288,11 @@ def test_layer_scale_is_folded(exported, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "what"),
-    [
-        ("dist_token", "distillation"),
-        ("reg_token", "register"),
-        ("fc_norm.weight", "fc_norm"),
-        ("blocks.0.attn.q_norm.weight", "normalised queries"),
-        ("norm_pre.weight", "CLIP"),
-        ("blocks.0.attn.relative_position_bias_table", "BEiT"),
-        ("something.else", "unexpected something.else"),
-    ],
+    "name", ["something.else", "blocks.0.attn.rope.freqs", "blocks.0.cls_attn.weight"]
 )
-def test_parts_that_no_model_here_has(exported, tmp_path, name, what):
+def test_parts_that_no_model_here_has(exported, tmp_path, name):
     arrays = dict(exported[3]) | {name: np.ones(16, np.float32)}
-    with pytest.raises(UserError, match=what):
+    with pytest.raises(UserError, match=f"timm has nothing like {name}"):
         weights.read(save_timm(tmp_path / "x.safetensors", arrays), heads=2)
 
 
@@ -286,7 +308,7 @@ def test_neither_layout(tmp_path):
     file = save_timm(
         tmp_path / "x.safetensors", {"conv1.weight": np.ones((3, 3), "f4")}
     )
-    with pytest.raises(UserError, match=r"neither a ViT of timm.*conv1.weight"):
+    with pytest.raises(UserError, match=r"none of the families.*conv1.weight"):
         weights.read(file)
 
 
@@ -322,8 +344,21 @@ def test_config_of_hugging_face_is_honoured(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "deit"}, "model_type 'deit'"),
+        ({"model_type": "deit"}, "model_type 'deit'.*those of vit"),
         ({"hidden_act": "relu"}, "hidden_act"),
+        (
+            {"hidden_size": 32},
+            "model.width: the file's config says 32, the arrays show 16",
+        ),
+        ({"num_hidden_layers": 3}, "model.depth: the file's config says 3"),
+        ({"patch_size": 4}, "model.patch: the file's config says 4"),
+        ({"image_size": 24}, r"model.image_size: the file's config says \(24, 24\)"),
+        ({"num_attention_heads": True}, "num_attention_heads is True"),
+        ({"num_attention_heads": 4.5}, "num_attention_heads is 4.5"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"layer_norm_eps": -1}, "layer_norm_eps is -1"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps is nan"),
+        ({"layer_norm_eps": 1e9}, "layer_norm_eps is 1000000000"),
         ({"num_attention_heads": 3}, "heads=3 does not divide"),
         ({"num_attention_heads": "x"}, "num_attention_heads is 'x'"),
         ({"layer_norm_eps": []}, "layer_norm_eps is"),
@@ -406,9 +441,15 @@ def test_what_the_layouts_cannot_hold(tmp_path):
         with pytest.raises(UserError, match=message):
             weights.save(tmp_path / where, model.cfg, fit.unflatten(flat))
 
-    refuse("hf", "pre_logits", pre_logits=True)
-    refuse("hf", "class token only", head="gap")
-    refuse("hf", "another ResNet", resnet=(1,), image_size=32, patch=1)
+    refuse("hf", "pre_logits", pre_logits=True, gelu="exact")
+    refuse("hf", "model.head is 'gap' and would read as", head="gap", class_token=True)
+    refuse("hf", "no place for 15 arrays.*block1", resnet=(1,), image_size=32, patch=1)
+    refuse(
+        "hf",
+        "model.positions='learned2d' at 'every'",
+        positions="learned2d",
+        position_at="every",
+    )
     refuse("x.safetensors", "positions='relative'", positions="relative")
     assert list(tmp_path.iterdir()) == []
 
@@ -434,5 +475,5 @@ def test_sidecar_must_not_contradict(tmp_path):
     file = save_npz(tmp_path / "x.npz", flat)
     about = {"format": "vit_jax", "model": {"heads": 4}}
     (tmp_path / "x.json").write_text(json.dumps(about))
-    with pytest.raises(UserError, match="heads is stated as 4"):
+    with pytest.raises(UserError, match="heads: the file's config says 4, the arrays"):
         weights.read(file)

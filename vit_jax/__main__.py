@@ -15,6 +15,7 @@ COMMANDS = {
     "embed": "write one vector per image",
     "evaluate": "measure a checkpoint with every evaluator of a config",
     "convert": "write a checkpoint in another layout",
+    "export": "write a checkpoint as a program: StableHLO, SavedModel, TFLite, ONNX",
     "analysis": "draw the paper's figures of a checkpoint",
     "weights": "list the published checkpoints",
     "sweep": "select a learning rate as the paper does",

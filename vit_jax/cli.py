@@ -39,6 +39,7 @@ EXTRAS = {
     "matplotlib": "analysis",
     "sklearn": "analysis",
     "libtpu": "plan",
+    "jax2onnx": "onnx",
     "pyarrow": "parquet",
 }
 

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The door for weights: any checkpoint layout in, the released layout inside, any out.
+"""Loading and saving of weights: any layout in, the released one inside, any out.
 
 A source is a path, a URL (``https://``, ``gs://``,
 ``hf://owner/name[@revision][/file]``) or an id of the catalogue. Add a format in
-``sources.py``, a torch layout in ``torch.py``.
+``sources.py``, a family of checkpoints in ``families.py``.
 
 ============== =============================================================
 sources.py     opens a file or folder by its first bytes
-npz.py         released ``.npz``; torch.py: timm and Hugging Face
-layout.py      names of every generation -> released names
-infer.py       shapes -> ModelConfig
+layout.py      names of every generation of ``.npz`` -> released names
+families.py    one row per family of torch files; recognise.py finds the row,
+               roles.py applies it, documents.py reads config.json
+infer.py       all that is known -> ModelConfig
 fit.py         arrays -> parameters of a model; positions.py: resize
+export.py      parameters -> files
 report.py      what happened to each array
 ============== =============================================================
 """
@@ -32,12 +34,13 @@ from vit_jax.weights import (
     export,
     fit,
     infer,
-    layout,
+    positions,
     preprocessing,
     sources,
 )
-from vit_jax.weights.contents import Array, Contents, Metadata
+from vit_jax.weights.contents import Metadata
 from vit_jax.weights.report import Report
+from vit_jax.weights.understand import metadata_of, understand
 
 __all__ = [
     "Checkpoint",
@@ -46,6 +49,7 @@ __all__ = [
     "load",
     "load_for_finetune",
     "load_for_training",
+    "model_config",
     "read",
     "read_metadata",
     "save",
@@ -53,22 +57,19 @@ __all__ = [
 
 Size = int | tuple[int, int] | None
 
-# What a loaded model may differ in from the file without any array changing.
+# What a loaded model may differ in from the file without another architecture, or what
+# the caller may say where the file does not.
 _FREE = (
-    "heads",
-    "positions",
-    "position_at",
     "dropout",
     "attention_dropout",
     "stochastic_depth",
-    "gelu",
-    "layer_norm_eps",
     "dtype",
     "layers",
     "remat",
     "image_size",
+    "patch",
+    *infer.ASKABLE,
 )
-_STATED = ("heads", "positions", "position_at", "gelu", "layer_norm_eps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Checkpoint:
 
 
 def load(
-    source: str | Path, image_size: Size = None, **overrides: Any
+    source: str | Path, image_size: Size = None, resize: str = "", **overrides: Any
 ) -> tuple[models.ViT | models.ResNet, dict[str, Any]]:
     """Model and parameters exactly as ``source`` holds them, the head included.
 
@@ -90,9 +91,11 @@ def load(
       source: npz, safetensors or msgpack file; Hugging Face folder; workdir or Orbax
         checkpoint of this project; local or remote; ``file.npz:img`` names a subtree.
       image_size: side, or (height, width), to resize the position embeddings to.
+      resize: the rule for that, of ``positions.RULES``; "": the family's own.
       **overrides: of ``ModelConfig``, where they change no array: ``dtype``,
         ``layers``, ``remat``, dropout; or where the file does not say: ``heads``,
-        ``positions``, ``gelu``, ``layer_norm_eps``.
+        ``positions``, ``gelu``, ``layer_norm_eps``, ``image_mean``, and so on. ``patch``
+        resizes the patch embedding (FlexiViT).
 
     Returns:
       (model, params): ``model.apply({"params": params}, images)`` gives logits.
@@ -106,7 +109,14 @@ def load(
                 f"load(..., {key}=...) would change the arrays, and load never does: use "
                 f"load_for_finetune, or one of {sorted(_FREE)}"
             )
-    found = _read(source, image_size, overrides, new_head=False, convert=_to_device)
+    found = _read(
+        source,
+        image_size,
+        overrides,
+        new_head=False,
+        resize=resize,
+        convert=_to_device,
+    )
     found.report.log()
     return models.create(found.cfg), found.params
 
@@ -139,41 +149,79 @@ def load_for_finetune(
 def load_for_training(source: str | Path, cfg: ModelConfig) -> dict[str, Any]:
     """Parameters of the model ``cfg`` that start from ``source``, as numpy arrays.
 
-    The head is new. The architecture is the config's, which must be the file's; the
-    image size, head, positions, layers, channels (to 1) and everything without arrays
-    may differ.
+    The head is new. The architecture is the config's, which must be the file's (see
+    :func:`model_config`); the image size, head, positions, layers, channels (to 1) and
+    everything without arrays may differ.
 
     Raises:
       UserError: naming each field in which the file contradicts the config.
     """
     cfg = models.resolve(cfg)
-    source = catalogue.resolve(str(source))
-    with sources.open_source(source, {"heads": cfg.heads}) as (contents, tree):
-        about = contents.metadata
+    opened = sources.open_source(catalogue.resolve(str(source)))
+    with opened as (contents, tree):
         report = Report(contents.where)
-        arrays = _canonical(contents, tree, report)
-        known = dict(about.model)
-        stored = infer.infer(arrays, known, (0, 0), report)
-        for field in fit.ARCHITECTURE:
-            old, new = getattr(stored, field), getattr(cfg, field)
-            if old != new:
-                report.problem(f"model.{field}: file {old}, config {new}")
-        if cfg.channels not in (1, stored.channels):
-            report.problem(
-                f"model.channels: file {stored.channels}, config {cfg.channels}"
-            )
-        for field in ("gelu", "layer_norm_eps"):
-            old, new = getattr(stored, field), getattr(cfg, field)
-            if about.layout and old != new:
-                report.warn(
-                    f"the file was trained with {field}={old!r} but model.{field} is {new!r}"
-                )
+        asked = {field: getattr(cfg, field) for field in ("heads", "map_heads")}
+        arrays, facts, about = understand(contents, tree, asked, report)
+        stored = infer.infer(arrays, facts, (0, 0))
+        for line in _contradictions(stored, cfg, facts):
+            report.problem(line)
         report.check()
         if cfg.image_size == (0, 0):
             cfg = dataclasses.replace(cfg, image_size=stored.image_size)
-        params = fit.fit(arrays, stored, cfg, report, new_head=True)
+        params = fit.fit(
+            arrays, stored, cfg, report, new_head=True, resize=about.resize
+        )
     report.log()
     return params
+
+
+# Fields that a model takes from the file that it starts from: all but those of the head,
+# of positions and of training.
+_TAKEN = tuple(
+    {f.name for f in dataclasses.fields(ModelConfig)}
+    - {"name", "num_classes", "image_size", "channels", "class_token", "distillation"}
+    - {"head", "map_heads", "map_mlp_dim", "pre_logits", "head_bias", "final_norm"}
+    - {"positions", "position_at", "dropout", "attention_dropout", "stochastic_depth"}
+    - {"dtype", "layers", "remat"}
+)
+
+
+def _contradictions(
+    stored: ModelConfig, cfg: ModelConfig, facts: infer.Facts
+) -> list[str]:
+    """Fields that the file states or shows and the config has otherwise, with flags."""
+    lines = []
+    for field in (f.name for f in dataclasses.fields(ModelConfig) if f.name in _TAKEN):
+        old, new = getattr(stored, field), getattr(cfg, field)
+        if old != new and field in facts.known:
+            lines.append(
+                f"model.{field}: file {old}, config {new}: set --config.model.{field}={old}"
+            )
+    if cfg.channels not in (1, stored.channels):
+        lines.append(f"model.channels: file {stored.channels}, config {cfg.channels}")
+    return lines
+
+
+def model_config(
+    source: str | Path, image_size: Size = None, **overrides: Any
+) -> ModelConfig:
+    """The model that ``source`` holds, without reading its values.
+
+    Args:
+      source: as in :func:`load`.
+      image_size: as in :func:`load`.
+      **overrides: as in :func:`load`, for what the file does not say.
+
+    Raises:
+      UserError: naming everything that is wrong with the file.
+    """
+    overrides = _checked(overrides)
+    with sources.open_source(catalogue.resolve(str(source))) as (contents, tree):
+        report = Report(contents.where)
+        arrays, facts, _ = understand(contents, tree, overrides, report)
+        stored = infer.infer(arrays, facts, _pair(image_size or 0))
+        report.check()
+    return stored
 
 
 def read(source: str | Path, image_size: Size = None, **overrides: Any) -> Checkpoint:
@@ -182,8 +230,8 @@ def read(source: str | Path, image_size: Size = None, **overrides: Any) -> Check
 
 
 def read_metadata(source: str | Path) -> Metadata:
-    """Class names and preprocessing; see :func:`sources.read_metadata`."""
-    return sources.read_metadata(catalogue.resolve(str(source)))
+    """Class names and preprocessing, without the weights where they lie beside them."""
+    return metadata_of(catalogue.resolve(str(source)))
 
 
 def save(
@@ -219,36 +267,34 @@ def _read(
     overrides: dict[str, Any],
     *,
     new_head: bool,
+    resize: str = "",
     convert: Any = lambda x: x,
 ) -> Checkpoint:
     size = _pair(
         image_size if image_size is not None else overrides.pop("image_size", 0)
     )
     overrides = _checked(overrides)
-    stated = {k: v for k, v in overrides.items() if k in _STATED and not new_head}
-    stated |= {k: v for k, v in overrides.items() if k in ("heads", "gelu")}
-    with sources.open_source(catalogue.resolve(str(source)), stated) as (
-        contents,
-        tree,
-    ):
+    if resize:
+        config.choose("resize", resize, dict.fromkeys(positions.RULES))
+    asked = {k: v for k, v in overrides.items() if k in infer.ASKABLE}
+    if new_head:  # what belongs to the head may be another than in the file
+        asked = {k: v for k, v in asked.items() if k in _TAKEN}
+    with sources.open_source(catalogue.resolve(str(source))) as (contents, tree):
         report = Report(contents.where)
-        arrays = _canonical(contents, tree, report)
-        known = {**contents.metadata.model, **stated}
-        stored = infer.infer(arrays, known, size, report)
-        wanted = dataclasses.replace(
-            stored, **overrides, **({"image_size": size} if size != (0, 0) else {})
-        )
+        arrays, facts, about = understand(contents, tree, asked, report)
+        stored = infer.infer(arrays, facts, size)
         report.check()
-        wanted = models.resolve(wanted)
+        sized = {"image_size": size} if size != (0, 0) else {}
+        wanted = models.resolve(dataclasses.replace(stored, **overrides, **sized))
         params = fit.fit(
             arrays,
             stored,
             wanted,
             report,
             new_head=new_head,
+            resize=resize or about.resize,
             convert=convert,
         )
-    about = contents.metadata
     resized = preprocessing.rescaled(
         about.transforms, stored.image_size, wanted.image_size
     )
@@ -261,12 +307,6 @@ def _read(
         )
         about = dataclasses.replace(about, class_names=())
     return Checkpoint(wanted, params, about, report)
-
-
-def _canonical(contents: Contents, tree: str, report: Report) -> dict[str, Array]:
-    for note in contents.notes:
-        report.change(note)
-    return layout.canonical(contents.arrays, tree, report)
 
 
 def _checked(overrides: dict[str, Any]) -> dict[str, Any]:

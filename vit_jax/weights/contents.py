@@ -44,7 +44,9 @@ class Metadata:
     # Fields of ModelConfig.
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     multilabel: bool = False  # probabilities are independent: sigmoid, not softmax
-    layout: str = ""  # "timm", "hf" or "": how the arrays are named
+    family: str = ""  # whose names the file has: of families.py; "": the released ones
+    arrays: tuple[str, ...] = ()  # which arrays it has, see roles.write
+    resize: str = ""  # how tables of positions are resized, see positions.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,9 @@ class Contents:
     arrays: dict[str, Array]
     metadata: Metadata = Metadata()
     notes: tuple[str, ...] = ()  # lines for the report
+    torch: bool = False  # the arrays have the names of a torch model
+    # JSON objects beside torch weights, by file name, for example "config.json".
+    files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 _GROUP = Path("/sys/fs/cgroup")  # what the system says about this container

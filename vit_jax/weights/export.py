@@ -13,9 +13,23 @@ from vit_jax import config, models
 from vit_jax.config import ModelConfig
 from vit_jax.errors import UserError
 from vit_jax.models.positions import PositionEmbedding
-from vit_jax.weights import fit, metadata, npz, safetensors, torch
-from vit_jax.weights.contents import Metadata
+from vit_jax.weights import (
+    documents,
+    fit,
+    infer,
+    metadata,
+    npz,
+    recognise,
+    roles,
+    safetensors,
+)
+from vit_jax.weights.contents import Contents, Metadata, in_memory
+from vit_jax.weights.families import BY_NAME, FAMILIES, Family
 from vit_jax.weights.layout import POSITIONS, STACKED
+from vit_jax.weights.report import Report
+from vit_jax.weights.understand import understand
+
+LAYOUTS = ("npz", "timm", "hf", "own")
 
 
 def save(
@@ -27,13 +41,15 @@ def save(
 ) -> list[str]:
     """See ``weights.save``."""
     layout = layout or layout_of(path)
-    write = config.choose("layout", layout, LAYOUTS)
+    config.choose("layout", layout, dict.fromkeys(LAYOUTS))
     if cfg.image_size == (0, 0):
         raise UserError("model.image_size is (0, 0): say which images the model takes")
     flat = dict(unstacked(params))
     cfg = dataclasses.replace(cfg, layers="loop")
     try:
-        return write(path, cfg, flat, about)
+        if layout == "npz" or (layout == "own" and about.family not in BY_NAME):
+            return _npz(path, cfg, flat, about)
+        return _torch(path, cfg, flat, about, layout)
     except OSError as e:
         raise UserError(f"{path} cannot be written: {e.strerror or e}") from e
 
@@ -52,7 +68,7 @@ def layout_of(path: Path) -> str:
         return "hf"
     raise UserError(
         f"{path}: its suffix is none of .npz (released names), .safetensors (timm) or no "
-        "suffix (Hugging Face folder); or give --format=npz, timm or hf"
+        "suffix (Hugging Face folder); or give --format=npz, timm, hf or own"
     )
 
 
@@ -77,20 +93,143 @@ def _npz(
     return [f"class names and preprocessing: {metadata.sidecar(path)}"]
 
 
-def _timm(
-    path: Path, cfg: ModelConfig, flat: dict[str, np.ndarray], about: Metadata
+class _Layout:
+    """A model in the names of one family, before anything is written."""
+
+    def __init__(
+        self,
+        family: Family,
+        cfg: ModelConfig,
+        flat: dict[str, np.ndarray],
+        about: Metadata,
+    ):
+        self.family, self.about = family, about
+        self.reasons: list[str] = []
+        self.itself = False  # whether reading would find this family
+        own = about.family == family.name
+        present = frozenset(about.arrays if own else _usual(family, cfg))
+        names = _first(family, present)
+        tower = family.tower if cfg.num_classes else ""
+        flat, self.cfg = _with_table(flat, cfg, self.reasons)
+        flat = _without_row(flat, self.cfg, present, names, own)
+        stages = tuple(cfg.resnet) if cfg.resnet_width and family.timm else None
+        sizes = roles.Sizes(cfg.depth, cfg.width, cfg.heads, cfg.map_heads, stages)
+        if cfg.mlp == "swiglu" and "gate" in names and not own:
+            names = _gated(family, names)
+        self.names = names
+        arrays, homeless = roles.write(flat, names, family.kinds, sizes, present)
+        if homeless:
+            self.reasons.append(
+                f"it has no place for {len(homeless)} arrays, such as {homeless[:3]}"
+            )
+        self.arrays = [
+            (name[1:] if name.startswith("/") else tower + name, shape, values)
+            for name, shape, values in arrays
+        ]
+        self.files: dict[str, dict[str, Any]] = {}
+        if family.hub:
+            written = documents.to_transformers(self.cfg, about, family)
+            self.files = dict(
+                zip(("config.json", "preprocessor_config.json"), written, strict=True)
+            )
+        if not self.reasons:
+            self._check()
+
+    def _check(self) -> None:
+        """Reads it back: what came out otherwise is what the layout cannot hold."""
+        arrays = {
+            name: in_memory(name, np.broadcast_to(np.float32(0), shape))
+            for name, shape, _ in self.arrays
+        }
+        report = Report(self.family.name)
+        about = Metadata() if self.family.hub else metadata.from_dict(
+            metadata.to_dict(self.cfg, self.about), "header"
+        )  # fmt: skip
+        contents = Contents(
+            self.family.name, arrays, about, torch=True, files=self.files
+        )
+        try:
+            taken = recognise.recognise(arrays, self.family.timm, "it").family.name
+            self.itself = taken == self.family.name
+            if not self.itself:
+                self.reasons.append(f"it would be taken for {taken}")
+                return
+            found, facts, _ = understand(contents, "", {}, report)
+            back = infer.infer(found, facts, self.cfg.image_size)
+            report.check()
+        except UserError as e:
+            self.reasons.append(str(e))
+            return
+        for field in metadata.stored_fields():
+            old, new = getattr(self.cfg, field), getattr(back, field)
+            if old != new:
+                self.reasons.append(
+                    f"model.{field} is {old!r} and would read as {new!r}"
+                )
+
+
+def _torch(
+    path: Path,
+    cfg: ModelConfig,
+    flat: dict[str, np.ndarray],
+    about: Metadata,
+    layout: str,
 ) -> list[str]:
-    torch.exportable(cfg, "timm")
-    flat, cfg = _with_table(flat, cfg)
-    stages = list(cfg.resnet) if cfg.resnet_width else None
-    arrays = torch.to_torch(flat, torch.timm_pairs(cfg.depth, stages))
-    header = {"vit_jax": json.dumps(metadata.to_dict(cfg, about), ensure_ascii=False)}
-    safetensors.write(path, arrays, header)
+    """Writes the first family of that layout that can hold the model."""
+    if not cfg.depth:
+        raise UserError(
+            f"cannot be written in the {layout} layout: a ResNet is not a ViT"
+        )
+    own = BY_NAME.get(about.family)
+    if layout == "own" and own:
+        families = [own]
+    else:
+        fits = (lambda f: f.hub) if layout == "hf" else (lambda f: f.timm)
+        families = [f for f in FAMILIES if fits(f)]
+        # Its own, else one that needs nothing added.
+        families.sort(key=lambda f: (f.name != about.family, "scale1" in f.has))
+    tried = []
+    for family in families:
+        attempt = _Layout(family, cfg, flat, about)
+        if not attempt.reasons:
+            return _write(path, attempt)
+        tried.append(attempt)
+    best = min(tried, key=lambda t: (not t.itself, len(t.reasons)))
+    raise UserError(
+        f"cannot be written in the {layout} layout: as {best.family.name}, "
+        + "; ".join(best.reasons[:3])
+    )
+
+
+def _write(path: Path, layout: _Layout) -> list[str]:
+    about = dataclasses.replace(layout.about, family=layout.family.name)
+    if layout.family.hub:
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file; a Hugging Face model is a folder")
+        path.mkdir(parents=True, exist_ok=True)
+        safetensors.write(path / "model.safetensors", layout.arrays, {})
+        for name, values in layout.files.items():
+            metadata.write_json(path / name, values)
+        return []
+    if layout.about.family != layout.family.name:
+        about = dataclasses.replace(about, arrays=())
+    stored = metadata.to_dict(layout.cfg, about)
+    header = {"vit_jax": json.dumps(stored, ensure_ascii=False)}
+    safetensors.write(path, layout.arrays, header)
+    return _notes(layout.cfg)
+
+
+def _notes(cfg: ModelConfig) -> list[str]:
     notes = []
-    if cfg.gelu == "tanh":
+    act = {"tanh": "gelu_tanh", "quick": "quick_gelu"}.get(cfg.gelu)
+    if act:
         notes.append(
-            "trained with the tanh form of GELU, while timm's default is the exact one: "
-            "timm.create_model(..., act_layer='gelu_tanh') gives equal logits"
+            f"trained with the {cfg.gelu} form of GELU, while timm's default is the exact "
+            f"one: timm.create_model(..., act_layer={act!r}) gives equal logits"
+        )
+    if cfg.image_mean:
+        notes.append(
+            f"the model was trained with mean {cfg.image_mean}, std {cfg.image_std}"
         )
     if cfg.pre_logits:
         notes.append(
@@ -99,37 +238,61 @@ def _timm(
     return notes
 
 
-def _hf(
-    path: Path, cfg: ModelConfig, flat: dict[str, np.ndarray], about: Metadata
-) -> list[str]:
-    torch.exportable(cfg, "hf")
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file; a Hugging Face model is a folder")
-    flat, cfg = _with_table(flat, cfg)
-    pairs = torch.hf_pairs(cfg.depth, "vit." if cfg.num_classes else "")
-    arrays = torch.to_torch(flat, pairs)
-    path.mkdir(parents=True, exist_ok=True)
-    model, processor = metadata.to_hf(cfg, about)
-    safetensors.write(path / "model.safetensors", arrays, {})
-    metadata.write_json(path / "config.json", model)
-    metadata.write_json(path / "preprocessor_config.json", processor)
-    return []
+def _first(family: Family, present: frozenset[str]) -> dict[str, str]:
+    """One spelling per role: the one in ``present``, else the first."""
+    names = {}
+    for role, spellings in family.names.items():
+        options = spellings.split("|")
+        known = [o for o in options if any(p.startswith(o.strip("/")) for p in present)]
+        names[role] = (known or options)[0]
+    return names
 
 
-LAYOUTS = {"npz": _npz, "timm": _timm, "hf": _hf}
+def _gated(family: Family, names: dict[str, str]) -> dict[str, str]:
+    """The spelling of the value beside a gate, which is not that of a plain MLP."""
+    options = family.names["up"].split("|")
+    gate = names["gate"]
+    beside = {"fc1_g": "fc1_x", "gate_proj": "up_proj", "w1": "w2", "fc1": "fc3"}
+    leaf = beside.get(gate.rsplit(".", 1)[-1], "")
+    return names | {"up": next((o for o in options if o.endswith(leaf)), names["up"])}
+
+
+def _usual(family: Family, cfg: ModelConfig) -> tuple[str, ...]:
+    """Arrays that a family always has though they follow from none of ours."""
+    if "scale1" in family.has:
+        return family.names["scale1"].split("|")[0], family.names["scale2"].split("|")[
+            0
+        ]
+    return ()
+
+
+def _without_row(
+    flat: dict[str, np.ndarray],
+    cfg: ModelConfig,
+    present: frozenset[str],
+    names: dict[str, str],
+    own: bool,
+) -> dict[str, np.ndarray]:
+    return flat
 
 
 def _with_table(
-    flat: dict[str, np.ndarray], cfg: ModelConfig
+    flat: dict[str, np.ndarray], cfg: ModelConfig, reasons: list[str]
 ) -> tuple[dict[str, np.ndarray], ModelConfig]:
     """Positions as one table, the only form that torch's models have."""
-    if cfg.positions == "learned":
+    if cfg.position_at != "stem" or cfg.positions == "relative":
+        reasons.append(
+            f"model.positions={cfg.positions!r} at {cfg.position_at!r} is no table that "
+            "is added once"
+        )
+    computed = cfg.rope != "none" or cfg.relative_bias
+    if reasons or cfg.positions == "learned" or computed:
         return flat, cfg
     inside = {k: v for k, v in flat.items() if "posembed_input/" in k}
     rest = {k: v for k, v in flat.items() if k not in inside}
     if cfg.positions == "none":
         rows, columns = models.token_grid(cfg, cfg.image_size)
-        length = rows * columns + models.has_class_token(cfg)
+        length = rows * columns + infer.positioned_tokens(cfg)
         table = np.zeros((1, length, cfg.width), np.float32)
     else:
         params = {k.split("/")[-1]: v for k, v in inside.items()}

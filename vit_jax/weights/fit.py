@@ -6,6 +6,7 @@ and before anything is read. An array that is missing or left over without a rul
 explains it is an error, never a silent default.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from vit_jax.config import ModelConfig
 from vit_jax.models import variants
 from vit_jax.weights import positions
 from vit_jax.weights.contents import Array
-from vit_jax.weights.infer import class_row
+from vit_jax.weights.infer import extra_rows, positioned_tokens
 from vit_jax.weights.layout import POSITIONS, STACKED
 from vit_jax.weights.report import Report
 
@@ -28,6 +29,9 @@ _REPLACEABLE = {
     "pre_logits/": "the hidden layer of the pre-training head",
     "MAPHead_0/": "attention pooling belongs to the head",
     "cls": "the class token belongs to the head",
+    "dist": "the distillation token belongs to the head",
+    "fc_norm/": "model.final_norm is another",
+    "Transformer/encoder_norm/": "model.final_norm is another",
     "mask_token": "masked patch prediction only",
     "Transformer/posembed_input/": "model.positions is another",
 }
@@ -51,6 +55,7 @@ def fit(
     report: Report,
     *,
     new_head: bool,
+    resize: str,
     convert: Callable[[np.ndarray], Any] = lambda x: x,
 ) -> Params:
     """Parameters of ``wanted`` with the values of ``arrays``, which are a ``stored``.
@@ -62,12 +67,13 @@ def fit(
         layout of the layers and what needs no arrays. With ``new_head`` in the head,
         positions and number of channels as well.
       new_head: the head starts at zero and what belongs to it is replaced.
+      resize: rule for tables of positions, of ``positions.RULES``.
       convert: applied to every finished array, for example to put it on a device.
 
     Raises:
       UserError: naming everything that does not fit.
     """
-    plan = _Plan(arrays, stored, wanted, report, new_head)
+    plan = _Plan(arrays, stored, wanted, report, new_head, resize)
     tree = flatten(_shapes(wanted))
     sources = {path: plan.source(path, spec.shape) for path, spec in tree.items()}
     plan.check_leftovers()
@@ -124,18 +130,20 @@ class _Plan:
         wanted: ModelConfig,
         report: Report,
         new_head: bool,
+        rule: str,
     ):
         self.arrays, self.stored, self.wanted = arrays, stored, wanted
-        self.report, self.new_head = report, new_head
+        self.report, self.new_head, self.rule = report, new_head, rule
         self.used: set[str] = set()
-        self.row = class_row(stored, arrays)
+        self.old = variants.token_grid(stored, stored.image_size)
+        self.new = variants.token_grid(wanted, wanted.image_size)
 
     def source(self, path: str, shape: tuple[int, ...]) -> _Source | None:
         """None: the model's own initial values."""
         if path.startswith(STACKED):
             return self._stacked(path, shape)
         array = self.arrays.get(path)
-        if self.new_head and path.startswith("head/"):
+        if self.new_head and path.startswith(("head/", "head_dist/")):
             return self._new_head(path, array)
         if array is None:
             reason = self._reason(path)
@@ -147,6 +155,8 @@ class _Plan:
         self.used.add(path)
         if "posembed_input/" in path:
             return self._positions(path, array, shape)
+        if path.endswith("posembed_bias/pos_embedding") and self.old != self.new:
+            return self._relative_bias(array, shape)
         if array.shape != shape:
             return self._other_shape(path, array, shape)
         return _Source([array], _one)
@@ -168,12 +178,11 @@ class _Plan:
             return ""
         for prefix, reason in _REPLACEABLE.items():
             if path.startswith(prefix):
-                if (
-                    "posembed" in prefix
-                    and self.stored.positions == self.wanted.positions
-                ):
-                    return ""
-                return reason
+                field = re.match(r"model\.(\w+) is another", reason)
+                same = field and getattr(self.stored, field[1]) == getattr(
+                    self.wanted, field[1]
+                )
+                return "" if same else reason
         return ""
 
     def _new_head(self, path: str, array: Array | None) -> None:
@@ -222,60 +231,89 @@ class _Plan:
                 "model.channels is 1"
             )
             return _Source([array], lambda a, _: a[0].read().sum(axis=2, keepdims=True))
+        other_patch = self.wanted.patch != self.stored.patch
+        if path == "embedding/kernel" and other_patch and array.shape[2:] == shape[2:]:
+            return self._patches(array, shape)
         if self.new_head and path.startswith("pre_logits/"):
             self.report.change(f"re-initialised: {path} {shape} (another width)")
             return _Source([], lambda _, initial: _require(initial), fresh=True)
-        self.report.problem(f"{array.name} has shape {array.shape}, not {shape}")
-        return _Source([array], _one)
+        return self._misfit(array, shape)
 
     def _positions(self, path: str, array: Array, shape: tuple[int, ...]) -> _Source:
-        """A table of another grid, or with another idea of the class token's row."""
-        old = variants.token_grid(self.stored, self.stored.image_size)
-        new = variants.token_grid(self.wanted, self.wanted.image_size)
-        row = models.has_class_token(self.wanted)
+        """A table of another grid, or with other rows in front of the patches."""
         axis = {"pos_embedding_y": 0, "pos_embedding_x": 1}.get(path.split("/")[-1])
         if axis is not None and len(array.shape) == 3 == len(shape):
             if array.shape == shape:
                 return _Source([array], _one)
-            if array.shape[2] != shape[2] or array.shape[axis] != old[axis]:
-                return self._other_shape_of_table(array, shape)
+            if array.shape[2] != shape[2] or array.shape[axis] != self.old[axis]:
+                return self._misfit(array, shape)
             self._note_resize(array, array.shape, shape)
+            size = (shape[0], shape[1])
             return _Source(
-                [array],
-                lambda a, _: positions.resize(a[0].read(), (shape[0], shape[1])),
+                [array], lambda a, _: positions.resize(a[0].read(), size, self.rule)
             )
         if len(array.shape) != 3 or array.shape[2] != shape[-1] or array.shape[0] != 1:
-            return self._other_shape_of_table(array, shape)
+            return self._misfit(array, shape)
         if path.endswith("pos_embedding_cls"):
             return _Source([array], _one)
-        stored_row = self.row if path == POSITIONS else array.shape[1] > old[0] * old[1]
-        if array.shape[1] != old[0] * old[1] + stored_row:
-            return self._other_shape_of_table(array, shape)
-        if old == new and stored_row == row:
+        return self._table(path, array, shape)
+
+    def _table(self, path: str, array: Array, shape: tuple[int, ...]) -> _Source:
+        """(1, r + h w, D): r rows of the class and distillation token come first."""
+        rows = extra_rows(self.stored, self.arrays)
+        if path != POSITIONS:
+            rows = array.shape[1] - self.old[0] * self.old[1]
+        wanted = positioned_tokens(self.wanted)
+        if rows not in (0, 1, positioned_tokens(self.stored)):
+            return self._misfit(array, shape)
+        if self.old == self.new and rows == wanted:
             return _Source([array], _one)
-        if old != new:
-            self._note_resize(array, old, new)
-        if stored_row and not row:
-            self.report.change(f"ignored: row 0 of {array.name}, the class token's")
+        if self.old != self.new:
+            self._note_resize(array, self.old, self.new)
+        if rows > wanted:
+            self.report.change(
+                f"ignored: row {wanted} of {array.name}, of a token that is not there"
+            )
         # Without a class token in the file there is nothing to be folded into, so the
-        # row is as new as the token. With one, its position is part of the token
-        # already.
-        fresh = row and not stored_row and "cls" not in self.arrays
-        if row and not stored_row:
-            how = "initialised" if fresh else "zero: the file's class token includes it"
-            self.report.change(f"re-initialised: row 0 of {array.name} is {how}")
+        # row is initialised with the token. With one, its position is part of the token.
+        fresh = wanted > rows and "cls" not in self.arrays
+        if wanted > rows:
+            how = "initialised" if fresh else "zero: the file's tokens include it"
+            self.report.change(f"re-initialised: row {rows} of {array.name} is {how}")
 
         def table(arrays: list[Array], initial: np.ndarray | None) -> np.ndarray:
-            return positions.resize_table(
-                arrays[0].read(),
-                old,
-                new,
-                stored_row=stored_row,
-                wanted_row=row,
-                new_row=_require(initial)[0, 0] if fresh else None,
+            values = positions.resize_table(
+                arrays[0].read(), self.old, self.new, self.rule
             )
+            kept, patches = values[0, : min(rows, wanted)], values[0, rows:]
+            added = np.zeros((max(wanted - rows, 0), shape[-1]), np.float32)
+            if fresh:
+                added = _require(initial)[0, rows:wanted]
+            return np.concatenate([kept, added, patches])[None]
 
         return _Source([array], table, fresh)
+
+    def _relative_bias(self, array: Array, shape: tuple[int, ...]) -> _Source:
+        entries = (2 * self.old[0] - 1) * (2 * self.old[1] - 1)
+        if array.shape[1:] != shape[1:] or not 0 <= array.shape[0] - entries <= 3:
+            return self._misfit(array, shape)
+        self._note_resize(array, self.old, self.new)
+        rule = "bicubic" if self.rule == "corners" else self.rule
+        return _Source(
+            [array],
+            lambda a, _: positions.resize_relative(
+                a[0].read(), self.old, self.new, rule
+            ),
+        )
+
+    def _patches(self, array: Array, shape: tuple[int, ...]) -> _Source:
+        self.report.change(
+            f"resized: {array.name} from patches of {array.shape[0]} to {shape[0]} pixels"
+        )
+        return _Source(
+            [array],
+            lambda a, _: positions.resize_kernel(a[0].read(), shape[0], self.rule),
+        )
 
     def _note_resize(
         self, array: Array, old: tuple[int, ...], new: tuple[int, ...]
@@ -283,7 +321,7 @@ class _Plan:
         a, b = (" x ".join(map(str, s[:2])) for s in (old, new))
         self.report.change(f"resized: {array.name} from {a} to {b} patches")
 
-    def _other_shape_of_table(self, array: Array, shape: tuple[int, ...]) -> _Source:
+    def _misfit(self, array: Array, shape: tuple[int, ...]) -> _Source:
         self.report.problem(f"{array.name} has shape {array.shape}, not {shape}")
         return _Source([array], _one)
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole architecture, read off the shapes of the arrays."""
+"""The whole architecture: what the file states, its arrays show, the caller wants and is
+assumed meet in :class:`Facts`."""
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from vit_jax.config import ModelConfig
@@ -14,71 +16,182 @@ from vit_jax.weights.report import Report
 
 _LARGEST = 1 << 15  # side of an image that a file may state
 _BLOCK = "Transformer/encoderblock_0"
-_QUERY = f"{_BLOCK}/MultiHeadDotProductAttention_1/query/kernel"
+_ATTENTION = f"{_BLOCK}/MultiHeadDotProductAttention_1"
+_MLP = f"{_BLOCK}/MlpBlock_3"
+_POOL = "MAPHead_0/MultiHeadDotProductAttention_0/query/kernel"
+
+
+# What the caller may say where the file does not: it changes no array.
+ASKABLE = (
+    "heads",
+    "map_heads",
+    "head",
+    "positions",
+    "position_at",
+    "gelu",
+    "layer_norm_eps",
+    "image_mean",
+    "image_std",
+    "rope",
+    "rope_theta",
+    "rope_grid",
+    "rope_offset",
+)
+# Where 0 means that the value follows from others.
+_DERIVED = ("map_heads", "map_mlp_dim", "rope_theta", "rope_grid", "image_size")
+
+
+class Facts:
+    """Fields of ``ModelConfig`` by who says so, in the order of trust.
+
+    Args:
+      stated: by the config file or the metadata that travel with the weights.
+      asked: by the caller.
+      assumed: what the family usually is, where nobody says.
+      report: told of each contradiction, and of what was assumed.
+    """
+
+    def __init__(
+        self,
+        stated: Mapping[str, Any],
+        asked: Mapping[str, Any],
+        assumed: Mapping[str, Any],
+        report: Report,
+    ):
+        self.stated = {k: v for k, v in stated.items() if v or k not in _DERIVED}
+        self.asked = {k: v for k, v in asked.items() if v or k not in _DERIVED}
+        self.assumed = assumed
+        self.report = report
+        self.settled: dict[str, Any] = {}
+        self.known: set[str] = set()  # stated or shown, not only asked for or assumed
+
+    def settle(self, field: str, shown: Any = None, default: Any = None) -> Any:
+        """The value of a field: stated, or shown by the arrays (None: they do not), or
+        asked for, or assumed.
+
+        ``default`` is assumed where the family says nothing; None: what the config has.
+        """
+        said = [
+            (who, tuple(value) if isinstance(value, list) else value)
+            for who, value in (
+                ("the file's config says", self.stated.get(field)),
+                ("the arrays show", shown),
+                ("the caller wants", self.asked.get(field)),
+            )
+            if value is not None
+        ]
+        for who, value in said[1:]:
+            if value != said[0][1]:
+                self.report.problem(
+                    f"model.{field}: {said[0][0]} {said[0][1]!r}, {who} {value!r}"
+                )
+        if shown is not None or field in self.stated:
+            self.known.add(field)
+        if said:
+            value = said[0][1]
+        else:
+            usual = getattr(ModelConfig, field)
+            value = self.assumed.get(field, usual if default is None else default)
+            if self.assumed and (field in self.assumed or default is not None):
+                self.report.assume(field, value)
+        self.settled[field] = value
+        return value
+
+
+def guess_heads(
+    width: int, mlp_dim: int, known: Mapping[int, int], head_width: int, where: str
+) -> int:
+    """The heads of a torch file that nothing states: a published size's, or the family's.
+
+    Raises:
+      UserError: no published size fits.
+    """
+    if width in known:
+        return known[width]
+    for size in variants.SIZES.values():
+        if head_width == 64 and (size.width, size.mlp_dim) == (width, mlp_dim):
+            return size.heads
+    if width % head_width == 0 and width // head_width in (3, 4, 6, 8, 12, 16, 24):
+        return width // head_width
+    raise UserError(
+        f"{where}: no array of a torch file shows the number of attention heads, and width "
+        f"{width} is no published model's: pass heads=, or keep config.json beside it"
+    )
 
 
 def infer(
-    arrays: dict[str, Array],
-    known: dict[str, Any],
-    image_size: tuple[int, int],
-    report: Report,
+    arrays: dict[str, Array], facts: Facts, image_size: tuple[int, int]
 ) -> ModelConfig:
     """The ModelConfig that ``arrays`` were trained with.
 
     Args:
       arrays: under the released names.
-      known: ModelConfig fields that the file's metadata or the caller states, for
-        example the GELU, which no array shows.
+      facts: what else is known.
       image_size: the caller's, used where the arrays show no size and a position table
         is no square; (0, 0): none.
-      report: told what had to be assumed and what cannot be.
     """
-    fields = _resnet(arrays, report)
+    report = facts.report
+    shown = _resnet(arrays, report)
     stem = arrays.get("conv_root/kernel") or arrays.get("embedding/kernel")
     if stem is None or len(stem.shape) != 4:
         what = f"{stem.name} has shape {stem.shape}" if stem else "no embedding/kernel"
         raise UserError(f"{report.where} is no Vision Transformer: {what}")
-    fields["channels"] = stem.shape[2]
+    shown["channels"] = stem.shape[2]
     head = arrays.get("head/kernel")
-    fields["num_classes"] = head.shape[-1] if head and head.shape else 0
+    shown["num_classes"] = head.shape[-1] if head and head.shape else 0
     if "embedding/kernel" in arrays:
-        fields |= _transformer(arrays, report)
-        fields["pre_logits"] = "pre_logits/kernel" in arrays
-    elif not fields.get("resnet"):
+        shown |= _transformer(arrays, report) | _switches(arrays)
+    elif not shown.get("resnet"):
         raise UserError(f"{report.where} has a ResNet root but nothing that follows it")
-    for key, shown in fields.items():
-        # A guess is all there is to go by for the heads of some torch files.
-        if key in known and known[key] != shown:
-            report.problem(
-                f"model.{key} is stated as {known[key]}, but the arrays show {shown}"
-            )
-    if "depth" in fields:
-        fields["head"] = _head(arrays, known.get("head", ""))
-        if known.get("head", fields["head"]) != fields["head"]:
-            report.problem(
-                f"model.head is stated as {known['head']!r}, but the arrays "
-                f"{'with' if 'cls' in arrays else 'without'} a class token are those of "
-                f"{fields['head']!r}"
-            )
-        fields |= _positions(arrays, known.get("positions", ""), report)
-    stated = {k: v for k, v in known.items() if k not in fields and k != "name"}
-    cfg = ModelConfig(**{"name": "", **fields, **stated})
-    if cfg.image_size == (0, 0):
-        size = _image_size(cfg, arrays, image_size, report)
-        cfg = dataclasses.replace(cfg, image_size=size)
-    if max(cfg.image_size) > _LARGEST:
-        raise UserError(
-            f"{report.where} states image_size={cfg.image_size}: at most {_LARGEST}"
-        )
+    else:
+        shown["patch"] = 1
+    for field, value in shown.items():
+        facts.settle(field, value)
+    if "depth" in shown:
+        _head(arrays, facts)
+        _positions(arrays, facts)
+    for field in ModelConfig.__dataclass_fields__.keys() - facts.settled.keys():
+        if field not in ("name", "image_size"):
+            facts.settle(field)
+    cfg = ModelConfig(**{**_normal(facts.settled), "name": ""})
+    size = _image_size(cfg, arrays, facts, image_size)
+    if max(size) > _LARGEST:
+        raise UserError(f"{report.where} states image_size={size}: at most {_LARGEST}")
+    cfg = dataclasses.replace(cfg, image_size=size)
     return dataclasses.replace(cfg, name=name_of(cfg))
 
 
-def class_row(cfg: ModelConfig, arrays: dict[str, Array]) -> bool:
-    """Whether the stored position table begins with a row for the class token."""
+def _normal(fields: dict[str, Any]) -> dict[str, Any]:
+    """Equal models have equal configs: what a default says anyway is left to it."""
+    fields = dict(fields)
+    if all(x == 0.5 for x in (*fields["image_mean"], *fields["image_std"])):
+        fields |= {"image_mean": (), "image_std": ()}
+    if fields["head"] in ("token", "token_gap", "masked_patch"):
+        fields["class_token"] = False
+    if fields["map_heads"] == fields["heads"] or fields["head"] != "map":
+        fields["map_heads"] = 0
+    if fields["map_mlp_dim"] == fields["mlp_dim"]:
+        fields["map_mlp_dim"] = 0
+    if fields["rope"] == "none" or fields["rope_theta"] == (
+        100 if fields["rope"] == "dinov3" else 10_000
+    ):
+        fields["rope_theta"] = 0.0
+    if fields["mlp"] == "swiglu" and fields["head"] != "map":
+        fields["gelu"] = ModelConfig.gelu  # nothing is left for it to do
+    return fields
+
+
+def positioned_tokens(cfg: ModelConfig) -> int:
+    """How many of the tokens before the patches have a row in the position table."""
+    return variants.prefix_tokens(cfg) - cfg.registers
+
+
+def extra_rows(cfg: ModelConfig, arrays: dict[str, Array]) -> int:
+    """Rows in front of the stored position table that are not of patches."""
     if POSITIONS not in arrays:
-        return False
+        return 0
     rows, columns = variants.token_grid(cfg, cfg.image_size)
-    return arrays[POSITIONS].shape[1] == rows * columns + 1
+    return arrays[POSITIONS].shape[1] - rows * columns
 
 
 def name_of(cfg: ModelConfig) -> str:
@@ -138,93 +251,195 @@ def _transformer(arrays: dict[str, Array], report: Report) -> dict[str, Any]:
     block = re.compile(r"Transformer/encoderblock_(\d{1,9})/")
     numbers = (int(m[1]) for name in arrays if (m := block.match(name)))
     depth = count_up(numbers, 0, f"{report.where}: Transformer/encoderblock_")
-    query = arrays.get(_QUERY)
-    mlp = f"{_BLOCK}/MlpBlock_3/Dense_0/kernel"
-    for name in (_QUERY, mlp):
+    query, mlp = f"{_ATTENTION}/query/kernel", f"{_MLP}/Dense_0/kernel"
+    for name in (query, mlp):
         if name not in arrays:
             raise UserError(
                 f"{report.where} holds no Vision Transformer that this code knows: "
                 f"{name} is missing; the first of its {len(arrays)} arrays are "
                 f"{sorted(arrays)[:6]}"
             )
-    assert query is not None
-    if len(query.shape) != 3 or len(arrays[mlp].shape) != 2:
+    shapes = arrays[query].shape, arrays[mlp].shape
+    if (len(shapes[0]), len(shapes[1])) != (3, 2):
         raise UserError(
-            f"{report.where}: {query.name} has shape {query.shape} and {mlp} has shape "
-            f"{arrays[mlp].shape}: they must be (width, heads, width / heads) and "
-            "(width, mlp_dim)"
+            f"{report.where}: {arrays[query].name} has shape {shapes[0]} and {mlp} has "
+            f"shape {shapes[1]}: they must be (width, heads, width / heads) and (width, "
+            "mlp_dim)"
         )
     return {
         "width": embedding.shape[3],
         "depth": depth,
-        "mlp_dim": arrays[mlp].shape[1],
-        "heads": query.shape[1],
+        "mlp_dim": shapes[1][1],
+        "heads": shapes[0][1],
         "patch": embedding.shape[0],
     }
 
 
-def _head(arrays: dict[str, Array], stated: str) -> str:
-    """What reads the tokens; ``stated`` decides between heads without arrays."""
+def _switches(arrays: dict[str, Array]) -> dict[str, Any]:
+    """What the presence of an array tells."""
+    has = lambda name: name in arrays
+    registers = arrays.get("registers")
+    norms = {name.rsplit("/", 1)[0] for name in arrays if name.endswith("/scale")}
+    norms |= {name.rsplit("/", 1)[0] for name in arrays if name.endswith("norm/bias")}
+    norm = "tokens" if "Transformer/encoder_norm" in norms else "none"
+    biases = any(name.endswith("LayerNorm_0/bias") for name in arrays)
+    distilled = "head" if has("head_dist/kernel") else "token"
+    shown = {
+        "pre_logits": has("pre_logits/kernel"),
+        "distillation": distilled if has("dist") else "none",
+        "registers": registers.shape[1]
+        if registers and len(registers.shape) == 3
+        else 0,
+        "patch_norm": has("embedding_norm/scale"),
+        "norm_pre": has("Transformer/norm_pre/scale"),
+        "norm": "layer" if biases else "rms",
+        "final_norm": "pooled" if "fc_norm" in norms and norm == "none" else norm,
+        "qk_norm": has(f"{_ATTENTION}/query_norm/scale"),
+        "attention_norm": has(f"{_ATTENTION}/norm/scale"),
+        "relative_bias": has(f"{_ATTENTION}/posembed_bias/pos_embedding"),
+        "parallel": not has(f"{_BLOCK}/LayerNorm_2/scale"),
+        "mlp": "swiglu" if has(f"{_MLP}/gate/kernel") else "gelu",
+        "mlp_norm": has(f"{_MLP}/norm/scale"),
+    }
+    if has("MAPHead_0/MlpBlock_0/Dense_0/kernel"):
+        shown["map_mlp_dim"] = arrays["MAPHead_0/MlpBlock_0/Dense_0/kernel"].shape[-1]
+    if has(_POOL) and len(arrays[_POOL].shape) == 3:
+        shown["map_heads"] = arrays[_POOL].shape[1]
+    return shown
+
+
+def _head(arrays: dict[str, Array], facts: Facts) -> None:
+    """What reads the tokens, among the heads that these arrays may be of."""
+    kernel = arrays.get("head/kernel")
+    inputs = kernel.shape[0] if kernel and kernel.shape else 0
     if "MAPHead_0/probe" in arrays:
-        return "map"
-    if "cls" in arrays:
-        possible = ("token", "masked_patch" if "mask_token" in arrays else "token")
-        return stated if stated in possible else possible[-1]
-    return stated if stated in ("gap", "none") else "gap"
+        possible: tuple[str, ...] = ("map",)
+    elif "cls" not in arrays:
+        possible = ("gap", "none")
+    elif inputs and inputs == 2 * facts.settled["width"]:
+        possible = ("token_gap",)
+    elif "mask_token" in arrays:
+        possible = ("masked_patch", "token")
+    elif not facts.assumed and not facts.stated.get("class_token"):
+        possible = ("token",)  # a released file, whose other heads have no such token
+    elif facts.settled["final_norm"] == "pooled":
+        possible = ("gap", "token")
+    else:
+        possible = ("token", "gap", "none", "token_gap")
+    for said in (facts.stated.get("head"), facts.asked.get("head")):
+        if said is not None and said not in possible:
+            token = "with" if "cls" in arrays else "without"
+            facts.report.problem(
+                f"model.head is stated as {said!r}, but the arrays {token} a class token "
+                f"are those of {possible[0]!r}"
+            )
+    head = facts.settle(
+        "head", possible[0] if len(possible) == 1 else None, possible[0]
+    )
+    facts.settle("class_token", "cls" in arrays and head in ("gap", "none", "map"))
 
 
-def _positions(arrays: dict[str, Array], stated: str, report: Report) -> dict[str, Any]:
+def _positions(arrays: dict[str, Array], facts: Facts) -> None:
     names = "\n".join(arrays)
     every = f"{_BLOCK}/posembed_input/"
-    fields: dict[str, Any] = {}
-    if any(name.startswith(every) for name in arrays):
-        fields["position_at"] = "every"
+    at = "every" if any(name.startswith(every) for name in arrays) else None
+    facts.settle("position_at", at)
     if re.search(r"posembed_input/pos_embedding$", names, re.MULTILINE):
-        fields["positions"] = "learned"
+        facts.settle("positions", "learned")
     elif "posembed_input/pos_embedding_x" in names:
-        fields["positions"] = "learned2d"
-    elif re.search(r"MultiHead\w+/\w+/pos_embedding$", names, re.MULTILINE):
-        fields["positions"] = "relative"
-    elif stated in ("sincos2d", "none"):
-        fields["positions"] = stated
+        facts.settle("positions", "learned2d")
+    elif re.search(
+        r"MultiHead\w+/posembed_relative/pos_embedding$", names, re.MULTILINE
+    ):
+        facts.settle("positions", "relative")
+    elif facts.settled["relative_bias"] or facts.settle("rope") != "none":
+        facts.settle("positions", "none")
     else:
-        width = arrays["embedding/kernel"].shape[3]
-        fields["positions"] = "none" if width % 4 else "sincos2d"
-        report.change(
-            f"assumed: the file has no position table, so positions={fields['positions']!r}"
-            " (fixed waves, as in the published files without a table); if it was trained "
-            "without any, pass positions='none'"
-            if not width % 4
-            else "assumed: the file has no position table, so positions='none'"
-        )
-    return fields
+        stated = {**facts.asked, **facts.stated}.get("positions")
+        waves = arrays["embedding/kernel"].shape[3] % 4 == 0
+        value = stated if stated in ("sincos2d", "none") else None
+        value = value or ("sincos2d" if waves else "none")
+        facts.settled["positions"] = value
+        if stated is None:
+            facts.report.warn(
+                f"assumed: the file has no position table, so positions={value!r}"
+                + (
+                    " (fixed waves, as in the published files without a table); if it was "
+                    "trained without any, pass positions='none'"
+                    if waves
+                    else ""
+                )
+            )
 
 
 def _image_size(
-    cfg: ModelConfig,
-    arrays: dict[str, Array],
-    wanted: tuple[int, int],
-    report: Report,
+    cfg: ModelConfig, arrays: dict[str, Array], facts: Facts, wanted: tuple[int, int]
 ) -> tuple[int, int]:
-    """(height, width) that the stored position table was made for."""
-    unit = max(cfg.patch, 1)
-    if cfg.resnet_width:
-        unit *= 4 * 2 ** max(len(cfg.resnet) - 1, 0)
+    """(height, width) that the stored tables were made for."""
+    report, unit = facts.report, variants.token_stride(cfg)
+    stated = tuple(
+        facts.stated.get("image_size") or facts.asked.get("image_size") or ()
+    )
     for table in (POSITIONS, f"{_BLOCK}/posembed_input/pos_embedding"):
         y, x = arrays.get(f"{table}_y"), arrays.get(f"{table}_x")
         if y and x and len(y.shape) == len(x.shape) == 3:
             return y.shape[0] * unit, x.shape[1] * unit
-    relative = rf"{_BLOCK}/MultiHead\w+/\w+/pos_embedding"
-    names = [POSITIONS, f"{_BLOCK}/posembed_input/pos_embedding"]
-    names += [name for name in arrays if re.fullmatch(relative, name)]
-    name = next((name for name in names if name in arrays), "")
+    name, grids = _table(cfg, arrays, report)
     if not name:
-        if wanted == (0, 0) and cfg.depth:
-            report.change(
+        size = stated or (wanted if wanted != (0, 0) else ())
+        if not size and cfg.depth:
+            report.warn(
                 "assumed: no array shows the image size, so image_size=224; pass "
                 "image_size= for another"
             )
-        return wanted if wanted != (0, 0) else (224, 224)
+        return (size[0], size[1]) if size else (224, 224)
+    if stated and stated != (0, 0):
+        grid = variants.token_grid(cfg, (stated[0], stated[1]))
+        if grid in grids(*grid):
+            return stated[0], stated[1]
+        report.problem(
+            f"model.image_size: the file's config says {stated}, which is {grid[0]} x "
+            f"{grid[1]} patches, but {name} has shape {arrays[name].shape}"
+        )
+        return (unit, unit)
+    # Square wins, because the released files are: the images that the caller wants may
+    # have as many patches by chance (24 x 24 and 18 x 32).
+    for rows, columns in grids(0, 0):
+        return rows * unit, columns * unit
+    if wanted != (0, 0):
+        grid = variants.token_grid(cfg, wanted)
+        if grid in grids(*grid):
+            return wanted
+    report.problem(
+        f"{arrays[name].name} of shape {arrays[name].shape} is made for no square grid of "
+        "patches: pass image_size=(height, width) of the images that the file was trained "
+        "on"
+    )
+    return (unit, unit)
+
+
+def _table(
+    cfg: ModelConfig, arrays: dict[str, Array], report: Report
+) -> tuple[str, Any]:
+    """The name of the array that shows the grid of patches, and which grids of so many
+    rows and columns it may be of; (0, 0): square ones."""
+    relative = rf"{_BLOCK}/MultiHead\w+/posembed_relative/pos_embedding"
+    names = [POSITIONS, f"{_BLOCK}/posembed_input/pos_embedding"]
+    names += [name for name in arrays if re.fullmatch(relative, name)]
+    name = next((name for name in names if name in arrays), "")
+    bias = f"{_ATTENTION}/posembed_bias/pos_embedding"
+    if not name and bias in arrays and len(arrays[bias].shape) == 2:
+        entries = arrays[bias].shape[0] - 3
+        side = (int(max(entries, 0) ** 0.5) + 1) // 2
+
+        def of_bias(rows: int, columns: int) -> list[tuple[int, int]]:
+            rows, columns = rows or side, columns or side
+            fits = (2 * rows - 1) * (2 * columns - 1) == entries
+            return [(rows, columns)] if fits and rows else []
+
+        return bias, of_bias
+    if not name:
+        return "", None
     shape = arrays[name].shape
     if cfg.positions == "relative" and len(shape) == 2:
         shape = (1, (shape[0] + 1) // 2, shape[1])  # from offsets -(n - 1) to n - 1
@@ -232,20 +447,18 @@ def _image_size(
         report.problem(
             f"{arrays[name].name} has shape {shape}: it must be (1, n, width)"
         )
-        return (unit, unit)
-    n = shape[1]
-    # Square wins, because the released files are: the images that the caller wants may
-    # have as many patches by chance (24 x 24 and 18 x 32).
-    for patches in (n - 1, n) if "cls" in arrays else (n, n - 1):
-        side = int(patches**0.5)
-        if patches and side * side == patches:
-            return side * unit, side * unit
-    if wanted != (0, 0):
-        rows, columns = variants.token_grid(cfg, wanted)
-        if n - rows * columns in (0, 1):
-            return wanted
-    report.problem(
-        f"{arrays[name].name} has {n} rows, which is no square grid of patches: pass "
-        "image_size=(height, width) of the images that the file was trained on"
-    )
-    return (unit, unit)
+        return "", None
+    first = positioned_tokens(cfg)
+    extras = sorted({0, 1, first}, key=lambda e: (e != first, e))
+
+    def of_rows(rows: int, columns: int) -> list[tuple[int, int]]:
+        found = []
+        for extra in extras:
+            patches = shape[1] - extra
+            side = int(max(patches, 0) ** 0.5)
+            grid = (rows, columns) if rows else (side, side)
+            if patches > 0 and grid[0] * grid[1] == patches:
+                found.append(grid)
+        return found
+
+    return name, of_rows

@@ -122,7 +122,9 @@ def read(
         if member is None:
             raise Damaged(f"{where}: the values of {name!r} are missing")
         total += member.file_size
-        if is_weight(name, np.dtype(tensor.storage.dtype), tensor.shape, where):
+        dtype, shape = np.dtype(tensor.storage.dtype), tensor.shape
+        # A single number is kept: it may betray a family.
+        if is_weight(name, dtype, shape, where) or not shape:
             arrays[name] = _array(archive, member, name, tensor, where)
     require_memory(total, size, where)
     return arrays, notes

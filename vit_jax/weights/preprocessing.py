@@ -55,29 +55,24 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 def prepare(
     image: np.ndarray, transforms: Sequence[dict[str, Any]], size: tuple[int, int]
 ) -> np.ndarray:
-    """uint8 (H, W, C) -> float32 (*size, C), in [-1, 1] unless ``normalize`` says else.
+    """uint8 (H, W, C) -> float32 (*size, C) in [-1, 1], which every model takes.
 
     Raises:
       UserError: an operation that only training has, or images of another size at the
         end.
     """
-    mean, std = np.full(1, 0.5, np.float32), np.full(1, 0.5, np.float32)
     for transform in transforms:
         options = dict(transform)
         op = options.pop("op", "")
         options.pop("exact", None)
-        if op == "normalize":
-            mean, std = (np.asarray(options[k], np.float32) for k in ("mean", "std"))
-        elif op != "value_range":  # which is what happens anyway
+        if op != "value_range":  # which is what happens anyway
             image = choose("preprocessing operation", op, _OPS)(image, size, **options)
     if image.shape[:2] != size:
         raise UserError(
             f"preprocessing {list(transforms)} ends with images of {image.shape[:2]}, but "
             f"the model takes {size}"
         )
-    if len(mean) != image.shape[2]:
-        mean, std = mean.mean(keepdims=True), std.mean(keepdims=True)
-    return ((image.astype(np.float32) / 255 - mean) / std).astype(np.float32)
+    return image.astype(np.float32) / np.float32(127.5) - 1
 
 
 def rescaled(

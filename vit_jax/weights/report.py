@@ -3,6 +3,7 @@
 
 import dataclasses
 import logging
+from typing import Any
 
 from vit_jax.errors import UserError
 
@@ -19,6 +20,7 @@ class Report:
 
     where: str  # the checkpoint, for messages
     renamed: list[str] = dataclasses.field(default_factory=list)
+    assumed: dict[str, Any] = dataclasses.field(default_factory=dict)
     changes: list[str] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
     problems: list[str] = dataclasses.field(default_factory=list)
@@ -27,8 +29,12 @@ class Report:
         if old != new:
             self.renamed.append(f"renamed: {old} -> {new}")
 
+    def assume(self, field: str, value: Any) -> None:
+        """A field of ModelConfig that nobody states and no array shows."""
+        self.assumed[field] = value
+
     def change(self, line: str) -> None:
-        """Resized, re-initialised, ignored or assumed: changes what the model computes."""
+        """Resized, re-initialised, ignored or folded: what was asked for, or has to be."""
         self.changes.append(line)
 
     def warn(self, line: str) -> None:
@@ -52,11 +58,23 @@ class Report:
     @property
     def lines(self) -> list[str]:
         """One line per array that was renamed, resized, re-initialised or ignored."""
-        return [*self.renamed, *self.changes, *self.warnings]
+        return [*self.renamed, *self.changes, *self.assumptions, *self.warnings]
+
+    @property
+    def assumptions(self) -> list[str]:
+        """One line with everything that was assumed, or none."""
+        if not self.assumed:
+            return []
+        text = ", ".join(f"{k}={_plain(v)}" for k, v in self.assumed.items())
+        return [f"assumed: {text}"]
 
     def log(self) -> None:
-        """Renamings at level INFO; what changes the outputs where everybody sees it."""
-        for line in self.renamed:
+        """What was done as it must be is INFO; what the user has to judge, WARNING."""
+        for line in [*self.renamed, *self.changes]:
             _LOG.info("%s: %s", self.where, line)
-        for line in [*self.changes, *self.warnings]:
+        for line in [*self.assumptions, *self.warnings]:
             _LOG.warning("%s: %s", self.where, line)
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else repr(value)

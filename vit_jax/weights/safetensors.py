@@ -72,7 +72,8 @@ def read(path: Path, where: str) -> tuple[dict[str, Array], dict[str, str]]:
         kind, shape = entry["dtype"], tuple(entry["shape"])
         if kind not in _DTYPES:
             raise UserError(f"{where}: the array {name} has type {kind}: not supported")
-        if is_weight(name, np.dtype(_DTYPES[kind]), shape, where):
+        # A single number is kept: it may betray a family.
+        if is_weight(name, np.dtype(_DTYPES[kind]), shape, where) or not shape:
             start = begin + entry["data_offsets"][0]
             arrays[name] = _stored(path, name, shape, kind, start, where)
     return arrays, about

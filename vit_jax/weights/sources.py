@@ -21,7 +21,6 @@ from vit_jax.weights import (
     npz,
     pickles,
     safetensors,
-    torch,
 )
 from vit_jax.weights.contents import (
     Array,
@@ -65,64 +64,31 @@ class _Wanted:
 
     where: str  # path or URL, for messages
     tree: str
-    facts: dict[str, Any]
     stack: ExitStack  # closes what is opened
 
 
 @contextmanager
-def open_source(
-    source: str | Path, facts: dict[str, Any] | None = None
-) -> Iterator[tuple[Contents, str]]:
+def open_source(source: str | Path) -> Iterator[tuple[Contents, str]]:
     """The contents of a checkpoint, and the subtree asked for as in ``file.npz:img``.
-
-    Args:
-      source: file, folder or URL; see ``weights.load``.
-      facts: fields of ModelConfig that the caller knows, such as the heads of a torch
-        file.
 
     Raises:
       UserError: it is missing, unreadable, or not a checkpoint.
     """
     source, tree = split(str(source))
     with ExitStack() as stack:
-        if _in_bucket(source):
+        if in_bucket(source):
             yield _open_bucket(source), tree
             return
         path = local(source)
         try:
-            contents = _open(path, _Wanted(source, tree, facts or {}, stack))
+            contents = _open(path, _Wanted(source, tree, stack))
             _check_names(contents.arrays, source)
-            # A torch file has found its model already.
-            yield contents, "" if contents.metadata.layout else tree
+            # In a torch file the subtree has been found already.
+            yield contents, "" if contents.torch else tree
         except Damaged as e:
             if not fetch.is_remote(source):
                 raise
             raise UserError(f"{e}. Delete the cached copy first: {path}") from e
-
-
-def read_metadata(source: str | Path) -> Metadata:
-    """Class names and preprocessing.
-
-    Where they lie beside the weights (a workdir, the ``.json`` beside an ``.npz``, the
-    ``config.json`` of a Hugging Face folder), no weights are read or downloaded. Else
-    they are in the weights' own file, which is downloaded, and of which the table of
-    arrays is read.
-
-    Raises:
-      UserError: as for :func:`open_source`.
-    """
-    source, _ = split(str(source))
-    if not _in_bucket(source):
-        path = local(source, weights=False)
-        folder = path if path.is_dir() else path.parent
-        if (path / "checkpoints").is_dir() and (path / "config.json").is_file():
-            return metadata.of_workdir(path)
-        if path.suffix == ".npz" and metadata.sidecar(path).is_file():
-            return metadata.of_npz(path)
-        if source.startswith("hf://") and (folder / "config.json").is_file():
-            return metadata.of_torch_folder(folder / "config.json", source)
-    with open_source(source) as (contents, _):
-        return contents.metadata
 
 
 def split(source: str) -> tuple[str, str]:
@@ -315,7 +281,6 @@ def _parts(index: Path) -> list[str]:
 def _open_torch(files: list[Path], folder: Path | None, wanted: _Wanted) -> Contents:
     """``folder``: the one that was asked for, rather than a file in it."""
     where = wanted.where
-    config = (folder or files[0].parent) / "config.json"
     arrays: dict[str, Array] = {}
     header: dict[str, str] = {}
     notes: list[str] = []
@@ -331,22 +296,33 @@ def _open_torch(files: list[Path], folder: Path | None, wanted: _Wanted) -> Cont
             part, text = safetensors.read(file, name)
             header |= text
         arrays |= part
-    _check_names(arrays, where)
     about = metadata.of_safetensors(header, where)
-    if config.exists() and not about.model:
-        try:
-            about = metadata.of_torch_folder(config, where)
-        except UserError:
-            # A file among strangers: the config beside it may be another model's.
-            if folder:
-                raise
-    arrays, fields, layout, more = torch.from_torch(
-        arrays, about.model | wanted.facts, where
-    )
-    about = dataclasses.replace(about, model=fields, layout=layout)
-    if layout == "timm" and "classifier.weight" not in arrays and not about.transforms:
-        about = dataclasses.replace(about, transforms=metadata.DEFAULT_TRANSFORMS)
-    return Contents(where, arrays, about, (*notes, *more))
+    own = folder is not None
+    documents = {} if about.model else beside(folder or files[0].parent, own)
+    return Contents(where, arrays, about, tuple(notes), True, documents)
+
+
+# What Hugging Face, timm and OpenCLIP write beside the weights.
+_DOCUMENTS = ("config.json", "preprocessor_config.json", "open_clip_config.json")
+
+
+def beside(folder: Path, own: bool) -> dict[str, dict[str, Any]]:
+    """The JSON objects beside torch weights, by file name.
+
+    ``own``: the folder is the model's; files among strangers may be of any kind.
+
+    Raises:
+      UserError: one is damaged.
+    """
+    found = {}
+    for name in _DOCUMENTS:
+        if (folder / name).is_file():
+            try:
+                found[name] = metadata.read_json(folder / name)
+            except UserError:
+                if own:
+                    raise
+    return found
 
 
 def _check_names(arrays: dict[str, Array], where: str) -> None:
@@ -374,7 +350,7 @@ def _orbax(path: Any, where: str) -> Contents:
     return Contents(where, arrays, about)
 
 
-def _in_bucket(source: str) -> bool:
+def in_bucket(source: str) -> bool:
     """Whether it is a folder in a bucket, which has no suffix."""
     return source.startswith("gs://") and not re.search(r"\.\w{2,11}(#|$)", source)
 
