@@ -28,9 +28,8 @@ SECONDS = 30  # at most, for one file in all three ways
 
 
 def bound(size: int, pixels: int) -> int:
-    """Bytes that reading a file may take: what an image that small in pixels may, three
-    times the file, and 12 per pixel (see image_files.MAX_PIXELS)."""
-    return 200 * MIB + 3 * size + 12 * pixels
+    """Bytes that reading a file may take."""
+    return 200 * MIB + 3 * size + image_files.BYTES_PER_PIXEL * pixels
 
 
 def originals() -> dict[str, bytes]:

@@ -96,12 +96,12 @@ def test_the_best_loss_is_the_smallest(tmp_path):
     assert kept(tmp_path) == ["1", "3"]
 
 
-def test_a_metric_that_is_nan_ranks_nowhere(tmp_path):
+@pytest.mark.parametrize("losses", [(np.nan, 0.5, 0.7, 0.8), (0.5, np.nan, 0.7, 0.8)])
+def test_a_metric_that_is_nan_ranks_nowhere(losses, tmp_path):
     cfg = CheckpointConfig(keep=1, keep_best="test/loss")
-    losses = {2: 0.5, 4: float("nan"), 6: 0.7, 8: 0.8}
-    metrics = {step: {"test/loss": loss} for step, loss in losses.items()}
+    metrics = {i: {"test/loss": loss} for i, loss in enumerate(losses)}
     save(tmp_path, {s: make_state(s) for s in metrics}, cfg, metrics, smallest=True)
-    assert kept(tmp_path) == ["2", "8"]
+    assert kept(tmp_path) == [str(losses.index(0.5)), "3"]
 
 
 def test_an_evaluation_that_follows_the_save_counts_as_well(tmp_path):

@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exactness: resuming, other numbers of processes, and evaluation of every example."""
 
+import collections
 import dataclasses
 import hashlib
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from data_files import encoded, take, write_folder
+from data_files import encoded, picture, take, write_folder
 from PIL import Image
 
 from vit_jax import data
 from vit_jax.config import DataConfig
-from vit_jax.data import sequential, write_records
+from vit_jax.data import cache, graph, sequential, sources, write_records
+from vit_jax.data.examples import Labels, listed
+from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 
 BATCH = 12
@@ -239,3 +244,137 @@ def test_real_processes_that_are_killed_and_come_back_in_another_number(photos):
         for row, (image, label) in enumerate(zip(b["image"], b["label"], strict=True))
     ]
     assert lines == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_pass_traces_nothing(kind, configs, monkeypatch):
+    """Nor do bad examples met in it: neither tf.functions nor tf.data pipelines."""
+    cfg = configs[kind]
+    list(data.eval_batches(cfg, batch=BATCH))
+    whole = next(data.train_batches(cfg, batch=BATCH, seed=0))
+
+    def traced(*args, **kwargs):
+        raise AssertionError("something is traced again")
+
+    monkeypatch.setattr(tf.Graph, "_create_op_internal", traced)
+    assert sum(b["mask"].sum() for b in data.eval_batches(cfg, batch=BATCH)) == 37
+    same(next(data.train_batches(cfg, batch=BATCH, seed=0)), whole)
+
+
+def test_a_bad_example_costs_its_own_decoding(tmp_path, monkeypatch):
+    """Only its group is made one by one; what is known to be bad is not tried again."""
+    root = write_folder(tmp_path, {"a": 15, "b": 16}, ("train", "test"))
+    (root / "train/a/bad.jpg").write_bytes(b"<html>403</html>" * 9)
+    cfg = DataConfig(
+        source="folder", path=str(root), image_size=8, cache_gib=0.0, max_bad=0.1
+    )
+    calls = collections.Counter()
+    for name in ("group", "alone"):
+        real = getattr(graph.Maker, name)
+
+        def counted(self, *args, name=name, real=real):
+            calls[name] += 1
+            return real(self, *args)
+
+        monkeypatch.setattr(graph.Maker, name, counted)
+    stream = data.train_batches(cfg, batch=32, seed=0)
+    take(stream, 6)
+    # The group's eight and what stands in for the bad one, in each of the steps that had
+    # been begun when it was met; nothing later.
+    found = calls["alone"]
+    assert found in (9, 18, 27)
+    take(stream, 6)
+    assert calls["alone"] == found
+    assert calls["group"] >= 48
+
+
+def test_new_files_in_deep_folders_are_seen(tmp_path, monkeypatch):
+    write_folder(tmp_path / "photos", {"a/b/c": 3, "d": 3})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cfg = DataConfig(source="folder", path="~/photos", image_size=8)
+    assert data.describe(cfg).num_train + data.describe(cfg).num_test == 6
+    (tmp_path / "photos/a/b/c/new.jpg").write_bytes(encoded(picture(99)))
+    assert data.describe(cfg).num_train + data.describe(cfg).num_test == 7
+
+
+def test_a_listing_is_not_made_again_while_nothing_changes(photos, monkeypatch):
+    cfg = DataConfig(source="folder", path=str(photos), image_size=8)
+    first = data.describe(cfg)
+    monkeypatch.setattr(sources, "load", lambda cfg: pytest.fail("listed again"))
+    assert data.describe(dataclasses.replace(cfg, max_bad=0.5)) == first
+
+
+def split_of_photos(folder, sizes):
+    """One image per (height, width), in one colour each."""
+    files = []
+    for i, (height, width) in enumerate(sizes):
+        image = Image.new("RGB", (width, height), (i % 256, 7, 99))
+        files.append(str(folder / f"{i}.png"))
+        image.save(files[-1])
+    return listed("path", files, Labels.single(np.arange(len(files))), str)
+
+
+def test_decoded_splits_stay_within_the_limit(tmp_path):
+    """What is held is allocated once, in the size of the images and not a byte more."""
+    sizes = [(20 + i % 7, 30) for i in range(60)]
+    split = split_of_photos(tmp_path, sizes)
+    total = sum(h * w * 3 for h, w in sizes)
+    found = cache.cached(split, total + 1000, training=True)
+    assert found.size == found.pixels.nbytes == total
+    assert found.pixels.base is None  # owns its memory
+    images, labels = found.fetch(np.array([3, 59]))
+    assert [i.shape for i in images] == [(23, 30, 3), (23, 30, 3)]
+    assert (images[1] == [59, 7, 99]).all()
+    assert [list(x) for x in labels] == [[3], [59]]
+    assert cache.cached(split, total + 1000, training=True) is found
+
+
+def test_what_does_not_fit_is_not_held(tmp_path):
+    """Found out by the real sizes, though most images and their mean are small."""
+    sizes = [(10, 10)] * 200
+    sizes[1] = (400, 400)  # which the sample of 32 passes over
+    split = split_of_photos(tmp_path, sizes)
+    assert cache.cached(split, 300_000, training=True) is None
+    assert cache.cached(split, 600_000, training=True) is not None
+
+
+def test_the_limit_holds_for_all_splits_together(tmp_path):
+    """An evaluation is not held beside training where both are too much, and what is no
+    longer read makes room for what is."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    a, b = (split_of_photos(tmp_path / d, [(10, 10)] * 10) for d in "ab")
+
+    class Reader:
+        pass
+
+    reader = Reader()
+    held = cache.cached(a, 4000, training=True)
+    held.users.add(reader)
+    assert cache.cached(b, 4000, training=False) is None
+    assert cache.cached(b, 6000, training=False) is not None
+    del reader
+    c = split_of_photos(tmp_path, [(10, 10)] * 10)
+    cache.cached(c, 6000, training=False)
+    assert a not in cache._kept
+    assert {b, c} <= set(cache._kept)
+
+
+def test_tensorflow_says_nothing_of_its_own(tmp_path):
+    """At import, and of damaged images, after jax has set its own level of logging."""
+    root = write_folder(tmp_path, {"a": 6, "b": 6}, ("train", "test"))
+    (root / "train/a/bad.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99))
+    code = (
+        "import jax; from vit_jax import data; from vit_jax.config import DataConfig;"
+        "cfg = DataConfig(source='folder', path='.', image_size=8, cache_gib=0.0);"
+        "next(data.train_batches(cfg, batch=13, seed=0))"
+    )
+    names = ("TF_CPP_MIN_LOG_LEVEL", "TF_ENABLE_ONEDNN_OPTS")
+    clean = {k: v for k, v in os.environ.items() if k not in names}
+    clean["PYTHONPATH"] = str(Path(data.__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=clean,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    (line,) = (done.stdout + done.stderr).splitlines()
+    assert line.startswith("skipped the unreadable example")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a weight file to a user's photos and back, by the commands that a user types."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,7 +14,9 @@ import pytest
 from PIL import Image
 from tiny import TINY
 
-from vit_jax import config, models, weights
+from vit_jax import config, models, train, weights
+from vit_jax.config import ModelConfig
+from vit_jax.errors import UserError
 from vit_jax.workdir import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -131,3 +134,26 @@ def test_another_architecture_names_the_field(
     assert done.returncode != 0
     assert field in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_file_alone_brings_its_architecture(tmp_path):
+    """Six flags used to be needed for a model that is not the config's."""
+    small = dataclasses.replace(TINY.model, num_classes=7, image_size=(16, 16))
+    model = models.create(small)
+    images = np.zeros((1, 16, 16, 3), np.float32)
+    params = model.init(jax.random.key(0), images)["params"]
+    file = str(tmp_path / "small.npz")
+    weights.save(file, small, params)
+
+    cfg = config.replace(TINY, model=ModelConfig(), pretrained=file, steps=3)
+    train.train(cfg, str(tmp_path / "run"))
+    found = config.read(tmp_path / "run" / "config.json").model
+    assert (found.width, found.depth, found.heads, found.patch) == (16, 1, 2, 4)
+    # A run that is continued does not need the file.
+    (tmp_path / "small.npz").rename(tmp_path / "moved.npz")
+    train.train(config.replace(cfg, steps=4), str(tmp_path / "run"))
+
+    other = config.replace(cfg, model__width=32, model__depth=1, model__mlp_dim=32,
+        model__heads=2, model__patch=4, pretrained=str(tmp_path / "moved.npz"))  # fmt: skip
+    with pytest.raises(UserError, match=r"--config.model.width=16"):
+        train.train(other, str(tmp_path / "other"))

@@ -51,6 +51,8 @@ HloModule jit_step, is_scheduled=true
   %p.2 = (s32[], f32[8]{0}) parameter(0)
   %while.1 = (s32[], f32[8]{0}) while(%p.2), condition=%inner_condition, body=%inner_body
   %fusion.7 = bf16[64,256]{1,0} fusion(%x, %y), kind=kOutput, calls=%fused_matmul, backend_config={"estimated_cycles":"1000"}, metadata={op_name="jit(step)/mlp"}
+  %z = f32[8]{0} get-tuple-element(%p.2), index=1
+  %attention_forward.1 = f32[8]{0} custom-call(%z, %z), custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/attention_forward/pallas_call"}
   %fusion.8 = bf16[16,128]{1,0} fusion(%grad), kind=kCustom, calls=%all-reduce-scatter.1
   %all-gather-start.1 = (bf16[16,128]{1,0}, bf16[256,128]{1,0}) all-gather-start(%w), channel_id=7, replica_groups=mesh['row'=16,'column'=16] {'column'}, dimensions={0}
   %all-gather-start.2 = (bf16[16,128]{1,0}, bf16[256,128]{1,0}) all-gather-start(%w), channel_id=7, replica_groups=mesh['row'=16,'column'=16] {'column'}, dimensions={0}
@@ -64,7 +66,7 @@ HloModule jit_step, is_scheduled=true
 ENTRY %main (x.1: f32[8]) -> f32[] {
   %x.1 = f32[8]{0} parameter(0)
   %while.2 = (s32[], f32[8]{0}) while(%x.1), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}
-  %custom-call.1 = f32[8]{0} custom-call(%x.1), custom_call_target="tpu_custom_call"
+  %attention_forward.7 = f32[8]{0} custom-call(%x.1), custom_call_target="tpu_custom_call"
   %fusion.9 = bf16[16,128]{1,0} fusion(%x.1), kind=kCustom, calls=%all-reduce-scatter.2
   %send.1 = (f32[8]{0}, u32[], token[]) send(%x.1, %after-all.1), channel_id=9, is_host_transfer=true
   ROOT %all-reduce.1 = f32[]{:T(128)} all-reduce(%loss), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
@@ -77,7 +79,7 @@ def test_cost_counts_loop_bodies_as_often_as_they_run():
     assert cost.cycles == 5 * (1000 + 3 * 100)
     assert cost.matmul_cycles == 5 * 1000
     assert cost.flops == 5 * 2 * 64 * 128 * 256
-    assert cost.unknown == 1
+    assert cost.kernels == {hlo.KernelCall("attention_forward", "f32", (8,)): 5 + 1}
     assert max(cost.fusions)[1].endswith("jit(step)/mlp")
 
 

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 TIERS = """
 errors fields vtab_tasks config runtime preemption peers distributed progress feed config_file cli
 models data optim sharding checkpoint hlo hardware tpu search recipes demos
-objectives workdir weights inference photos pixels
+kernels kernel_schedule
+objectives workdir measure weights inference photos pixels
 evaluators
 analysis program
 train

@@ -254,8 +254,12 @@ def test_the_search_finds_the_best_within_its_default_limit():
     assert (best.model.layers, best.model.remat) != ("scan", "none")
     assert best.model.layers == "loop"
     assert result["fits"]
-    assert tried[0] == ("zero", (8, 8), "scan", "full", 1), "quick to compile, fits"
-    assert tried[1] == ("replicate", (64,), "loop", "none", 1), "the config as it is"
+    assert tried[0] == ("zero", (8, 8), "scan", "full", 1, "auto"), (
+        "quick to compile, fits"
+    )
+    assert tried[1] == ("replicate", (64,), "loop", "none", 1, "auto"), (
+        "the config as it is"
+    )
     assert "; best so far zero " in told[-1]
     assert told[-1].startswith("[12/12, 0 min]")
     ranks = [search.rank(p) for _, p in pairs]
@@ -280,9 +284,9 @@ def test_micro_batches_that_are_not_needed_are_taken_back():
 def test_the_same_program_is_compiled_once():
     """On one chip a strategy changes nothing; on eight, () is (8,)."""
     _, tried, _ = found(BIG, POD[:1], lambda c: (1.0, 1.0), limit=100)
-    assert {len(key) for key in tried} == {3}
+    assert {len(key) for key in tried} == {4}
     _, tried, _ = found(BIG, POD[:8], lambda c: (1.0, 1.0), limit=100)
-    assert ("zero", (8,), "scan", "full", 1) in tried
+    assert ("zero", (8,), "scan", "full", 1, "auto") in tried
     assert all(key[1] for key in tried)
 
 

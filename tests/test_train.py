@@ -23,6 +23,7 @@ from vit_jax import config, data, train
 from vit_jax.checkpoint import Checkpointer, load_params
 from vit_jax.errors import UserError
 from vit_jax.feed import Feed, put
+from vit_jax.measure import Profiler
 from vit_jax.preemption import Preemption
 from vit_jax.program import build
 from vit_jax.workdir import read_metrics
@@ -359,15 +360,15 @@ def test_a_lack_of_memory_names_its_causes(program):
 
 
 def test_a_profile_may_be_resumed_in_its_middle(tmp_path):
-    profiler = train._Profiler("8:15", str(tmp_path))
+    profiler = Profiler("8:15", str(tmp_path))
     profiler.step(15, {})  # resumed at step 9: there is nothing to stop
-    for window in (profiler, train._Profiler("1:3", str(tmp_path))):
+    for window in (profiler, Profiler("1:3", str(tmp_path))):
         window.step(1, {})
         window.close()  # the run ended inside of the window
     with pytest.raises(UserError, match=r"config.profile='12:5'"):
-        train._Profiler("12:5", str(tmp_path))
+        Profiler("12:5", str(tmp_path))
     with pytest.raises(UserError, match=r"config.profile='0:5'.* first step is 1"):
-        train._Profiler("0:5", str(tmp_path))  # no step 0 is ever trained
+        Profiler("0:5", str(tmp_path))  # no step 0 is ever trained
 
 
 def test_the_command_names_an_image_that_cannot_be_read(tmp_path):

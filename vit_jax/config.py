@@ -124,6 +124,9 @@ class ModelConfig:
     attention_dropout: Share = 0.0  # on the attention weights; 0 in all released models
     # Drop rate of the last block; grows linearly from 0 at the first.
     stochastic_depth: Share = 0.0
+    # What computes attention: einsums; a kernel for TPUs; cuDNN's for GPUs. "auto": the
+    # kernel where it proves right and faster at the start of a run (docs/kernel.md).
+    attention: Literal["auto", "xla", "pallas", "cudnn"] = "auto"
     # Of the computation; parameters stay float32.
     dtype: Literal["float32", "bfloat16"] = "float32"
     # "scan" compiles one block once: faster to compile, stacked parameters.
@@ -166,15 +169,21 @@ class DataConfig:
     # synthetic: how many; multi-label records: width of the label vector; 0: found in
     # the data.
     num_classes: Count = 0
-    cache_gib: Amount = 1.0  # a decoded data set up to this size is kept in memory
+    # Decoded splits are kept in memory up to this size together; 0: none. It counts like
+    # a seed: what is kept is decoded exactly and, where it is damaged, left out as a
+    # whole.
+    cache_gib: Amount = 1.0
     # Of training images; "fast": coarser JPEG decoding and resizing.
     decode: Literal["fast", "exact"] = "fast"
     # Of records; "auto" reads in sequence only remote shards.
     access: Literal["auto", "random", "sequential"] = "auto"
-    # Examples shuffled at a time where the source is read in sequence; 0: 8192.
+    # Examples shuffled at a time where the source is read in sequence; 0: those of 16
+    # batches, and at least 8192.
     shuffle_buffer: Count = 0
     # Share of unreadable examples above which the run stops; one is always allowed unless
-    # it is 0. Too large counts as unreadable: see data/image_files.py.
+    # it is 0. An image of more than 134 megapixels (2**27) counts as unreadable. Decoding
+    # takes 3 bytes per pixel and thread for most files, 18 at the worst: see
+    # data/image_files.py.
     max_bad: Share = 0.01
 
 

@@ -20,6 +20,8 @@ class Chip(NamedTuple):
     hbm: float = 0.0
     # Bytes per second to the other chips of a slice, one direction, over all links.
     ici: float = 0.0
+    # Of a core: what kernels work in.
+    vmem_mib: float = 0.0
     # Hz; the one at which the compiler's FLOPs per cycle make the peak.
     clock: float = 0.0
     # Slices that can be had.
@@ -44,10 +46,12 @@ _CUBE = (
 # The first whose kind is found counts.
 CHIPS = {
     "v3": Chip("TPU v3", 123e12),
-    "v4": Chip("TPU v4", 275e12, 30.75, 1228e9, 300e9, 1.05e9, _CUBE, megacore=True),
-    "v5e": Chip("TPU v5 lite", 197e12, 15.75, 819e9, 200e9, 1.5e9, _FLAT),
-    "v5p": Chip("TPU v5p?", 459e12, 95.74, 2765e9, 600e9, 1.75e9, _CUBE),
-    "v6e": Chip("TPU v6 lite", 918e12, 31.25, 1640e9, 400e9, 1.75e9, _FLAT),
+    "v4": Chip(
+        "TPU v4", 275e12, 30.75, 1228e9, 300e9, 16, 1.05e9, _CUBE, megacore=True
+    ),
+    "v5e": Chip("TPU v5 lite", 197e12, 15.75, 819e9, 200e9, 128, 1.5e9, _FLAT),
+    "v5p": Chip("TPU v5p?", 459e12, 95.74, 2765e9, 600e9, 64, 1.75e9, _CUBE),
+    "v6e": Chip("TPU v6 lite", 918e12, 31.25, 1640e9, 400e9, 128, 1.75e9, _FLAT),
     "T4": Chip("T4", 65e12),
     "L4": Chip("L4", 121e12),
     "A100": Chip("A100", 312e12),

@@ -53,6 +53,15 @@ class Collective:
         self.part_bytes += part_bytes
 
 
+class KernelCall(NamedTuple):
+    """A call of a kernel (Pallas), of which the compiler has no estimate."""
+
+    name: str
+    # Of its first operand.
+    dtype: str
+    shape: tuple[int, ...]
+
+
 @dataclasses.dataclass
 class Cost:
     """Of one step on one device."""
@@ -62,8 +71,10 @@ class Cost:
     matmul_cycles: int = 0
     # Of matrix products and convolutions, recomputation included.
     flops: int = 0
-    # Calls of kernels (Pallas), for which the compiler has no estimate.
-    unknown: int = 0
+    # How often kernels are called.
+    kernels: dict[KernelCall, int] = dataclasses.field(
+        default_factory=lambda: defaultdict(int)
+    )
     collectives: dict[str, Collective] = dataclasses.field(
         default_factory=lambda: defaultdict(Collective)
     )
@@ -81,6 +92,7 @@ def cost(text: str, num_devices: int) -> Cost:
     walk = _Walk(computations, num_devices)
     walk.add(entry, 1)
     walk.total.collectives = dict(walk.total.collectives)
+    walk.total.kernels = dict(walk.total.kernels)
     return walk.total
 
 
@@ -118,7 +130,7 @@ class _Walk:
                 line = f"{i.name} {i.type[:60]} {where[1] if where else ''}"
                 self.total.fusions.append((cycles, line))
             elif i.op == "custom-call" and "tpu_custom_call" in i.rest:
-                self.total.unknown += trips
+                self.total.kernels[_kernel(i, types)] += trips
 
     def _flops_of(self, name: str) -> int:
         if name not in self._flops:
@@ -303,6 +315,18 @@ def convolution_flops(i: Instruction, types: dict[str, str]) -> int:
     )
     groups = re.search(r"batch_group_count=(\d+)", i.rest)
     return 2 * features * positions // (int(groups[1]) if groups else 1)
+
+
+def _kernel(i: Instruction, types: dict[str, str]) -> KernelCall:
+    name = re.search(r'op_name="[^"]*?(\w+)/pallas_call', i.rest)
+    operand = re.search(r"%([\w.\-]+)", _arguments(i.rest))
+    type_ = types.get(operand[1], "") if operand else ""
+    dtype = re.match(r"\w+", type_)
+    return KernelCall(
+        name[1] if name else i.name.split(".")[0],
+        dtype[0] if dtype else "",
+        tuple(_dims(type_)),
+    )
 
 
 def _split_type(text: str) -> tuple[str, str]:

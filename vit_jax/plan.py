@@ -12,7 +12,7 @@ the strategy, mesh, remat policy and micro-batches that take the least time.
 import functools
 import math
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ from vit_jax import (
     data,
     hardware,
     hlo,
+    kernel_schedule,
     models,
     objectives,
     search,
@@ -70,6 +71,7 @@ def plan(cfg: Config, target: Topology) -> dict[str, Any]:
         "images_per_chip": cfg.batch // sharding.batch_parts(program.mesh),
         "accumulate": cfg.accumulate,
         "hints": program.hints,
+        "attention": program.attention or cfg.model.attention,
         "hbm_gib": target.chip.hbm_gib,
         "model_tflops_per_chip": model_flops / 1e12,
     }
@@ -94,10 +96,12 @@ def plan(cfg: Config, target: Topology) -> dict[str, Any]:
         batch = compiled.arguments - sum(state.values())
         memory = state | {"batch": batch, "activations": compiled.temporaries}
         cost = hlo.cost(compiled.text, chips)
+        model = program.model.cfg
+        found = kernels(cost, target.chip, model.width // max(model.heads, 1))
         result |= {
             "program_gib": compiled.code / GIB,
-            "compiled_tflops_per_chip": cost.flops / 1e12,
-            **speed(cost, target.chip, model_flops, cfg, chips),
+            "compiled_tflops_per_chip": (cost.flops + found.flops) / 1e12,
+            **speed(cost, found, target.chip, model_flops, cfg, chips),
         }
     result["memory_gib"] = {k: v / GIB for k, v in memory.items()}
     result["peak_hbm_gib"] = sum(result["memory_gib"].values())
@@ -153,11 +157,35 @@ def memory_of_state(state_shape: Any) -> dict[str, int]:
     )
 
 
+class Kernels(NamedTuple):
+    """What all calls of kernels cost, and how many of them are not counted."""
+
+    seconds: float
+    flops: int
+    unknown: int
+
+
+def kernels(cost: hlo.Cost, chip: Chip, head_dim: int) -> Kernels:
+    seconds, flops, unknown = 0.0, 0, 0
+    for call, trips in cost.kernels.items():
+        if found := kernel_schedule.cost(call, chip, head_dim):
+            seconds += trips * found.seconds
+            flops += trips * found.flops
+        else:
+            unknown += trips
+    return Kernels(seconds, flops, unknown)
+
+
 def speed(
-    cost: hlo.Cost, chip: Chip, model_flops: float, cfg: Config, chips: int
+    cost: hlo.Cost,
+    in_kernels: Kernels,
+    chip: Chip,
+    model_flops: float,
+    cfg: Config,
+    chips: int,
 ) -> dict[str, Any]:
     """Times of a step and of the run; ``model_flops`` per chip and step."""
-    compute = cost.cycles / chip.clock
+    compute = cost.cycles / chip.clock + in_kernels.seconds
     collectives = {}
     for kind, c in sorted(cost.collectives.items()):
         # A group along one axis of the torus has only the links of that axis.
@@ -178,9 +206,10 @@ def speed(
             * (cost.cycles - cost.matmul_cycles)
             / chip.clock,
             "network": 1e3 * network,
-        },
+        }
+        | ({"attention kernel": 1e3 * in_kernels.seconds} if cost.kernels else {}),
         "compute_ms": 1e3 * compute,
-        "kernels_not_counted": cost.unknown,
+        "kernels_not_counted": in_kernels.unknown,
         "mfu": model_flops / step / chip.flops,
         "mfu_without_network": model_flops / compute / chip.flops,
         "images_per_second": cfg.batch / step,

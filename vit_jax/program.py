@@ -16,7 +16,16 @@ import jax.numpy as jnp
 import optax
 from jax.stages import Wrapped
 
-from vit_jax import config, data, evaluators, models, objectives, optim, sharding
+from vit_jax import (
+    config,
+    data,
+    evaluators,
+    kernels,
+    models,
+    objectives,
+    optim,
+    sharding,
+)
 from vit_jax.config import Config
 from vit_jax.errors import UserError
 from vit_jax.inference import normalize, outputs
@@ -119,6 +128,8 @@ class Program:
 
     cfg: Config  # with model.num_classes and model.image_size filled in
     hints: tuple[str, ...]  # for the user: allowed, but perhaps not wanted
+    # What computes attention, where that is a question, for the user.
+    attention: str
     model: Any
     mesh: jax.sharding.Mesh
     state_shape: State
@@ -180,7 +191,8 @@ def build(
     state_sharding = sharding.state_sharding(cfg, mesh, state_shape)
     batch_sharding = sharding.batch_sharding(mesh)
     # The same model, reading parameters in parts.
-    placed = models.create(cfg.model, sharding.block_hook(cfg, mesh))
+    attend, attention = kernels.choose(cfg, mesh)
+    placed = models.create(cfg.model, sharding.block_hook(cfg, mesh), attend)
     loss_of_whole = objectives.of(cfg).create(placed, cfg)
 
     def loss_fn(params, batch, key):
@@ -202,6 +214,7 @@ def build(
     return Program(
         cfg=cfg,
         hints=tuple(hints),
+        attention=attention,
         model=model,
         mesh=mesh,
         state_shape=_with_sharding(state_shape, state_sharding),
@@ -216,6 +229,7 @@ def build(
             in_shardings=(state_sharding, batch_sharding),
             out_shardings=(state_sharding, sharding.replicated(mesh)),
             donate_argnums=0,
+            compiler_options=(attend and attend.compiler_options) or None,
         ),
         forward=jax.jit(forward),
     )

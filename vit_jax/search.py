@@ -97,6 +97,7 @@ def neighbours(cfg: Config, plan: Plan, devices: Sequence[Any]) -> Iterator[Conf
         yield from meshes(cfg)
         yield from others
         yield from blocks
+        yield change(model__attention="xla")
         return
     yield change(model__layers="scan", model__remat="full")
     yield from (c for c in others if c.sharding != "replicate")
@@ -122,7 +123,8 @@ def meshes(cfg: Config) -> Iterator[Config]:
 def key(cfg: Config, devices: Sequence[Any]) -> tuple[Any, ...]:
     """The same for configs that are the same program."""
     where = (cfg.sharding, cfg.mesh) if len(devices) > 1 else ()
-    return (*where, cfg.model.layers, cfg.model.remat, cfg.accumulate)
+    model = cfg.model
+    return (*where, model.layers, model.remat, cfg.accumulate, model.attention)
 
 
 def rank(plan: Plan) -> tuple[bool, float, float]:
@@ -135,7 +137,7 @@ def text(cfg: Config) -> str:
     mesh = "x".join(map(str, cfg.mesh))
     return (
         f"{cfg.sharding:<9} mesh {mesh:<7} {cfg.model.layers} remat {cfg.model.remat:<4} "
-        f"accumulate {cfg.accumulate:<2}"
+        f"accumulate {cfg.accumulate:<2} attention {cfg.model.attention}"
     )
 
 

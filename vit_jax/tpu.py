@@ -110,7 +110,7 @@ def cached(key: Sequence[str], find_out: Callable[[], Any]) -> Any:
     root = jax.config.jax_compilation_cache_dir
     if not root or not jax.config.jax_enable_compilation_cache:
         return find_out()
-    versions = [f"{n} {importlib.metadata.version(n)}" for n in ("jax", "libtpu")]
+    versions = [f"{n} {_version(n)}" for n in ("jax", "jaxlib", "libtpu")]
     options = [os.environ.get(f, "") for f in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")]
     name = hashlib.sha256("\n".join([*key, *versions, *options]).encode()).hexdigest()
     path = epath.Path(root) / "plan" / f"{name}.json.gz"
@@ -123,6 +123,12 @@ def cached(key: Sequence[str], find_out: Callable[[], Any]) -> Any:
     partial.write_bytes(gzip.compress(json.dumps(found).encode()))
     partial.replace(path)
     return found
+
+
+def _version(package: str) -> str:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return "absent"
 
 
 def _compile(lowered: jax.stages.Lowered) -> Compiled:

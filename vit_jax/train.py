@@ -6,7 +6,6 @@ import dataclasses
 import math
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from vit_jax.config import Config
 from vit_jax.errors import UserError
 from vit_jax.feed import Feed
 from vit_jax.inference import Predictor
+from vit_jax.measure import Interval, Profiler
 from vit_jax.preemption import Preemption
 from vit_jax.program import Batch, Metrics, Program, State, build
 from vit_jax.progress import Bar, number, phase, say
@@ -58,10 +58,12 @@ def train(
         preemption = stack.enter_context(contextlib.closing(Preemption()))
         with phase("data"):
             info = data.describe(cfg.data)
-        program = build(cfg, devices, info)
+        program = build(adopted(cfg, workdir), devices, info)
         cfg = program.cfg
         for hint in program.hints:
             say(f"hint         {hint}")
+        if program.attention:
+            say(f"attention    {program.attention}")
         _say_sizes(program, info)
         claim = stack.enter_context(Claim(workdir, cfg, info))
         stack.enter_context(jax.set_mesh(program.mesh))
@@ -128,8 +130,8 @@ class Loop:
         rows = [m for m in read_metrics(workdir) if m["step"] == start]
         self.evaluated = any(map(is_evaluation, rows))
         self.writer = MetricsWriter(workdir, start)
-        self.profiler = _Profiler(self.cfg.profile, workdir)
-        self.interval = _Interval(self.cfg)
+        self.profiler = Profiler(self.cfg.profile, workdir)
+        self.interval = Interval(self.cfg)
         self.results: dict[str, float] = {}  # of the last evaluation
         self.bad_in_row = 0
 
@@ -320,78 +322,40 @@ class _Stopped(Exception):
     """An evaluation was interrupted by preemption."""
 
 
-class _Interval:
-    """Means of the metrics over the steps that were not skipped, and speed, since the
-    last logged step. Time spent on evaluating and saving is left out."""
-
-    def __init__(self, cfg: Config):
-        self._cfg = cfg
-
-    def restart(self, feed: Feed) -> None:
-        self._feed = feed
-        self._start, self._waited = time.perf_counter(), feed.waited
-        self._sums = {"loss": 0.0}
-        self._good = self._skipped = 0
-
-    def add(self, values: dict[str, float]) -> None:
-        if values["skipped"]:
-            self._skipped += 1
-            return
-        self._good += 1
-        for k, v in values.items():
-            self._sums[k] = self._sums.get(k, 0.0) + v
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - start
-
-    def summary(self, step: int) -> dict[str, float]:
-        seconds = max(time.perf_counter() - self._start, 1e-9)
-        per_step = seconds / (self._good + self._skipped)
-        line = {
-            f"train/{k}": v / self._good if self._good else math.nan
-            for k, v in self._sums.items()
-            if k != "skipped"
-        }
-        line |= {
-            "train/skipped_steps": float(self._skipped),
-            "train/bad_examples": float(len(data.bad_examples())),
-            "train/images_per_second": self._cfg.batch / per_step,
-            "train/step_ms": 1e3 * per_step,
-            "train/data_wait": min((self._feed.waited - self._waited) / seconds, 1.0),
-            "train/eta_seconds": (self._cfg.steps - step) * per_step,
-        }
-        self.restart(self._feed)
-        return line
+# Fields of a model that are not the file's: what is trained, and how it is computed.
+_OWN = (
+    "num_classes", "image_size", "channels", "pre_logits", "head_bias", "dropout",
+    "attention_dropout", "stochastic_depth", "dtype", "layers", "remat",
+)  # fmt: skip
 
 
-class _Profiler:
-    """Traces the steps "first:last" of the config into the workdir, for TensorBoard's
-    profile tab."""
+def adopted(cfg: Config, workdir: str) -> Config:
+    """The config with the architecture of the file that it starts from, unless it sets
+    a size itself.
 
-    def __init__(self, steps: str, workdir: str):
-        self._workdir, self._running = workdir, False
-        match = re.fullmatch(r"(\d+):(\d+)", steps)
-        self._first, self._last = map(int, match.groups()) if match else (0, 0)
-        if steps and not 1 <= self._first < self._last:
-            raise UserError(
-                f"config.profile={steps!r}: write FIRST:LAST, for example 100:110; the first step is 1"
-            )
-
-    def step(self, step: int, metrics: Metrics) -> None:
-        if step == self._first:
-            jax.profiler.start_trace(self._workdir)
-            self._running = True
-        if step == self._last and self._running:
-            jax.block_until_ready(metrics)
-            self.close()
-
-    def close(self) -> None:
-        if self._running:
-            self._running = False
-            jax.profiler.stop_trace()
+    A run that is continued keeps the one it has, and does not need the file any more.
+    """
+    sizes = ("width", "depth", "mlp_dim", "heads", "patch")
+    if not cfg.pretrained or any(getattr(cfg.model, size) for size in sizes):
+        return cfg
+    before = epath.Path(workdir) / "config.json"
+    old = config.read(before) if before.exists() else cfg
+    if before.exists() and old.pretrained == cfg.pretrained:
+        stored = old.model
+    else:
+        stored = weights.model_config(cfg.pretrained)
+    taken = {
+        f.name: getattr(stored, f.name)
+        for f in dataclasses.fields(cfg.model)
+        if f.name not in _OWN
+        and (f.name == "name" or getattr(cfg.model, f.name) == f.default)
+    }
+    if stored.head in ("none", "masked_patch"):
+        del taken["head"]
+    if stored.name != cfg.model.name:
+        what = stored.name or f"of width {stored.width} and depth {stored.depth}"
+        say(f"model        {what}, as in {cfg.pretrained}, not {cfg.model.name!r}")
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **taken))
 
 
 def _initial_state(program: Program) -> State:

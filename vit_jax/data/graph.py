@@ -42,7 +42,6 @@ class Maker:
         one = (_PIXELS if kind == "pixels" else _FILE) | {
             "seed": tf.TensorSpec((2,), tf.int64)
         }
-        seeds = tf.TensorSpec((count, 2), tf.int64)
 
         def alone(fed: Mapping[str, Any]) -> dict[str, Any]:
             return steps.alone(_opened(fed, kind), fed["seed"])
@@ -62,8 +61,8 @@ class Maker:
         self.dtype = self._group.structured_outputs.dtype.as_numpy_dtype
         lists = {k: [tf.TensorSpec(s.shape, s.dtype)] * count for k, s in made.items()}
         # Traced at the first bad example: most sets have none.
-        self._together = tf.function(
-            steps.together, input_signature=[lists, seeds], autograph=False
+        self._together = functools.cache(
+            lambda: _traced(steps.together, lists, several["seed"])
         )
 
     def group(self, images: Sequence[Image], seeds: np.ndarray) -> np.ndarray:
@@ -79,7 +78,7 @@ class Maker:
     ) -> np.ndarray:
         """``made``: what ``alone`` returned for n images."""
         lists = {k: [one[k] for one in made] for k in made[0]}
-        return np.asarray(self._together(lists, tf.constant(seeds)))
+        return np.asarray(self._together()(lists, tf.constant(seeds)))
 
 
 def maker(
@@ -166,7 +165,7 @@ def reason(error: Exception) -> str:
     lines = [line for line in lines if line and not line.startswith(_TRACE)]
     text = (lines or [type(error).__name__])[0]
     text = re.sub(r"\{\{.*?\}\} ", "", text)  # "{{function_node ...}} what happened"
-    return text.split(" [Op:")[0][:200]
+    return text.removeprefix("ImageFileError: ").split(" [Op:")[0][:200]
 
 
 _TRACE = ("Graph execution error", "Detected at node", "File ", "<stack", "node ", "[[")
@@ -198,10 +197,10 @@ def _opened(fed: Mapping[str, Any], kind: Kind) -> Any:
         return tf.identity(image)
 
 
-def _traced(function: Callable[[Any], Any], signature: Any) -> Any:
+def _traced(function: Callable[..., Any], *signature: Any) -> Any:
     # Not autograph: our functions say tf.cond themselves, and it would bury a UserError
     # raised in them under a trace of generated code.
-    traced = tf.function(function, input_signature=[signature], autograph=False)
+    traced = tf.function(function, input_signature=signature, autograph=False)
     return traced.get_concrete_function()
 
 

@@ -24,9 +24,11 @@ from PIL import (
     WebPImagePlugin,
 )
 
-# An image of more pixels is not decoded. While it is, it takes up to 12 bytes per pixel
-# (progressive JPEG and rotated images most of them): 1.5 GiB per thread at the worst.
+# An image of more pixels is not decoded.
 MAX_PIXELS = 2**27
+# What decoding takes at the most, in each thread: WebP 18, GIF and BMP 12, JPEG and PNG 3
+# in training and evaluation, 9 where they are progressive or to be turned.
+BYTES_PER_PIXEL = 18
 # Above SMALL, the file must have a byte for this many: a few bytes may claim anything.
 PIXELS_PER_BYTE = 1024
 SMALL = 2**24

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.config import DataConfig
-from vit_jax.data import sequential
+from vit_jax.data import sequential, splits
 from vit_jax.data.examples import (
     IGNORED,
     Dataset,
@@ -34,7 +34,6 @@ from vit_jax.data.examples import (
     Split,
     Unreadable,
     check_class_names,
-    held_out,
 )
 from vit_jax.data.shards import (
     ARRAY_RECORD,
@@ -52,7 +51,6 @@ from vit_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 IMAGE_KEY, LABEL_KEY, NAME_KEY = "image/encoded", "image/class/label", "image/filename"
-TEST_SPLITS = ("test", "val", "validation", "valid")
 _LABEL_KEYS = (LABEL_KEY, "label", "labels", "image/label", "image/labels")
 
 
@@ -60,8 +58,8 @@ def load(cfg: DataConfig) -> Dataset:
     """The record set under ``cfg.path``."""
     if not cfg.path:
         raise UserError(
-            "config.data.source is 'records' but config.data.path is empty: set config.data.path "
-            "to a folder with .tfrecord or .array_record files"
+            "config.data.source is 'records' but config.data.path is empty: set it to a "
+            "folder with .tfrecord or .array_record files"
         )
     root = cfg.path if "://" in cfg.path else os.path.expanduser(cfg.path)
     if not tf.io.gfile.isdir(root):
@@ -71,11 +69,12 @@ def load(cfg: DataConfig) -> Dataset:
         )
     known = _splits(root)
     wanted = cfg.test_split
-    candidates = (wanted,) if wanted not in ("", "test") else TEST_SPLITS
+    candidates = (wanted,) if wanted not in ("", "test") else splits.TEST
     test_name = next((n for n in candidates if n in known), "")
     by_class = bool(cfg.holdout or (cfg.subset and cfg.subset_balanced))
     by_class |= not test_name
     index, train = _read_split(cfg, root, cfg.train_split, known, by_class)
+    test = None
     if test_name:
         test_index, test = _read_split(cfg, root, test_name, known)
         if test_index.class_names != index.class_names:
@@ -84,20 +83,14 @@ def load(cfg: DataConfig) -> Dataset:
                 "different class names: write both again from the same data"
             )
     elif wanted not in ("", "test"):
-        raise UserError(
-            f"config.data.test_split is {wanted!r}, but {root} has only {sorted(known)}"
-        )
+        raise splits.missing("test_split", wanted, root, sorted(known))
     elif train.sequence:
         raise UserError(
             f"{root} has no test split, and none can be held out of shards that are "
             "read in sequence: add one, or set config.data.access=random"
         )
-    else:
-        rest, out = held_out(train, cfg.test_share)
-        train, test = train.select(rest), train.select(out)
     return Dataset(
-        train,
-        test,
+        *splits.with_test(cfg, train, test),
         index.class_names,
         index.multilabel,
         splits=lambda name: _read_split(cfg, root, name, known)[1],

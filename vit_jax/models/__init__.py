@@ -39,6 +39,7 @@ from typing import Any
 
 from vit_jax.config import ModelConfig
 from vit_jax.models import published
+from vit_jax.models.attention import Attend, beyond_attend
 from vit_jax.models.flops import macs
 from vit_jax.models.resnet import ResNet
 from vit_jax.models.variants import (
@@ -54,8 +55,10 @@ from vit_jax.models.variants import (
 from vit_jax.models.vit import ViT
 
 __all__ = [
+    "Attend",
     "ResNet",
     "ViT",
+    "beyond_attend",
     "create",
     "has_class_token",
     "has_stem",
@@ -71,15 +74,18 @@ __all__ = [
 
 
 def create(
-    cfg: ModelConfig, on_block_params: Callable[[Any], Any] | None = None
+    cfg: ModelConfig,
+    on_block_params: Callable[[Any], Any] | None = None,
+    attend: Attend | None = None,
 ) -> ViT | ResNet:
     """The module that ``cfg`` describes; its ``.cfg`` has every size filled in.
 
     ``on_block_params`` is applied to the parameters of each encoder block where it
-    runs, which is how sharding.py gathers them layer by layer. Initialize without it.
+    runs, which is how sharding.py gathers them layer by layer; ``attend`` computes
+    attention there, see kernels.py. Initialize without them.
 
     Raises:
       UserError: unknown name, or sizes that contradict each other.
     """
     cfg = resolve(cfg)
-    return ResNet(cfg) if is_resnet(cfg) else ViT(cfg, on_block_params)
+    return ResNet(cfg) if is_resnet(cfg) else ViT(cfg, on_block_params, attend)

@@ -4,6 +4,7 @@
 Letters: B batch; S keys, T queries; D width; k heads; D_h = D / k; M MLP width.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import flax.linen as nn
@@ -15,6 +16,10 @@ from vit_jax.models.norms import norm
 from vit_jax.models.positions import RELATIVE, RelativeBias, rotate
 
 _XAVIER = nn.initializers.xavier_uniform()
+
+# Equations 5 to 7 of tokens (B, S, D), in one: (tokens, kernels, biases) -> (B, S, D);
+# kernels (D, k, D_h) and biases (k, D_h) of queries, keys and values.
+Attend = Callable[[jax.Array, Sequence[jax.Array], Sequence[jax.Array]], jax.Array]
 
 
 @jax.custom_jvp
@@ -48,6 +53,8 @@ class MultiHeadAttention(nn.Module):
     cfg: ModelConfig
     train: bool = False
     image_size: tuple[int, int] = (0, 0)
+    # Computes equations 5 to 7 where only the heads are asked for.
+    attend: Attend | None = None
 
     @nn.compact
     def __call__(
@@ -60,6 +67,9 @@ class MultiHeadAttention(nn.Module):
         head_dim = c.width // c.heads
         dense = partial(nn.DenseGeneral, dtype=c.dtype, kernel_init=_XAVIER)
 
+        watched = self.is_mutable_collection("intermediates")
+        if self.attend and not watched and not beyond_attend(c, self.train):
+            return self._joined(tokens)
         q = dense((c.heads, head_dim), name="query")(queries)  # (B, T, k, D_h), eq. 5
         k = dense((c.heads, head_dim), name="key")(tokens)  # (B, S, k, D_h)
         v = dense((c.heads, head_dim), name="value")(tokens)
@@ -82,6 +92,46 @@ class MultiHeadAttention(nn.Module):
         if c.attention_norm:
             heads = norm(c, "norm", axes=(-2, -1))(heads)
         return dense(c.width, axis=(-2, -1), name="out")(heads)  # (B, T, D), eq. 8
+
+    def _joined(self, tokens: jax.Array) -> jax.Array:
+        """Equations 5 to 8 by ``attend``, of the same parameters."""
+        c = self.cfg
+        inner = (c.heads, c.width // c.heads)
+        assert self.attend
+        names = ("query", "key", "value")
+        found = [_Dense((c.width, *inner), inner, name=n)() for n in names]
+        heads = self.attend(tokens, *zip(*found, strict=True))  # (B, S, D)
+        kernel, bias = _Dense((*inner, c.width), (c.width,), name="out")()
+        kernel = kernel.reshape(c.width, c.width).astype(c.dtype)
+        return heads @ kernel + bias.astype(c.dtype).reshape(1, 1, -1)
+
+
+class _Dense(nn.Module):
+    """The parameters of a dense layer that something else multiplies with."""
+
+    kernel: Sequence[int]
+    bias: Sequence[int]
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
+        zeros = nn.initializers.zeros
+        return (
+            self.param("kernel", _XAVIER, self.kernel),
+            self.param("bias", zeros, self.bias),
+        )
+
+
+def beyond_attend(cfg: ModelConfig, train: bool) -> str:
+    """The knob that asks for more than ``Attend`` computes; "" if none does."""
+    asked = {
+        "qk_norm": cfg.qk_norm,
+        "rope": cfg.rope != "none",
+        "positions": cfg.positions in RELATIVE,
+        "relative_bias": cfg.relative_bias,
+        "attention_norm": cfg.attention_norm,
+        "attention_dropout": train and cfg.attention_dropout > 0,
+    }
+    return next((f"config.model.{k}" for k, more in asked.items() if more), "")
 
 
 class MlpBlock(nn.Module):

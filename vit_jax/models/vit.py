@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from vit_jax.config import ModelConfig
 from vit_jax.models import heads, masked, resnet
-from vit_jax.models.attention import MlpBlock, MultiHeadAttention
+from vit_jax.models.attention import Attend, MlpBlock, MultiHeadAttention
 from vit_jax.models.images import standardize
 from vit_jax.models.norms import norm
 from vit_jax.models.positions import POSITIONS, PositionEmbedding, rotation
@@ -30,6 +30,8 @@ class ViT(nn.Module):
     cfg: ModelConfig
     # Applied to the parameters of each block where it runs: see vit_jax/sharding.py.
     on_block_params: Callable[[Any], Any] | None = None
+    # What computes attention in the blocks: see vit_jax/kernels.py.
+    attend: Attend | None = None
 
     def __call__(
         self,
@@ -82,7 +84,12 @@ class ViT(nn.Module):
 
         height, width = images.shape[1:3]
         encoder = Encoder(
-            c, (height, width), train, self.on_block_params, name="Transformer"
+            c,
+            (height, width),
+            train,
+            self.on_block_params,
+            self.attend,
+            name="Transformer",
         )
         z = encoder(x)
         logits, y = heads.read(c, z)
@@ -112,11 +119,12 @@ class Encoder(nn.Module):
     image_size: tuple[int, int]
     train: bool
     on_block_params: Callable[[Any], Any] | None = None
+    attend: Attend | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.cfg
-        args = (c, self.image_size, self.train)
+        args = (c, self.image_size, self.train, self.attend)
         shared = None
         if c.positions in POSITIONS and c.position_at != "every":
             shared = PositionEmbedding(c, self.image_size, name="posembed_input")()
@@ -153,6 +161,7 @@ class EncoderBlock(nn.Module):
     cfg: ModelConfig
     image_size: tuple[int, int]
     train: bool
+    attend: Attend | None = None
 
     @nn.compact
     def __call__(
@@ -171,8 +180,9 @@ class EncoderBlock(nn.Module):
           turn: the ``positions.rotation`` of queries and keys.
         """
         c = self.cfg
+        name = "MultiHeadDotProductAttention_1"
         attend = MultiHeadAttention(
-            c, self.train, self.image_size, name="MultiHeadDotProductAttention_1"
+            c, self.train, self.image_size, self.attend, name=name
         )
         mlp = MlpBlock(c, self.train, name="MlpBlock_3")
 

@@ -27,7 +27,7 @@ from vit_jax.weights.contents import Contents, Metadata, in_memory
 from vit_jax.weights.families import BY_NAME, FAMILIES, Family
 from vit_jax.weights.layout import POSITIONS, STACKED
 from vit_jax.weights.report import Report
-from vit_jax.weights.understand import understand
+from vit_jax.weights.understand import PATCHES_ONLY, understand
 
 LAYOUTS = ("npz", "timm", "hf", "own")
 
@@ -109,13 +109,14 @@ class _Layout:
         own = about.family == family.name
         present = frozenset(about.arrays if own else _usual(family, cfg))
         names = _first(family, present)
-        tower = family.tower if cfg.num_classes else ""
+        tower = family.tower if cfg.num_classes or family.inside else ""
         flat, self.cfg = _with_table(flat, cfg, self.reasons)
-        flat = _without_row(flat, self.cfg, present, names, own)
+        if PATCHES_ONLY in present or (family.timm and cfg.registers):
+            flat = _without_rows(flat, infer.positioned_tokens(cfg))
         stages = tuple(cfg.resnet) if cfg.resnet_width and family.timm else None
         sizes = roles.Sizes(cfg.depth, cfg.width, cfg.heads, cfg.map_heads, stages)
-        if cfg.mlp == "swiglu" and "gate" in names and not own:
-            names = _gated(family, names)
+        if cfg.mlp == "swiglu":
+            names = _gated(family, names, present if own else frozenset())
         self.names = names
         arrays, homeless = roles.write(flat, names, family.kinds, sizes, present)
         if homeless:
@@ -243,18 +244,29 @@ def _first(family: Family, present: frozenset[str]) -> dict[str, str]:
     names = {}
     for role, spellings in family.names.items():
         options = spellings.split("|")
-        known = [o for o in options if any(p.startswith(o.strip("/")) for p in present)]
+        tails = ("", ".weight", "weight")
+        known = [o for o in options if any(o.strip("/") + t in present for t in tails)]
         names[role] = (known or options)[0]
     return names
 
 
-def _gated(family: Family, names: dict[str, str]) -> dict[str, str]:
-    """The spelling of the value beside a gate, which is not that of a plain MLP."""
-    options = family.names["up"].split("|")
-    gate = names["gate"]
+def _gated(
+    family: Family, names: dict[str, str], present: frozenset[str]
+) -> dict[str, str]:
+    """The spelling of a gated MLP: gate and value apart, or in one array."""
+    up, down = (family.names[role].split("|") for role in ("up", "down"))
+    weights_in = [name for name in up if name.endswith("weights_in")]
+    if weights_in and not present:
+        names = {**names, "up": weights_in[0]}
+        names["down"] = next(name for name in down if name.endswith("weights_out"))
+    if f"{names.get('gate')}.weight" not in present and (present or weights_in):
+        packed = {"up": "gate_up"}
+        return {packed.get(k, k): v for k, v in names.items() if k != "gate"}
+    if present or "gate" not in names:
+        return names
     beside = {"fc1_g": "fc1_x", "gate_proj": "up_proj", "w1": "w2", "fc1": "fc3"}
-    leaf = beside.get(gate.rsplit(".", 1)[-1], "")
-    return names | {"up": next((o for o in options if o.endswith(leaf)), names["up"])}
+    leaf = beside[names["gate"].rsplit(".", 1)[-1]]
+    return {**names, "up": next(name for name in up if name.endswith(leaf))}
 
 
 def _usual(family: Family, cfg: ModelConfig) -> tuple[str, ...]:
@@ -266,14 +278,14 @@ def _usual(family: Family, cfg: ModelConfig) -> tuple[str, ...]:
     return ()
 
 
-def _without_row(
-    flat: dict[str, np.ndarray],
-    cfg: ModelConfig,
-    present: frozenset[str],
-    names: dict[str, str],
-    own: bool,
-) -> dict[str, np.ndarray]:
-    return flat
+def _without_rows(flat: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
+    """A table of the patches alone; the row of the class token goes into the token."""
+    table = flat.get(POSITIONS)
+    if table is None or not rows or rows > 1:
+        return flat
+    own = table[:, :1]
+    cls = flat["cls"] + own if own.any() else flat["cls"]
+    return flat | {POSITIONS: table[:, rows:], "cls": cls}
 
 
 def _with_table(

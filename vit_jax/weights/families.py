@@ -46,7 +46,7 @@ class Family:
     has: tuple[str, ...] = ()  # roles that betray the family ...
     lacks: tuple[str, ...] = ()  # ... and roles that it does not have
     kinds: dict[str, str] = dataclasses.field(default_factory=dict)  # see roles.read
-    tower: str = ""  # written before all names but "/...", beside a head
+    tower: str = ""  # written before all names but "/...", where there is a head
     inside: str = ""  # what a part of the path to the tower is called
     model: dict[str, Any] = dataclasses.field(default_factory=dict)  # no array shows it
     head_width: int = 64  # of the attention heads, whose number no array shows
@@ -439,6 +439,7 @@ FAMILIES = (
         "mocov3",
         _TIMM,
         has=("norm1", "cls"),
+        tower="module.base_encoder.",
         inside="base_encoder",
         model={**IMAGENET, **EXACT},
         heads={384: 12},

@@ -189,7 +189,7 @@ def positioned_tokens(cfg: ModelConfig) -> int:
 def extra_rows(cfg: ModelConfig, arrays: dict[str, Array]) -> int:
     """Rows in front of the stored position table that are not of patches."""
     if POSITIONS not in arrays:
-        return 0
+        return positioned_tokens(cfg)
     rows, columns = variants.token_grid(cfg, cfg.image_size)
     return arrays[POSITIONS].shape[1] - rows * columns
 

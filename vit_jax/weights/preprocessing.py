@@ -83,10 +83,9 @@ def rescaled(
 
     The last of them says which images they were written for; ``old`` counts where it
     says nothing."""
-    stated = [
-        t["size"] for t in transforms if t.get("size") and t["op"] != "resize_small"
-    ]
-    old = _pair(stated[-1]) if stated else old
+    last = transforms[-1] if transforms else {"op": ""}
+    if last.get("size") and last["op"] != "resize_small":
+        old = _pair(last["size"])
     y, x = new[0] / old[0], new[1] / old[1]
     result = []
     for transform in transforms:

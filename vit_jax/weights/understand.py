@@ -11,6 +11,10 @@ from vit_jax.weights.families import BY_NAME
 from vit_jax.weights.infer import Facts, guess_heads
 from vit_jax.weights.report import Report
 
+# Stands among the names of a file's arrays where its position table has no row for the
+# class token.
+PATCHES_ONLY = "positions of patches only"
+
 
 def understand(
     contents: Contents, tree: str, asked: dict[str, Any], report: Report
