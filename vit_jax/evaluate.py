@@ -93,9 +93,9 @@ def _context(source: str, cfg: Config, out: str) -> evaluators.Context:
     found.report.log()
     about = found.metadata
     if about.transforms and not cfg.data.eval_transforms:
-        ops = tuple(_square(t) for t in about.transforms if t["op"] != "normalize")
+        ops = tuple(map(_square, about.transforms))
         cfg = config.replace(cfg, data__eval_transforms=ops)
-    predictor = inference.create(found.cfg, found.params, about.transforms)
+    predictor = inference.create(found.cfg, found.params)
     info = data.describe(cfg.data)
     names = _class_names(about.class_names, info.class_names, found.cfg.num_classes)
     return evaluators.Context(cfg, predictor, info, names, out)
