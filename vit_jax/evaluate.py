@@ -89,8 +89,10 @@ def _nullable(metrics: Mapping[str, float]) -> dict[str, float | None]:
 
 def _context(source: str, cfg: Config, out: str) -> evaluators.Context:
     size = cfg.model.image_size if any(cfg.model.image_size) else cfg.data.image_size
-    found = weights.read(source, size, dtype=cfg.model.dtype)
+    found = weights.read(source, size or None, dtype=cfg.model.dtype)
     found.report.log()
+    if not cfg.data.image_size:
+        cfg = config.replace(cfg, data__image_size=max(found.cfg.image_size))
     about = found.metadata
     if about.transforms and not cfg.data.eval_transforms:
         ops = tuple(map(_square, about.transforms))
