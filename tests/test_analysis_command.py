@@ -328,7 +328,7 @@ def test_bad_images_are_errors(npz, photos, tmp_path):
     bad.write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"bad.png cannot be read: not an image"):
         analyse(npz, str(tmp_path), places=(photos, str(bad)))
-    with pytest.raises(UserError, match="--images: /nowhere does not exist"):
+    with pytest.raises(UserError, match="image /nowhere does not exist"):
         analyse(npz, str(tmp_path), places=("/nowhere",))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no images"):

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from tiny import TINY
 
-from vit_jax import config, models, train, weights
+from vit_jax import config, models, program, train, weights
 from vit_jax.config import ModelConfig
 from vit_jax.errors import UserError
 from vit_jax.workdir import read_metrics
@@ -145,14 +145,20 @@ def test_a_file_alone_brings_its_architecture(tmp_path):
     file = str(tmp_path / "small.npz")
     weights.save(file, small, params)
 
-    cfg = config.replace(TINY, model=ModelConfig(), pretrained=file, steps=3)
+    cfg = config.replace(
+        TINY, model=ModelConfig(), pretrained=file, steps=3, data__image_size=0
+    )
     train.train(cfg, str(tmp_path / "run"))
-    found = config.read(tmp_path / "run" / "config.json").model
+    stored = config.read(tmp_path / "run" / "config.json")
+    found = stored.model
+    assert stored.data.image_size == 16
     assert (found.width, found.depth, found.heads, found.patch) == (16, 1, 2, 4)
     # A run that is continued does not need the file.
     (tmp_path / "small.npz").rename(tmp_path / "moved.npz")
     train.train(config.replace(cfg, steps=4), str(tmp_path / "run"))
 
+    with pytest.raises(UserError, match=r"config.data.image_size is 0"):
+        program.build(config.replace(cfg, pretrained=""))
     other = config.replace(cfg, model__width=32, model__depth=1, model__mlp_dim=32,
         model__heads=2, model__patch=4, pretrained=str(tmp_path / "moved.npz"))  # fmt: skip
     with pytest.raises(UserError, match=r"--config.model.width=16"):

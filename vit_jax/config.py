@@ -144,8 +144,9 @@ class DataConfig:
     # folder: class folders (layouts in data/folders.py) or a .csv or .jsonl table (columns
     # in data/manifest.py); records: folder of the shards; tfds: data_dir.
     path: str = ""
-    # Side of the square images that reach the model, in pixels.
-    image_size: Positive = 224
+    # Side of the square images that reach the model, in pixels; 0: as the checkpoint that
+    # config.pretrained names has it.
+    image_size: Count = 224
     # A sub-folder, a value of the column "split", or a split expression of tfds. Sub-folders
     # are also found as Train/ or imagenet_train/.
     train_split: str = "train"

@@ -57,8 +57,9 @@ def train(
     with contextlib.ExitStack() as stack:
         preemption = stack.enter_context(contextlib.closing(Preemption()))
         with phase("data"):
+            cfg = adopted(cfg, workdir)
             info = data.describe(cfg.data)
-        program = build(adopted(cfg, workdir), devices, info)
+        program = build(cfg, devices, info)
         cfg = program.cfg
         for hint in program.hints:
             say(f"hint         {hint}")
@@ -336,7 +337,8 @@ def adopted(cfg: Config, workdir: str) -> Config:
     A run that is continued keeps the one it has, and does not need the file any more.
     """
     sizes = ("width", "depth", "mlp_dim", "heads", "patch")
-    if not cfg.pretrained or any(getattr(cfg.model, size) for size in sizes):
+    chosen = any(getattr(cfg.model, size) for size in sizes)
+    if not cfg.pretrained or (chosen and cfg.data.image_size):
         return cfg
     before = epath.Path(workdir) / "config.json"
     old = config.read(before) if before.exists() else cfg
@@ -344,6 +346,10 @@ def adopted(cfg: Config, workdir: str) -> Config:
         stored = old.model
     else:
         stored = weights.model_config(cfg.pretrained)
+    if not cfg.data.image_size:
+        cfg = config.replace(cfg, data__image_size=max(stored.image_size))
+    if chosen:
+        return cfg
     taken = {
         f.name: getattr(stored, f.name)
         for f in dataclasses.fields(cfg.model)
