@@ -37,23 +37,6 @@ def materialize(x: jax.Array) -> jax.Array:
 materialize.defjvp(lambda primals, tangents: (materialize(*primals), *tangents))
 
 
-@jax.custom_vjp
-def _plus(y: jax.Array, bias: jax.Array) -> jax.Array:
-    """``y`` (B, S, D) + ``bias`` (D), whose gradient is a product with ones: on TPUs a
-    sum over B and S takes longer, and XLA does it in the way of other products."""
-    return y + bias.astype(y.dtype).reshape(1, 1, -1)
-
-
-def _plus_backward(bias: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # Without the barrier XLA would see that it is a sum.
-    ones = jax.lax.optimization_barrier(jnp.ones(dy.shape[:2], dy.dtype))
-    d = jnp.einsum("bs,bsd->d", ones, dy, preferred_element_type=jnp.float32)
-    return dy, d.astype(bias.dtype)
-
-
-_plus.defvjp(lambda y, bias: (_plus(y, bias), bias), _plus_backward)
-
-
 class MultiHeadAttention(nn.Module):
     """MSA(z) is ``attend(z, z)``: ``queries`` (B, T, D) ask ``tokens`` (B, S, D).
 
@@ -120,7 +103,7 @@ class MultiHeadAttention(nn.Module):
         heads = self.attend(tokens, *zip(*found, strict=True))  # (B, S, D)
         kernel, bias = _Dense((*inner, c.width), (c.width,), name="out")()
         kernel = kernel.reshape(c.width, c.width).astype(c.dtype)
-        return _plus(heads @ kernel, bias)
+        return heads @ kernel + bias.astype(c.dtype).reshape(1, 1, -1)
 
 
 class _Dense(nn.Module):
