@@ -40,7 +40,9 @@ EXTRAS = {
     "sklearn": "analysis",
     "libtpu": "plan",
     "jax2onnx": "onnx",
+    "mlflow": "mlflow",
     "pyarrow": "parquet",
+    "wandb": "wandb",
 }
 
 # Flags belong to the command that asks for them, whose --help shows them.
