@@ -222,7 +222,7 @@ def test_what_a_pipeline_may_not_say(ops, message):
 
 @pytest.mark.parametrize("ops", [[{"op": "flip"}], [{"op": "resize", "size": 8}]])
 def test_images_of_another_size_are_refused(ops, noise):
-    with pytest.raises(UserError, match=r"but data.image_size is 16"):
+    with pytest.raises(UserError, match=r"but config.data.image_size is 16"):
         compose(*ops)(tf.constant(noise), seeds(1)[0])
 
 
