@@ -20,7 +20,7 @@ objectives workdir measure weights inference photos pixels
 evaluators
 analysis program
 train
-main predict embed evaluate convert export plan benchmark sweep study
+main predict embed evaluate sharing convert export plan benchmark sweep study
 """
 LEVELS = {
     name: level
