@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 # Lowest first. A part (a file or folder of vit_jax/) imports from its own line and the
 # lines above.
@@ -123,6 +125,7 @@ def test_only_configs_import_recipes():
     assert own <= {"config", "errors", "vtab_tasks"}
 
 
+@pytest.mark.process
 def test_import_takes_no_tensorflow_and_no_device():
     code = (
         "import sys, vit_jax, vit_jax.train, vit_jax.predict, vit_jax.convert, vit_jax.plan, vit_jax.analysis\n"
