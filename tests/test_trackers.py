@@ -113,7 +113,9 @@ def twice(tmp_path):
     return json.loads((tmp_path / "trackers.json").read_text())
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="needs wandb")
+@pytest.mark.skipif(
+    not importlib.util.find_spec("wandb"), reason="needs the extra wandb"
+)
 @pytest.mark.filterwarnings("default")
 def test_wandb_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -123,15 +125,19 @@ def test_wandb_offline(tmp_path, monkeypatch):
     assert b"train/loss" in b"".join(p.read_bytes() for p in written)
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("mlflow"), reason="needs mlflow")
+@pytest.mark.skipif(
+    not (importlib.util.find_spec("mlflow") and importlib.util.find_spec("sqlalchemy")),
+    reason="needs the extra mlflow",
+)
 @pytest.mark.filterwarnings("default")
 def test_mlflow_on_disk(tmp_path, monkeypatch):
     import mlflow
 
+    monkeypatch.chdir(tmp_path)  # where it puts figures
     monkeypatch.setattr(f"{__name__}.short", lambda n: config.replace(
         TINY, steps=n, trackers=("mlflow",)
     ))  # fmt: skip
-    mlflow.set_tracking_uri((tmp_path / "runs").as_uri())
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/runs.db")
     try:
         run = twice(tmp_path)["mlflow"]
         history = mlflow.MlflowClient().get_metric_history(run, "train/loss")
