@@ -393,3 +393,13 @@ def test_a_kernel_has_to_be_right(monkeypatch, broken, line):
     model = models.resolve(replace(SMALL, model__image_size=(16, 16)).model)
     attend = Attend("pallas", vmem=V5E, interpret=True)
     assert kernels.prove(attend, model, 2).startswith(line)
+
+
+def test_images_that_do_not_divide_are_left_to_einsums():
+    """Such as a single one on eight devices."""
+    attend = Attend("pallas", sharding.create_mesh(SMALL), vmem=V5E, interpret=True)
+    arrays, _ = operands(3, 16, 2, 64, jnp.float32)
+    jaxpr = str(jax.make_jaxpr(attend)(*arrays))
+    assert "pallas_call" not in jaxpr
+    arrays, _ = operands(8, 16, 2, 64, jnp.float32)
+    assert "pallas_call" in str(jax.make_jaxpr(attend)(*arrays))

@@ -43,7 +43,9 @@ def load(name, *arguments):
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return config.from_dict(module.get_config(*arguments))
+    cfg = config.from_dict(module.get_config(*arguments))
+    # A checkpoint would decide.
+    return cfg if cfg.data.image_size else config.replace(cfg, data__image_size=224)
 
 
 def test_names_that_scripts_rely_on_exist():

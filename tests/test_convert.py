@@ -248,6 +248,7 @@ def test_failure_leaves_nothing(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+@pytest.mark.process
 def test_command(tmp_path):
     file, _, _ = start(tmp_path)
     run = [sys.executable, "-m", "vit_jax.convert"]
@@ -333,6 +334,7 @@ def test_timm_folder_states_the_model(command, tmp_path, fields):
     assert found.metadata.class_names == NAMES.class_names
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_memory_of_a_large_model(tmp_path):
     """Reading and writing ViT-L/16 (1.2 GB) needs at most 2.2 times the file."""

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from tiny import TINY
 
-from vit_jax import config, models, train, weights
+from vit_jax import config, models, program, train, weights
 from vit_jax.config import ModelConfig
 from vit_jax.errors import UserError
 from vit_jax.workdir import read_metrics
@@ -24,9 +24,10 @@ CLASSES = {"sand": (1.0, 0.8, 0.5), "sea": (0.4, 0.7, 1.0), "wood": (0.7, 1.0, 0
 SIZE = 16  # pixels of the photos and of the fine-tuned model
 
 
-def command(module, *arguments):
+def process(*arguments, module="vit_jax.main"):
+    """As ``command``, in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", f"vit_jax.{module}", *map(str, arguments)],
+        [sys.executable, "-m", module, *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -35,9 +36,8 @@ def command(module, *arguments):
     )
 
 
-def finetune(photos, pretrained, workdir, *more):
+def finetune(command, photos, pretrained, workdir, *more):
     return command(
-        "main",
         f"--config={ROOT / 'configs' / 'finetune_folder.py'}",
         f"--workdir={workdir}",
         f"--config.data.path={photos}",
@@ -79,19 +79,22 @@ def released(tmp_path_factory):
     return path
 
 
-def test_from_npz_to_npz(photos, released, tmp_path):
+@pytest.mark.process
+def test_from_npz_to_npz(photos, released, tmp_path, command):
     """What predict says of the exported file is as right as the model was in memory."""
     run = tmp_path / "run"
-    done = finetune(photos, released, run)
+    done = finetune(process, photos, released, run)
     assert done.returncode == 0, done.stderr
     accuracy = [m for m in read_metrics(str(run)) if "test/accuracy" in m][-1]
     assert accuracy["step"] == 40
     assert 0.6 < accuracy["test/accuracy"] < 1  # a third is chance
 
-    done = command("convert", run, tmp_path / "mine.npz")
+    done = command(run, tmp_path / "mine.npz", module="vit_jax.convert")
     assert done.returncode == 0, done.stderr
     files = sorted((photos / "test").glob("*/*.png"))
-    done = command("predict", tmp_path / "mine.npz", *files, "--top=1", "--json")
+    done = command(
+        tmp_path / "mine.npz", *files, "--top=1", "--json", module="vit_jax.predict"
+    )
     assert done.returncode == 0, done.stderr
     said = [json.loads(line) for line in done.stdout.splitlines()]
     right = [s["top"][0]["class"] == Path(s["image"]).parent.name for s in said]
@@ -99,9 +102,10 @@ def test_from_npz_to_npz(photos, released, tmp_path):
     assert np.mean(right) == pytest.approx(accuracy["test/accuracy"])
 
 
-def test_fine_tuning_starts_from_the_file(photos, released, tmp_path):
+def test_fine_tuning_starts_from_the_file(photos, released, tmp_path, command):
     """With every array frozen but the head, the rest stays what the file holds."""
     done = finetune(
+        command,
         photos,
         released,
         tmp_path / "run",
@@ -128,12 +132,10 @@ def test_fine_tuning_starts_from_the_file(photos, released, tmp_path):
     ],
 )
 def test_another_architecture_names_the_field(
-    photos, released, tmp_path, change, field
+    photos, released, tmp_path, change, field, command
 ):
-    done = finetune(photos, released, tmp_path / "run", change)
-    assert done.returncode != 0
-    assert field in done.stderr
-    assert "Traceback" not in done.stderr
+    done = finetune(command, photos, released, tmp_path / "run", change)
+    assert field in done.error
 
 
 def test_a_file_alone_brings_its_architecture(tmp_path):
@@ -145,14 +147,20 @@ def test_a_file_alone_brings_its_architecture(tmp_path):
     file = str(tmp_path / "small.npz")
     weights.save(file, small, params)
 
-    cfg = config.replace(TINY, model=ModelConfig(), pretrained=file, steps=3)
+    cfg = config.replace(
+        TINY, model=ModelConfig(), pretrained=file, steps=3, data__image_size=0
+    )
     train.train(cfg, str(tmp_path / "run"))
-    found = config.read(tmp_path / "run" / "config.json").model
+    stored = config.read(tmp_path / "run" / "config.json")
+    found = stored.model
+    assert stored.data.image_size == 16
     assert (found.width, found.depth, found.heads, found.patch) == (16, 1, 2, 4)
     # A run that is continued does not need the file.
     (tmp_path / "small.npz").rename(tmp_path / "moved.npz")
     train.train(config.replace(cfg, steps=4), str(tmp_path / "run"))
 
+    with pytest.raises(UserError, match=r"config.data.image_size is 0"):
+        program.build(config.replace(cfg, pretrained=""))
     other = config.replace(cfg, model__width=32, model__depth=1, model__mlp_dim=32,
         model__heads=2, model__patch=4, pretrained=str(tmp_path / "moved.npz"))  # fmt: skip
     with pytest.raises(UserError, match=r"--config.model.width=16"):

@@ -273,6 +273,7 @@ def test_model_without_a_head(images, tmp_path):
         list(predict.predict(str(tmp_path / "x.npz"), [str(images / "a.png")]))
 
 
+@pytest.mark.process
 def test_needs_no_tensorflow(checkpoint, images):
     code = (
         "import sys; sys.modules['tensorflow'] = None\n"

@@ -71,12 +71,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 class Site:
-    def __init__(self):
+    def __init__(self, handler=Handler):
         self.files, self.status, self.redirects, self.raw = {}, {}, {}, {}
         self.version, self.careless = {"ETag": '"v1"'}, False
         self.cuts, self.requests = [], []
         self.server = http.server.ThreadingHTTPServer(
-            ("127.0.0.1", 0), partial(Handler, self)
+            ("127.0.0.1", 0), partial(handler, self)
         )
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         serve = partial(self.server.serve_forever, poll_interval=0.01)

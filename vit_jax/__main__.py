@@ -14,7 +14,7 @@ COMMANDS = {
     "predict": "name what is in images",
     "embed": "write one vector per image",
     "evaluate": "measure a checkpoint with every evaluator of a config",
-    "convert": "write a checkpoint in another layout",
+    "convert": "write a checkpoint in another layout, or share it",
     "export": "write a checkpoint as a program: StableHLO, SavedModel, TFLite, ONNX",
     "analysis": "draw the paper's figures of a checkpoint",
     "weights": "list the published checkpoints",

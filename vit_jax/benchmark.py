@@ -80,6 +80,7 @@ def train(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
         "loop_over_step": statistics.median(
             m["train/images_per_second"] / b for m, b in zip(loop, bare, strict=True)
         ),
+        "attention": program.attention or cfg.model.attention,
         "data_wait": statistics.median(m["train/data_wait"] for m in loop),
         "compile_seconds": compile_seconds,
         **_memory(compiled),

@@ -144,8 +144,9 @@ class DataConfig:
     # folder: class folders (layouts in data/folders.py) or a .csv or .jsonl table (columns
     # in data/manifest.py); records: folder of the shards; tfds: data_dir.
     path: str = ""
-    # Side of the square images that reach the model, in pixels.
-    image_size: Positive = 224
+    # Side of the square images that reach the model, in pixels; 0: as the checkpoint that
+    # config.pretrained names has it.
+    image_size: Count = 224
     # A sub-folder, a value of the column "split", or a split expression of tfds. Sub-folders
     # are also found as Train/ or imagenet_train/.
     train_split: str = "train"
@@ -289,6 +290,8 @@ class Config:
     # Non-finite steps in a row after which the run stops; each is skipped and counted.
     max_bad_steps: Positive = 10
     log_every: Count = 50  # steps between lines of metrics.jsonl; 0: only at the end
+    # Which trackers get the metrics as well, see trackers.py; each needs its extra.
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
     # "100:110" writes a profiler trace of these steps into the workdir.
     profile: str = ""
 

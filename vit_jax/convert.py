@@ -6,13 +6,18 @@ class names and preprocessing in ``x.json``; ``x.safetensors`` is for timm; a fo
 Hugging Face. ``--format`` says otherwise: ``timm`` with a folder adds the ``config.json``
 from which timm builds the model, and ``own`` keeps the names of the family that SOURCE is
 of, whoever uses them. The weights are the same bits in each.
+
+    python -m vit_jax.convert RUN hf://OWNER/NAME --licence=apache-2.0
+
+uploads such a folder with a model card; ``--dry_run=DIR`` writes it there instead.
 """
 
 import sys
+from typing import Any
 
 from absl import flags
 
-from vit_jax import cli, weights
+from vit_jax import cli, sharing, weights
 from vit_jax.errors import UserError
 from vit_jax.weights import export
 
@@ -26,6 +31,13 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "image_size", 0, "Resize the position embeddings; 0: keep them."
     )
+    flags.DEFINE_string(
+        "licence", "", "hf://: of the weights, as the Hub calls it: apache-2.0, other."
+    )
+    flags.DEFINE_string("figure", "", "hf://: an image for the model card.")
+    flags.DEFINE_string("dry_run", "", "hf://: write to this folder; upload nothing.")
+    flags.DEFINE_bool("private", False, "hf://: create a private repository.")
+    flags.DEFINE_bool("update", False, "hf://: the repository may exist already.")
     flags.FLAGS.set_gnu_getopt()  # flags may follow the paths
 
 
@@ -36,10 +48,19 @@ def main(arguments: list[str]) -> int:
             "vit_jax.convert SOURCE DEST [--format=own|npz|timm|hf] [--image_size=N]"
         )
     source, dest = arguments
-    lines = convert(source, dest, flags.FLAGS.format, flags.FLAGS.image_size)
+    f = flags.FLAGS
+    upload: dict[str, Any] = {
+        k: f[k].value for k in ("licence", "figure", "dry_run", "private", "update")
+    }
+    if dest.startswith("hf://"):
+        where, lines = sharing.share(source, dest, f.format, f.image_size, **upload)
+    elif given := [f"--{k}" for k, v in upload.items() if v]:
+        raise UserError(f"{' '.join(given)} is for DEST=hf://OWNER/NAME, not {dest}")
+    else:
+        where, lines = dest, convert(source, dest, f.format, f.image_size)
     for line in lines:
         print(line, file=sys.stderr)
-    print(f"wrote {dest}")
+    print(f"wrote {where}")
     return 0
 
 
@@ -50,6 +71,8 @@ def convert(source: str, dest: str, layout: str = "", image_size: int = 0) -> li
       UserError: what ``source`` holds does not fit, or ``dest``'s layout has no such
         model.
     """
+    if "://" in dest:
+        raise UserError(f"{dest}: DEST is a local path, or hf://OWNER/NAME to upload")
     if not layout:
         from pathlib import Path
 

@@ -89,13 +89,15 @@ def _nullable(metrics: Mapping[str, float]) -> dict[str, float | None]:
 
 def _context(source: str, cfg: Config, out: str) -> evaluators.Context:
     size = cfg.model.image_size if any(cfg.model.image_size) else cfg.data.image_size
-    found = weights.read(source, size, dtype=cfg.model.dtype)
+    found = weights.read(source, size or None, dtype=cfg.model.dtype)
     found.report.log()
+    if not cfg.data.image_size:
+        cfg = config.replace(cfg, data__image_size=max(found.cfg.image_size))
     about = found.metadata
     if about.transforms and not cfg.data.eval_transforms:
-        ops = tuple(_square(t) for t in about.transforms if t["op"] != "normalize")
+        ops = tuple(map(_square, about.transforms))
         cfg = config.replace(cfg, data__eval_transforms=ops)
-    predictor = inference.create(found.cfg, found.params, about.transforms)
+    predictor = inference.create(found.cfg, found.params)
     info = data.describe(cfg.data)
     names = _class_names(about.class_names, info.class_names, found.cfg.num_classes)
     return evaluators.Context(cfg, predictor, info, names, out)

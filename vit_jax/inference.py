@@ -22,19 +22,11 @@ from vit_jax.feed import Feed
 Batch = dict[str, jax.Array]
 
 
-def normalize(
-    images: jax.Array | np.ndarray, transforms: Sequence[Mapping[str, Any]] = ()
-) -> jax.Array:
-    """uint8 pixels 0..255 -> float32 in [-1, 1], or what a ``normalize`` among the
-    transforms says; float images are in that range already."""
-    if images.dtype != jnp.uint8:
-        return jnp.asarray(images)
-    x = jnp.asarray(images, jnp.float32)
-    for transform in transforms:
-        if transform["op"] == "normalize":
-            mean, std = (np.asarray(transform[k], np.float32) for k in ("mean", "std"))
-            return (x / 255.0 - mean[None, None, None]) / std[None, None, None]
-    return x / 127.5 - 1.0
+def normalize(images: jax.Array | np.ndarray) -> jax.Array:
+    """uint8 pixels 0..255 -> float32 in [-1, 1]; float images are in that range already."""
+    if images.dtype == jnp.uint8:
+        return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
+    return jnp.asarray(images)
 
 
 def outputs(model: Any, params: Any, images: jax.Array) -> dict[str, jax.Array]:
@@ -126,25 +118,15 @@ class Predictor:
 
 
 def create(
-    cfg: ModelConfig,
-    params: Any,
-    transforms: Sequence[Mapping[str, Any]] = (),
-    devices: Sequence[jax.Device] | None = None,
+    cfg: ModelConfig, params: Any, devices: Sequence[jax.Device] | None = None
 ) -> Predictor:
-    """A Predictor on all devices, or on some, each of which holds all parameters.
-
-    Args:
-      cfg: of the model.
-      params: its parameters.
-      transforms: that a checkpoint states; of them, ``normalize`` is applied here.
-      devices: None: all of them.
-    """
+    """A Predictor on all devices, or on some, each of which holds all parameters."""
     found = np.array(devices or jax.devices())
     mesh = Mesh(found, ("data",), axis_types=(AxisType.Auto,))
     model = models.create(cfg)
 
     def forward(params: Any, images: jax.Array) -> dict[str, jax.Array]:
-        return outputs(model, params, normalize(images, transforms))
+        return outputs(model, params, images)
 
     replicated = jax.device_put(params, sharding.replicated(mesh))
     return Predictor(replicated, jax.jit(forward), mesh)

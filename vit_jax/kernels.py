@@ -70,7 +70,7 @@ class Attend:
             vmem=self.vmem,
             interpret=self.interpret,
         )
-        if kernel is None:
+        if kernel is None or len(tokens) % parts:
             return dataclasses.replace(self, kind="einsum")(tokens, kernels, biases)
         if along == 1:
             bias = jnp.concatenate(added)

@@ -252,6 +252,11 @@ def _complete(
                 "set it to 0 to take the number from the data"
             )
     size = cfg.model.image_size
+    if not cfg.data.image_size:
+        raise UserError(
+            "config.data.image_size is 0, so that the checkpoint decides, but "
+            "config.pretrained names none: set one of them"
+        )
     if size == (0, 0):
         size = (cfg.data.image_size, cfg.data.image_size)
     return config.replace(cfg, model__num_classes=classes, model__image_size=size), info

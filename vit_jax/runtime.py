@@ -42,7 +42,8 @@ def keep_compiled() -> None:
     works); none with ``JAX_ENABLE_COMPILATION_CACHE=false`` or where the folder cannot
     be written.
     """
-    if jax.config.jax_compilation_cache_dir:
+    wanted = jax.config.jax_enable_compilation_cache
+    if jax.config.jax_compilation_cache_dir or not wanted:
         return
     folder = os.path.expanduser("~/.cache/vit_jax/xla")
     try:

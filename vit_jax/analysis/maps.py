@@ -143,7 +143,7 @@ def draw_grid(
 def head_arrays(subject: Subject) -> dict[str, Any]:
     image = subject.images[:1]
     model, params = attention.unrolled(subject.model, subject.params)
-    weights = attention.capture(model, params, subject.to_input(image))[:, 0]
+    weights = attention.capture(model, params, image)[:, 0]
     grid, _ = attention.geometry(model, subject.size)
     maps = attention.token_map(weights, grid, class_token=subject.class_token)
     return {"image": image[0], "maps": np.asarray(maps)}

@@ -60,16 +60,7 @@ class Subject:
 
     @functools.cached_property
     def predictor(self) -> inference.Predictor:
-        return inference.create(
-            self.model.cfg,
-            self.params,
-            self.about.transforms,
-            devices=jax.devices()[:1],
-        )
-
-    def to_input(self, shown: np.ndarray) -> jax.Array:
-        """What the model wants of uint8 images."""
-        return inference.normalize(shown, self.about.transforms)
+        return inference.create(self.model.cfg, self.params, devices=jax.devices()[:1])
 
     @functools.cached_property
     def images(self) -> np.ndarray:
@@ -108,7 +99,7 @@ class Subject:
     def _photo(self, place: str) -> np.ndarray:
         """uint8 pixels as the checkpoint's preprocessing cuts them."""
         image = photos.read(place, self.model.cfg.channels)
-        ops = [t for t in self.about.transforms if t["op"] != "normalize"]
+        ops = self.about.transforms
         return to_uint8(
             preprocessing.prepare(image, ops or DEFAULT_TRANSFORMS, self.size)
         )
@@ -182,9 +173,7 @@ class Subject:
         model, params = attention.unrolled(self.model, self.params)
         shown = self.images
         parts = (shown[i : i + BATCH] for i in range(0, len(shown), BATCH))
-        return attention.summarize(
-            model, params, map(self.to_input, parts), batch=BATCH
-        )
+        return attention.summarize(model, params, parts, batch=BATCH)
 
     def patch_tokens(self, shown: np.ndarray) -> np.ndarray:
         """Tokens (n, h, w, D) float32 of the patches, after the last norm."""
@@ -192,11 +181,13 @@ class Subject:
 
         @jax.jit
         def tokens(params: Any, x: jax.Array) -> jax.Array:
-            found: Any = self.model.apply({"params": params}, x, method="forward")
+            found: Any = self.model.apply(
+                {"params": params}, inference.normalize(x), method="forward"
+            )
             _, out = found
             return out["tokens"][:, -math.prod(grid) :]
 
-        found = [tokens(self.params, self.to_input(x[None])) for x in shown]
+        found = [tokens(self.params, x[None]) for x in shown]
         return np.concatenate(found).astype(np.float32).reshape(len(shown), *grid, -1)
 
 

@@ -247,7 +247,8 @@ def _ours(
     cfg: DataConfig, paths: list[str], batch: int, scratch: Path
 ) -> Iterator[Any]:
     """Training on a manifest of these files, in one class."""
-    rows = [{"image": p, "label": 0, "split": "train"} for p in paths]
+    whole = map(os.path.abspath, paths)
+    rows = [{"image": p, "label": 0, "split": "train"} for p in whole]
     rows.append(rows[0] | {"split": "test"})
     manifest = scratch / "images.jsonl"
     manifest.write_text("\n".join(json.dumps(row) for row in rows))

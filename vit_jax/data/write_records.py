@@ -29,6 +29,10 @@ from tqdm import tqdm
 
 from vit_jax import cli
 from vit_jax.config import DataConfig
+
+if __name__ == "__main__":
+    cli.need("tensorflow")
+
 from vit_jax.data import graph, order, sources
 from vit_jax.data.examples import Dataset, Split, Unreadable
 from vit_jax.data.records import IMAGE_KEY, LABEL_KEY, NAME_KEY

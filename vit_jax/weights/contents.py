@@ -87,7 +87,7 @@ def parsing(what: str) -> Iterator[None]:
         ) from e
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What a foreign library says, as part of a message: its first line, printable."""
     text = str(error).strip().partition("\n")[0] or type(error).__name__
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)[:300]

@@ -67,6 +67,56 @@ def download(
     return root / inside
 
 
+def upload(url: str, folder: Path, private: bool = False, update: bool = False) -> str:
+    """Makes a repository of the files in ``folder``; returns the address of its page.
+
+    Args:
+      url: ``hf://owner/name``.
+      folder: what it will hold.
+      private: whether only its owner sees it; of a new repository.
+      update: whether it may exist; what is there stays in its history.
+
+    Raises:
+      UserError: no token, the name is taken or not yours, or the Hub cannot be reached.
+    """
+    from huggingface_hub import errors, get_token
+
+    repo = new_repository(url)
+    if not get_token():
+        raise UserError(
+            f"{url} needs a token that may write: set HF_TOKEN, or run `hf auth login`"
+        )
+    api, created = _api(), False
+    try:
+        page = api.create_repo(repo, private=private or None, exist_ok=update)
+        created = True
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Add model")
+    except Exception as e:  # of the network, in whichever library carries it
+        refused = isinstance(e, errors.HfHubHTTPError)
+        said = refused and e.server_message
+        reason = Exception(said) if said else e if refused else e.__cause__ or e
+        why = _REFUSALS.get(e.response.status_code if refused else 0, one_line(reason))
+        again = " (the repository exists now: go on with --update)" * created
+        raise UserError(f"{url} cannot be uploaded: {why}{again}") from e
+    return str(page)
+
+
+def new_repository(url: str) -> str:
+    """The owner/name that can be uploaded to. Raises: UserError: ``url`` is no whole
+    repository."""
+    repo, revision, inside = _parsed(url)
+    if revision or inside:
+        raise UserError(f"{url}: a whole repository is uploaded: write hf://{repo}")
+    return repo
+
+
+_REFUSALS = {
+    401: "the Hub does not accept the token: set HF_TOKEN to one that may write",
+    403: "the token may not write there: is OWNER your account or organization?",
+    409: "the name is taken: give another, or --update to replace what is there",
+}
+
+
 def in_cache(url: str) -> bool:
     """Whether weights of ``url`` were downloaded before."""
     from huggingface_hub import try_to_load_from_cache
@@ -87,14 +137,18 @@ def _parsed(url: str) -> tuple[str, str, str]:
 
 def _hub(repo: str) -> tuple[Any, Callable[..., str]]:
     """The API, and ``snapshot_download`` of one repository."""
-    from huggingface_hub import HfApi
-
-    # None: what it has read from the environment when it was imported.
-    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="vit_jax")
+    api = _api()
     get = functools.partial(
         api.snapshot_download, repo, cache_dir=_cache(), tqdm_class=_Bar
     )
     return api, get
+
+
+def _api() -> Any:
+    from huggingface_hub import HfApi
+
+    # None: what it has read from the environment when it was imported.
+    return HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="vit_jax")
 
 
 class _Bar(tqdm):
