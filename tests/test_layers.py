@@ -18,7 +18,7 @@ TIERS = """
 errors fields vtab_tasks config runtime preemption peers distributed progress feed config_file cli
 models data optim sharding checkpoint hlo hardware tpu search recipes demos
 kernels kernel_schedule
-objectives workdir measure weights inference photos pixels
+objectives workdir trackers measure weights inference photos pixels
 evaluators
 analysis program
 train
