@@ -10,6 +10,7 @@ import zipfile
 import jax
 import numpy as np
 import pytest
+from compiled import apply, init
 from PIL import Image
 
 from vit_jax import export, models, pixels, predict, weights
@@ -39,8 +40,7 @@ TOLERANCE = 1e-5
 def random_model(**fields):
     """(model, params)."""
     model = models.create(models.resolve(ModelConfig(**BASE | fields)))
-    images = np.zeros((1, *model.cfg.image_size, 3), np.float32)
-    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    params = init(model)
     random = np.random.default_rng(0)
     # The heads and tokens begin as zeros, which would hide them.
     params = jax.tree.map(
@@ -110,7 +110,7 @@ def test_a_program_gives_the_logits_of_the_model(kind, name, tmp_path):
     export.export(source, str(tmp_path / name), batch=8)
     run = READERS[name](tmp_path / name)
     x = images_of(model, 8)
-    want = np.asarray(jax.jit(model.apply)({"params": params}, x))
+    want = np.asarray(apply(model, params, x))
     for count in (3, 8) if name != "x.tflite" else (8,):
         got = np.asarray(run(x[:count]))
         assert np.abs(got - want[:count]).max() < TOLERANCE * np.abs(want).max()
@@ -125,7 +125,7 @@ def test_other_outputs(outputs, shape, tmp_path):
     export.export(source, str(tmp_path / "x.stablehlo"), outputs=outputs)
     x = images_of(model, 2)
     got = np.asarray(stablehlo(tmp_path / "x.stablehlo")(x))
-    logits, out = model.apply({"params": params}, x, method="forward")
+    logits, out = apply(model, params, x, method="forward")
     want = {
         "probabilities": jax.nn.softmax(logits),
         "features": out["pre_logits"],
@@ -208,7 +208,7 @@ def test_bfloat16_halves_the_file(tmp_path):
         export.export(source, str(dest), dtype=dtype)
         sizes[dtype] = dest.stat().st_size
     x = images_of(model, 3)
-    want = np.asarray(model.apply({"params": params}, x))
+    want = np.asarray(apply(model, params, x))
     got = np.asarray(stablehlo(tmp_path / "bfloat16.stablehlo")(x))
     assert got.dtype == np.float32
     # Eight bits of mantissa, through two blocks.

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import apply
 from safetensors import numpy as safetensors
 
 import vit_jax
@@ -54,16 +55,15 @@ def images_of(case, io):
     return 2 * (io["images"] * std + mean) - 1
 
 
+def run(model, params, case, io):
+    return apply(model, params, images_of(case, io), method="forward")
+
+
 def check(case, io, logits, out, atol):
     key = next(k for k in ("logits", "image_embeds", "features") if k in io.files)
     got = out["pre_logits"] if key == "features" else logits
     largest = max(1.0, np.abs(io[key]).max())
     np.testing.assert_allclose(got / largest, io[key] / largest, rtol=0, atol=atol)
-
-
-def forward(model):
-    """Compiled: without, each operation is compiled by itself."""
-    return jax.jit(lambda p, x: model.apply({"params": p}, x, method="forward"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -77,7 +77,7 @@ def test_outputs(case):
             source, options = asked(case)
             size = io["images"].shape[1:3]
             model, params = vit_jax.load(source, image_size=size, **options)
-        check(case, io, *forward(model)(params, images_of(case, io)), 1e-4)
+        check(case, io, *run(model, params, case, io), 1e-4)
 
 
 # One case for each way of being unlike the others: tokens, positions, norms, MLPs, heads.
@@ -115,7 +115,7 @@ def test_fine_tuning_and_prediction(case):
         losses.append(float(value))
     assert losses[0] == pytest.approx(math.log(3), abs=1e-6)  # the new head is zero
     assert np.all(np.diff(losses) < 0)
-    assert (np.argmax(model.apply({"params": params}, images), -1) < 2).all()
+    assert (np.argmax(apply(model, params, images), -1) < 2).all()
 
 
 @pytest.mark.parametrize("case", USED, ids=lambda case: case.name)
@@ -123,7 +123,7 @@ def test_bfloat16(case):
     source, options = asked(case)
     model, params = vit_jax.load(source, dtype="bfloat16", **options)
     io = np.load(case / "io.npz")
-    logits, out = forward(model)(params, images_of(case, io))
+    logits, out = run(model, params, case, io)
     out = {"pre_logits": np.asarray(out["pre_logits"], np.float32)}
     # bfloat16 has 8 bits, each layer rounds a few times.
     check(case, io, np.asarray(logits, np.float32), out, 0.05)
@@ -188,7 +188,7 @@ def test_a_pretrained_model(shared, size):
     io = np.load(file)
     model, params = vit_jax.load(folder, image_size=io["pixels"].shape[1:3])
     images = io["pixels"].astype(np.float32) / 127.5 - 1
-    _, out = forward(model)(params, images)
+    _, out = apply(model, params, images, method="forward")
     np.testing.assert_allclose(out["pre_logits"], io["features"], rtol=0, atol=1e-3)
     tokens = out["tokens"]
     np.testing.assert_allclose(tokens[:, :4], io["tokens_first"], rtol=0, atol=1e-3)

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from compiled import init
 from PIL import Image
 from tiny import TINY
 
@@ -72,8 +73,7 @@ def released(tmp_path_factory):
     cfg = models.resolve(
         config.replace(TINY, model__num_classes=7, model__image_size=(8, 8)).model
     )
-    images = np.zeros((1, 8, 8, 3), np.float32)
-    params = models.create(cfg).init(jax.random.key(1), images)["params"]
+    params = init(models.create(cfg), seed=1)
     path = tmp_path_factory.mktemp("released") / "model.npz"
     weights.save(path, cfg, jax.tree.map(np.asarray, params))
     return path
@@ -142,8 +142,7 @@ def test_a_file_alone_brings_its_architecture(tmp_path):
     """Six flags used to be needed for a model that is not the config's."""
     small = dataclasses.replace(TINY.model, num_classes=7, image_size=(16, 16))
     model = models.create(small)
-    images = np.zeros((1, 16, 16, 3), np.float32)
-    params = model.init(jax.random.key(0), images)["params"]
+    params = init(model)
     file = str(tmp_path / "small.npz")
     weights.save(file, small, params)
 

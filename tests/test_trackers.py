@@ -9,6 +9,7 @@ import time
 from typing import ClassVar
 
 import pytest
+from PIL import Image
 from tiny import TINY
 from trained import trained_workdir
 
@@ -105,11 +106,13 @@ def test_damaged_ids_begin_a_new_run(recorder, tmp_path):
 
 def twice(tmp_path):
     """Two processes of one run, the second of which continues the first."""
+    (tmp_path / "figures").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "figures" / "drawn.png")
     for start in (0, 1):
+        time.sleep(1.1 * start)  # folders of wandb are named by the second
         several = trackers.Trackers(short(2), str(tmp_path), start)
         several.log(start + 1, {"train/loss": 0.5 - start})
         several.close()
-        time.sleep(1.1)  # its folders are named by the second
     return json.loads((tmp_path / "trackers.json").read_text())
 
 
@@ -122,6 +125,7 @@ def test_wandb_offline(tmp_path, monkeypatch):
     run = twice(tmp_path)["wandb"]
     written = sorted((tmp_path / "wandb").glob(f"offline-run-*-{run}/run-{run}.wandb"))
     assert len(written) == 2
+    assert list((tmp_path / "wandb").glob("*/files/media/images/drawn*.png"))
     assert b"train/loss" in b"".join(p.read_bytes() for p in written)
 
 
@@ -141,6 +145,7 @@ def test_mlflow_on_disk(tmp_path, monkeypatch):
     try:
         run = twice(tmp_path)["mlflow"]
         history = mlflow.MlflowClient().get_metric_history(run, "train/loss")
+        assert [a.path for a in mlflow.MlflowClient().list_artifacts(run, "figures")]
         assert [(m.step, m.value) for m in history] == [(1, 0.5), (2, -0.5)]
     finally:
         mlflow.set_tracking_uri(None)

@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -16,8 +17,6 @@ from vit_jax.errors import UserError
 from vit_jax.weights import hub
 
 _FIGURES = (".png", ".jpg", ".jpeg", ".svg")
-# Where the data lies on the machine that trained is nobody's business.
-_PRIVATE = ("data.path",)
 
 
 def share(
@@ -138,12 +137,21 @@ def _data(source: str, run: Config) -> list[str]:
 def _recipe(run: Config) -> list[str]:
     """What differs from the defaults."""
     changes = config.difference(Config(), run)
-    values = {k: new for k, (_, new) in changes.items() if k not in _PRIVATE}
+    values = _without_paths({k: new for k, (_, new) in changes.items()})
     if run.pretrained and "://" not in run.pretrained:
         values["pretrained"] = Path(run.pretrained).name
     lines = [f"{k} = {json.dumps(v)}" for k, v in values.items()]
     text = "Fields of `vit_jax.config.Config` that differ from their defaults:"
     return ["## Recipe", "", text, "", "```", *lines, "```", ""]
+
+
+def _without_paths(value: Any) -> Any:
+    """Where data lies on the machine that trained is nobody's business."""
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if k.split(".")[-1] != "path"}
+        return {k: _without_paths(v) for k, v in kept.items()}
+    many = isinstance(value, (list, tuple))
+    return [_without_paths(v) for v in value] if many else value
 
 
 def _metrics(source: str) -> list[str]:

@@ -214,8 +214,12 @@ def _plain(
         "qk_norm": cfg.qk_norm,
         "init_values": 1.0 if "blocks.0.ls1.gamma" in shapes else None,
     }
-    if cfg.head == "map" and cfg.map_heads:
-        arguments["attn_pool_num_heads"] = cfg.map_heads
+    if cfg.head == "map":
+        if cfg.map_heads not in (0, cfg.heads):
+            raise UserError(
+                f"model.map_heads={cfg.map_heads}: timm pools with model.heads={cfg.heads}"
+            )
+        arguments["pool_include_prefix"] = True
     return architecture, arguments
 
 
