@@ -5,6 +5,8 @@ import logging
 import os
 from pathlib import Path
 
+from fast import FAST_COMPILE
+
 # What Orbax's tasks leave of a failed read is logged when they are collected, in any
 # later test; writing its traceback can break Python 3.11's parser if that is at work.
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -13,8 +15,6 @@ logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 # from looking for a TPU.
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-# Compiling takes most of the time of these tiny models: level 0 halves it.
-FAST_COMPILE = "--xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + f" --xla_force_host_platform_device_count=8 {FAST_COMPILE}"

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import apply, init
 from tiny import TINY
 
 from vit_jax import kernels, models, sharding
@@ -247,11 +248,11 @@ def test_a_model_trains_the_same(everywhere, expected, changes):
 def test_who_looks_at_the_weights_sees_the_same_logits():
     cfg = models.resolve(replace(SMALL, model__num_classes=5, model__image_size=(16, 16)).model)  # fmt: skip
     images = jax.random.uniform(jax.random.key(0), (2, 16, 16, 3), minval=-1)
-    params = models.create(cfg).init(jax.random.key(0), images)["params"]
+    params = init(models.create(cfg))
     attend = Attend("pallas", vmem=V5E, interpret=True)
     model = models.create(cfg, attend=attend)
-    logits = model.apply({"params": params}, images)
-    seen, out = model.apply({"params": params}, images, mutable=["intermediates"])
+    logits = apply(model, params, images)
+    seen, out = apply(model, params, images, mutable=["intermediates"])
     assert any("attention" in str(path) for path, _ in jax.tree_util.tree_leaves_with_path(out))  # fmt: skip
     np.testing.assert_allclose(logits, seen, rtol=1e-4, atol=1e-5)
 

@@ -16,6 +16,7 @@ from vit_jax import train as training
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.process
 def test_standard_output_is_one_strict_json_document():
     command = [sys.executable, "-m", "vit_jax.benchmark", f"--config={tiny.__file__}"]
     done = subprocess.run(

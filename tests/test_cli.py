@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fast import FAST_COMPILE
 from PIL import Image
 
 from vit_jax import cli, config, config_file
@@ -18,7 +19,7 @@ from vit_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 ENV = os.environ | {
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "XLA_FLAGS": FAST_COMPILE,
     "JAX_PLATFORMS": "cpu",
 }
 TINY = "--config=tests/tiny.py"
@@ -85,6 +86,7 @@ def test_a_mistake_in_the_command_is_one_line(
     assert not workdir.exists()
 
 
+@pytest.mark.process
 def test_a_mistake_is_one_line_of_a_real_process(tmp_path):
     result = run(TINY, "--config.stepss=3", f"--workdir={tmp_path}")
     assert (result.returncode, result.stdout) == (2, "")
@@ -173,6 +175,7 @@ def test_a_package_that_is_not_installed_is_one_line(
     assert f"pip install 'vit_jax[{extra}]'" in line
 
 
+@pytest.mark.process
 def test_output_that_nobody_reads_ends_quietly():
     """As with `| head -n 0`: no traceback, and nothing on standard error."""
     reader, writer = os.pipe()
@@ -215,6 +218,7 @@ def test_a_config_file_may_return_a_config(tmp_path, monkeypatch):
     assert config.from_dict(values) == config.Config(steps=5)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("case", ["missing", "empty", "empty class", "unknown tfds"])
 def test_bad_data_is_one_line(case, tmp_path):
     path = tmp_path / "photos"
@@ -242,6 +246,7 @@ def test_bad_data_is_one_line(case, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.process
 def test_a_folder_of_images_trains_without_an_edit(tmp_path):
     path = folder_of_images(tmp_path / "photos")
     # A user's environment: nothing that tells jax, libtpu or tensorflow to be quiet.
@@ -268,12 +273,14 @@ def test_a_folder_of_images_trains_without_an_edit(tmp_path):
     assert not noise
 
 
+@pytest.mark.process
 def test_an_unknown_benchmark_is_one_line():
     result = run(TINY, "--what=speed", module="vit_jax.benchmark")
     assert result.returncode == 2
     assert "unknown --what 'speed'" in result.stderr
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="about glibc")
 def test_freed_memory_is_kept():
     """The second 50 MB are those that the first ones left: no page comes from the

@@ -246,6 +246,7 @@ def test_failure_leaves_nothing(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+@pytest.mark.process
 def test_command(tmp_path):
     file, _, _ = start(tmp_path)
     run = [sys.executable, "-m", "vit_jax.convert"]
@@ -269,6 +270,7 @@ def test_command(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_memory_of_a_large_model(tmp_path):
     """Reading and writing ViT-L/16 (1.2 GB) needs at most 2.2 times the file."""

@@ -196,6 +196,7 @@ def test_sizes_that_a_file_cannot_hold_are_refused():
         )
 
 
+@pytest.mark.process
 def test_evaluation_takes_three_bytes_per_pixel():
     """Measured in a process of its own, whose peak nothing else has raised."""
     code = """if 1:

@@ -87,6 +87,7 @@ def test_synthetic_is_a_function_of_seed_and_step(name):
     assert len({len(m) for m in masks}) == 1
 
 
+@pytest.mark.process
 def test_importing_and_synthetic_data_do_without_tensorflow():
     code = (
         "import sys; from vit_jax import data; from vit_jax.config import DataConfig;"

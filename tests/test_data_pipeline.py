@@ -224,6 +224,7 @@ if len(sys.argv) > 6:
 """
 
 
+@pytest.mark.process
 def test_real_processes_that_are_killed_and_come_back_in_another_number(photos):
     """Two processes make steps 0 and 1 and are killed; one makes steps 2 and 3."""
 
@@ -360,6 +361,7 @@ def test_the_limit_holds_for_all_splits_together(tmp_path):
     assert {b, c} <= set(cache._kept)
 
 
+@pytest.mark.process
 def test_tensorflow_says_nothing_of_its_own(tmp_path):
     """At import, and of damaged images, after jax has set its own level of logging."""
     root = write_folder(tmp_path, {"a": 6, "b": 6}, ("train", "test"))

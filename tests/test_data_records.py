@@ -6,8 +6,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -350,19 +348,9 @@ def test_a_full_disk_while_writing(written, tmp_path, format):
     assert data.describe(config(tmp_path)).num_train == 8
 
 
-def test_command(written, tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "vit_jax.data.write_records",
-            written["photos"],
-            tmp_path,
-        ],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+def test_command(written, tmp_path, command):
+    done = command(written["photos"], tmp_path, module="vit_jax.data.write_records")
+    assert done.returncode == 0
     assert "train: 10 examples of 2 classes in 1 tfrecord shards" in done.stdout
     assert data.describe(config(tmp_path)).num_train == 10
 

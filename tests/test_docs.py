@@ -9,9 +9,9 @@ import re
 import shlex
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from compiled import init
 from PIL import Image
 
 from vit_jax import models, weights
@@ -39,8 +39,7 @@ def checkpoint(tmp_path_factory) -> Path:
             name="", num_classes=7, image_size=(32, 32), width=32, depth=2, mlp_dim=64, heads=2, patch=8,
         )
     )  # fmt: skip
-    images = np.zeros((1, 32, 32, 3), np.float32)
-    params = models.create(cfg).init(jax.random.key(0), images)["params"]
+    params = init(models.create(cfg))
     path = tmp_path_factory.mktemp("docs") / "B_16.npz"
     weights.save(path, cfg, params)
     return path

@@ -5,6 +5,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from compiled import apply
 from PIL import Image
 from weights_files import small_model
 
@@ -47,7 +48,7 @@ def test_vectors_are_what_the_head_reads(checkpoint, folder, tmp_path):
     found = np.load(tmp_path / "x.npz")
     assert found["path"].tolist() == [str(folder / f"{i}.png") for i in range(7)]
     for path, vector in zip(found["path"], found["vector"], strict=True):
-        _, out = model.apply({"params": params}, pixels(path), method="forward")
+        _, out = apply(model, params, pixels(path), method="forward")
         np.testing.assert_allclose(vector, out["pre_logits"][0], atol=1e-5)
     assert not (tmp_path / "x.npz.parts").exists()
 
@@ -67,7 +68,7 @@ def test_layers_and_poolings(checkpoint, folder, tmp_path, layers, monkeypatch):
         out = str(tmp_path / f"{layer}{pooling}.npz")
         embed.embed(source, places, out, layer=layer, pooling=pooling, batch=1)
         found[layer, pooling] = np.load(out)["vector"][0]
-    _, out = model.apply({"params": params}, pixels(places[0]), method="forward")
+    _, out = apply(model, params, pixels(places[0]), method="forward")
     tokens = np.asarray(out["tokens"])[0]
     grid = models.token_grid(model.cfg, model.cfg.image_size)
     assert found[0, "none"].shape == (*grid, model.cfg.width)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from etils import epath
+from fast import FAST_COMPILE
 from tiny import TINY
 from trained import trained_workdir
 
@@ -230,21 +231,19 @@ def test_vtab_table_of_workdirs(tmp_path):
 # The command ----------------------------------------------------------------------
 
 
-def run(*args):
-    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    return subprocess.run(
-        [sys.executable, "-m", "vit_jax.evaluate", *map(str, args)],
+@pytest.mark.process
+def test_the_command_prints_one_json_object(workdir):
+    env = os.environ | {"XLA_FLAGS": FAST_COMPILE}
+    result = subprocess.run(
+        [sys.executable, "-m", "vit_jax.evaluate", workdir, "--json"],
         cwd=ROOT, env=env, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-
-
-def test_the_command_prints_one_json_object(workdir):
-    result = run(workdir, "--json")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["test/count"] == 128
 
 
-def test_mistakes_in_the_command_are_one_line(npz, tmp_path):
+def test_mistakes_in_the_command_are_one_line(npz, tmp_path, command, monkeypatch):
+    monkeypatch.chdir(ROOT)
     (tmp_path / "file").write_text("")
     tiny = "--config=tests/tiny.py"
     bad = "--config.eval.evaluators=({'type':'acuracy'},)"
@@ -254,13 +253,9 @@ def test_mistakes_in_the_command_are_one_line(npz, tmp_path):
         ([npz, tiny, f"--out={tmp_path}/file"], ["cannot write", "--out"]),
         ([npz, tiny, bad], ["'acuracy'", "did you mean 'accuracy'"]),
     ):  # fmt: skip
-        result = run(*args)
-        assert result.returncode == 2, result.stderr
-        assert "Traceback" not in result.stderr
-        lines = [x for x in result.stderr.splitlines() if x.startswith("error: ")]
-        assert len(lines) == 1, result.stderr
+        line = command(*args, module="vit_jax.evaluate").error
         for word in words:
-            assert word in lines[0]
+            assert word in line
 
 
 def test_nothing_to_measure(workdir):

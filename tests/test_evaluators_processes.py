@@ -9,9 +9,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from fake_context import context
+from fast import FAST_COMPILE
 
 from vit_jax.evaluators import EVALUATORS
+
+pytestmark = pytest.mark.process
 
 HERE = Path(__file__).parent
 OPTIONS = {
@@ -49,7 +53,7 @@ def test_two_processes_give_the_same_numbers():
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"XLA_FLAGS": FAST_COMPILE, "JAX_PLATFORMS": "cpu"}
     env["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])
     code = (
         "import sys, test_evaluators_processes as t; t.child(*map(int, sys.argv[1:]))"

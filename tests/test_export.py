@@ -2,6 +2,7 @@
 """Exported programs, run without this project: by jax alone, tensorflow, LiteRT and
 onnxruntime."""
 
+import functools
 import importlib.util
 import json
 import zipfile
@@ -9,6 +10,7 @@ import zipfile
 import jax
 import numpy as np
 import pytest
+from compiled import apply, init
 from PIL import Image
 
 from vit_jax import export, models, pixels, predict, weights
@@ -34,20 +36,25 @@ TRANSFORMS = (
 TOLERANCE = 1e-5
 
 
-def checkpoint(folder, **fields):
-    """A random model in a file, and (model, params)."""
-    cfg = models.resolve(ModelConfig(**BASE | fields))
-    model = models.create(cfg)
-    images = np.zeros((1, *cfg.image_size, 3), np.float32)
-    params = model.init(jax.random.key(0), images)["params"]
+@functools.cache
+def random_model(**fields):
+    """(model, params)."""
+    model = models.create(models.resolve(ModelConfig(**BASE | fields)))
+    params = init(model)
     random = np.random.default_rng(0)
     # The heads and tokens begin as zeros, which would hide them.
     params = jax.tree.map(
         lambda p: p + 0.1 * random.standard_normal(p.shape).astype(np.float32), params
     )
+    return model, params
+
+
+def checkpoint(folder, **fields):
+    """A random model in a file, and (model, params)."""
+    model, params = random_model(**fields)
     names = tuple(f"class {i}" for i in range(5))
     about = Metadata(class_names=names, transforms=TRANSFORMS)
-    weights.save(folder / "model.npz", cfg, params, about)
+    weights.save(folder / "model.npz", model.cfg, params, about)
     return str(folder / "model.npz"), model, params
 
 
@@ -103,8 +110,8 @@ def test_a_program_gives_the_logits_of_the_model(kind, name, tmp_path):
     export.export(source, str(tmp_path / name), batch=8)
     run = READERS[name](tmp_path / name)
     x = images_of(model, 8)
-    want = np.asarray(model.apply({"params": params}, x))
-    for count in (1, 3, 8) if name != "x.tflite" else (8,):
+    want = np.asarray(apply(model, params, x))
+    for count in (3, 8) if name != "x.tflite" else (8,):
         got = np.asarray(run(x[:count]))
         assert np.abs(got - want[:count]).max() < TOLERANCE * np.abs(want).max()
 
@@ -118,7 +125,7 @@ def test_other_outputs(outputs, shape, tmp_path):
     export.export(source, str(tmp_path / "x.stablehlo"), outputs=outputs)
     x = images_of(model, 2)
     got = np.asarray(stablehlo(tmp_path / "x.stablehlo")(x))
-    logits, out = model.apply({"params": params}, x, method="forward")
+    logits, out = apply(model, params, x, method="forward")
     want = {
         "probabilities": jax.nn.softmax(logits),
         "features": out["pre_logits"],
@@ -150,19 +157,23 @@ def photos_of_two_sizes():
     return first, second[:300, 10:201]
 
 
-@pytest.mark.parametrize("shape", [(427, 640), (31, 77), (32, 32), (33, 1000)])
+SHAPES = [(427, 640), (31, 77), (32, 32), (33, 1000)]
+PREPARATIONS = [
+    TRANSFORMS,
+    ({"op": "resize"},),
+    ({"op": "resize", "method": "nearest"},),
+    ({"op": "resize_small", "size": 40}, {"op": "central_crop"}),
+    (
+        {"op": "resize", "size": 40, "method": "bilinear", "antialias": True},
+        {"op": "central_crop"},
+    ),
+]
+
+
+# Two shapes for each, every shape for two or three.
 @pytest.mark.parametrize(
-    "transforms",
-    [
-        TRANSFORMS,
-        ({"op": "resize"},),
-        ({"op": "resize", "method": "nearest"},),
-        ({"op": "resize_small", "size": 40}, {"op": "central_crop"}),
-        (
-            {"op": "resize", "size": 40, "method": "bilinear", "antialias": True},
-            {"op": "central_crop"},
-        ),
-    ],
+    ("transforms", "shape"),
+    [(t, SHAPES[(i + j) % 4]) for i, t in enumerate(PREPARATIONS) for j in (0, 2)],
 )
 def test_preprocessing_in_the_program_is_that_of_the_host(transforms, shape):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
@@ -197,7 +208,7 @@ def test_bfloat16_halves_the_file(tmp_path):
         export.export(source, str(dest), dtype=dtype)
         sizes[dtype] = dest.stat().st_size
     x = images_of(model, 3)
-    want = np.asarray(model.apply({"params": params}, x))
+    want = np.asarray(apply(model, params, x))
     got = np.asarray(stablehlo(tmp_path / "bfloat16.stablehlo")(x))
     assert got.dtype == np.float32
     # Eight bits of mantissa, through two blocks.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from compiled import apply
 from safetensors import numpy as safetensors
 
 import vit_jax
@@ -43,7 +44,7 @@ def test_outputs(case):
         (model, params), about = load(case, vit_jax.load, **size)
         mean, std = (np.float32(about[key]) for key in ("mean", "std"))
         images = 2 * (io["images"] * std + mean) - 1
-        logits, out = model.apply({"params": params}, images, method="forward")
+        logits, out = apply(model, params, images, method="forward")
         key = next(k for k in ("logits", "image_embeds", "features") if k in io.files)
         got = out["pre_logits"] if key == "features" else logits
         largest = max(1.0, np.abs(io[key]).max())
@@ -88,7 +89,7 @@ def test_a_pretrained_model(shared, size):
     io = np.load(file)
     model, params = vit_jax.load(folder, image_size=io["pixels"].shape[1:3])
     images = io["pixels"].astype(np.float32) / 127.5 - 1
-    _, out = model.apply({"params": params}, images, method="forward")
+    _, out = apply(model, params, images, method="forward")
     np.testing.assert_allclose(out["pre_logits"], io["features"], rtol=0, atol=1e-3)
     tokens = out["tokens"]
     np.testing.assert_allclose(tokens[:, :4], io["tokens_first"], rtol=0, atol=1e-3)

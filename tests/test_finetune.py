@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from compiled import init
 from PIL import Image
 from tiny import TINY
 
@@ -24,9 +25,10 @@ CLASSES = {"sand": (1.0, 0.8, 0.5), "sea": (0.4, 0.7, 1.0), "wood": (0.7, 1.0, 0
 SIZE = 16  # pixels of the photos and of the fine-tuned model
 
 
-def command(module, *arguments):
+def process(*arguments, module="vit_jax.main"):
+    """As ``command``, in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", f"vit_jax.{module}", *map(str, arguments)],
+        [sys.executable, "-m", module, *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -35,9 +37,8 @@ def command(module, *arguments):
     )
 
 
-def finetune(photos, pretrained, workdir, *more):
+def finetune(command, photos, pretrained, workdir, *more):
     return command(
-        "main",
         f"--config={ROOT / 'configs' / 'finetune_folder.py'}",
         f"--workdir={workdir}",
         f"--config.data.path={photos}",
@@ -72,26 +73,28 @@ def released(tmp_path_factory):
     cfg = models.resolve(
         config.replace(TINY, model__num_classes=7, model__image_size=(8, 8)).model
     )
-    images = np.zeros((1, 8, 8, 3), np.float32)
-    params = models.create(cfg).init(jax.random.key(1), images)["params"]
+    params = init(models.create(cfg), seed=1)
     path = tmp_path_factory.mktemp("released") / "model.npz"
     weights.save(path, cfg, jax.tree.map(np.asarray, params))
     return path
 
 
-def test_from_npz_to_npz(photos, released, tmp_path):
+@pytest.mark.process
+def test_from_npz_to_npz(photos, released, tmp_path, command):
     """What predict says of the exported file is as right as the model was in memory."""
     run = tmp_path / "run"
-    done = finetune(photos, released, run)
+    done = finetune(process, photos, released, run)
     assert done.returncode == 0, done.stderr
     accuracy = [m for m in read_metrics(str(run)) if "test/accuracy" in m][-1]
     assert accuracy["step"] == 40
     assert 0.6 < accuracy["test/accuracy"] < 1  # a third is chance
 
-    done = command("convert", run, tmp_path / "mine.npz")
+    done = command(run, tmp_path / "mine.npz", module="vit_jax.convert")
     assert done.returncode == 0, done.stderr
     files = sorted((photos / "test").glob("*/*.png"))
-    done = command("predict", tmp_path / "mine.npz", *files, "--top=1", "--json")
+    done = command(
+        tmp_path / "mine.npz", *files, "--top=1", "--json", module="vit_jax.predict"
+    )
     assert done.returncode == 0, done.stderr
     said = [json.loads(line) for line in done.stdout.splitlines()]
     right = [s["top"][0]["class"] == Path(s["image"]).parent.name for s in said]
@@ -99,9 +102,10 @@ def test_from_npz_to_npz(photos, released, tmp_path):
     assert np.mean(right) == pytest.approx(accuracy["test/accuracy"])
 
 
-def test_fine_tuning_starts_from_the_file(photos, released, tmp_path):
+def test_fine_tuning_starts_from_the_file(photos, released, tmp_path, command):
     """With every array frozen but the head, the rest stays what the file holds."""
     done = finetune(
+        command,
         photos,
         released,
         tmp_path / "run",
@@ -128,20 +132,17 @@ def test_fine_tuning_starts_from_the_file(photos, released, tmp_path):
     ],
 )
 def test_another_architecture_names_the_field(
-    photos, released, tmp_path, change, field
+    photos, released, tmp_path, change, field, command
 ):
-    done = finetune(photos, released, tmp_path / "run", change)
-    assert done.returncode != 0
-    assert field in done.stderr
-    assert "Traceback" not in done.stderr
+    done = finetune(command, photos, released, tmp_path / "run", change)
+    assert field in done.error
 
 
 def test_a_file_alone_brings_its_architecture(tmp_path):
     """Six flags used to be needed for a model that is not the config's."""
     small = dataclasses.replace(TINY.model, num_classes=7, image_size=(16, 16))
     model = models.create(small)
-    images = np.zeros((1, 16, 16, 3), np.float32)
-    params = model.init(jax.random.key(0), images)["params"]
+    params = init(model)
     file = str(tmp_path / "small.npz")
     weights.save(file, small, params)
 

@@ -100,6 +100,7 @@ def test_a_dump_is_read(tmp_path):
     assert kernel_schedule.read(str(tmp_path), attention_tpu.BACKWARD) is None
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("status", [0, 1])
 def test_a_compiler_that_writes_no_dump_or_is_taken(monkeypatch, status):
     """Another process has libtpu, or it knows other options: no time, no traceback."""

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 # Lowest first. A part (a file or folder of vit_jax/) imports from its own line and the
 # lines above.
@@ -16,7 +18,7 @@ TIERS = """
 errors fields vtab_tasks config runtime preemption peers distributed progress feed config_file cli
 models data optim sharding checkpoint hlo hardware tpu search recipes demos
 kernels kernel_schedule
-objectives workdir measure weights inference photos pixels
+objectives workdir trackers measure weights inference photos pixels
 evaluators
 analysis program
 train
@@ -123,6 +125,7 @@ def test_only_configs_import_recipes():
     assert own <= {"config", "errors", "vtab_tasks"}
 
 
+@pytest.mark.process
 def test_import_takes_no_tensorflow_and_no_device():
     code = (
         "import sys, vit_jax, vit_jax.train, vit_jax.predict, vit_jax.convert, vit_jax.plan, vit_jax.analysis\n"

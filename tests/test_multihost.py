@@ -17,9 +17,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from fast import FAST_COMPILE
 
 from vit_jax.checkpoint import load_params
 from vit_jax.workdir import read_metrics
+
+pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).parent.parent
 # SGD: Adam would divide rounding noise by its own size where a gradient is zero (the
@@ -49,10 +52,10 @@ def free_port() -> int:
 
 
 def start(workdir, processes, *flags):
-    """The same command on every process; eight devices in all."""
+    """The same command on every process; four devices in all."""
     env = os.environ | {
-        "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes} {FAST_COMPILE}",
     }  # fmt: skip
     together = [
         f"--coordinator=127.0.0.1:{free_port()}",

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fast import FAST_COMPILE
 
 PATH = Path(__file__).parent.parent / "launch" / "colab.ipynb"
 
@@ -26,6 +27,7 @@ def test_it_is_stored_without_outputs_and_magics():
         ast.parse("".join(cell["source"]))  # plain Python: no shell lines, no magics
 
 
+@pytest.mark.process
 def test_it_runs_from_top_to_bottom(tmp_path):
     pytest.importorskip("tensorflow")  # reads the digits and the folder
     script = tmp_path / "notebook.py"
@@ -33,7 +35,7 @@ def test_it_runs_from_top_to_bottom(tmp_path):
     assert "STEPS = 300" in text
     script.write_text(text.replace("STEPS = 300", "STEPS = 2"))
     # One device and no optimisation: what takes time in so small a run is compiling.
-    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    env = os.environ | {"XLA_FLAGS": FAST_COMPILE}
     env |= {"PYTHONPATH": str(PATH.parent.parent), "JAX_PLATFORMS": "cpu"}
     result = subprocess.run(
         [sys.executable, str(script)],

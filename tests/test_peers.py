@@ -170,6 +170,7 @@ def lost(me, n, other):
     )
 
 
+@pytest.mark.process
 def test_an_error_of_one_process_ends_the_others_with_its_status():
     ends = end_together("wait", "2", "wait")
     for me in (0, 2):
@@ -181,23 +182,27 @@ def test_an_error_of_one_process_ends_the_others_with_its_status():
     assert ends[1] == (2, "")
 
 
+@pytest.mark.process
 def test_an_error_of_process_0_waits_for_the_others():
     ends = end_together("1", "wait")
     assert [status for status, _ in ends] == [1, 1]
     assert "stopped because process 0 did, with exit status 1" in ends[1][1]
 
 
+@pytest.mark.process
 def test_ends_that_are_well_end_nobody():
     assert end_together("finish", "0", "75", "finish") == [
         (0, ""), (0, ""), (75, ""), (0, ""),
     ]  # fmt: skip
 
 
+@pytest.mark.process
 def test_all_hear_of_a_process_that_is_gone():
     ends = end_together("wait", "wait", "vanish")
     assert [end for end in ends if end[0]] == [(75, lost(i, 3, 2)) for i in (0, 1)]
 
 
+@pytest.mark.process
 def test_a_process_that_is_stopped_is_named_and_then_given_up():
     """Its connection stays: the system of a stopped process keeps it alive."""
     ((status, said),) = end_together("wait", "stop")

@@ -94,6 +94,7 @@ def test_other_chips_have_no_peak(kind):
     assert hardware.chip_of(kind) is None
 
 
+@pytest.mark.process
 @needs_libtpu
 def test_plan_of_a_small_config(tmp_path):
     """The command, end to end: standard output is one strict JSON document, whatever is

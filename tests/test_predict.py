@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from compiled import apply
 from PIL import Image
 from weights_files import small_model
 
@@ -47,7 +48,7 @@ def test_probabilities_and_names(checkpoint, images):
     source, model, params = checkpoint
     (result,) = predict.predict(source, [str(images / "a.png")], top=5)
     pixels = np.asarray(Image.open(images / "a.png"), np.float32) / 127.5 - 1
-    logits = np.asarray(model.apply({"params": params}, pixels[None]))[0]
+    logits = np.asarray(apply(model, params, pixels[None]))[0]
     want = np.exp(logits - logits.max())
     want /= want.sum()
     assert [e["class"] for e in result["top"]] == [NAMES[i] for i in np.argsort(-want)]
@@ -273,6 +274,7 @@ def test_model_without_a_head(images, tmp_path):
         list(predict.predict(str(tmp_path / "x.npz"), [str(images / "a.png")]))
 
 
+@pytest.mark.process
 def test_needs_no_tensorflow(checkpoint, images):
     code = (
         "import sys; sys.modules['tensorflow'] = None\n"

@@ -12,9 +12,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from fast import FAST_COMPILE
 
 from vit_jax.checkpoint import load_params
 from vit_jax.workdir import read_metrics
+
+pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).parent.parent
 # Big enough that a step takes some 20 ms (compiled without optimizing), so that there
@@ -24,7 +27,7 @@ COMMAND = [
     "--config.data.image_size=32", "--config.batch=32", "--config.log_every=1",
 ]  # fmt: skip
 ENV = {
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "XLA_FLAGS": FAST_COMPILE,
     "JAX_PLATFORMS": "cpu",
 }  # one device
 CACHE = "JAX_COMPILATION_CACHE_DIR"
@@ -109,15 +112,17 @@ def test_asked_to_stop_a_run_saves_and_says_that_it_can_continue(straight, tmp_p
     assert "start the same command to continue" in output
     saved = steps_saved(tmp_path)[-1]
     assert 3 <= saved < 20
-    code, output = finish(start(tmp_path))
+    log = {"JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}
+    code, output = finish(start(tmp_path, **log))
     assert code == 0, output
+    # What one run compiled the next one reads.
+    assert "Persistent compilation cache hit for 'jit_train_step'" in output
+    assert "warning" not in output.lower()
     assert f"continuing after step {saved}" in output
     check_same(tmp_path, straight)
 
 
-def test_asked_to_stop_while_compiling_a_run_leaves_before_it_trains(
-    straight, tmp_path
-):
+def test_asked_to_stop_while_compiling_a_run_leaves_before_it_trains(tmp_path):
     process = start(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false")
     while not process.stdout.readline().startswith("initialize"):
         assert process.poll() is None
@@ -126,8 +131,6 @@ def test_asked_to_stop_while_compiling_a_run_leaves_before_it_trains(
     assert code == 75, output
     assert not steps_of(tmp_path)
     assert not steps_saved(tmp_path)
-    assert finish(start(tmp_path))[0] == 0
-    check_same(tmp_path, straight)
 
 
 def test_asked_to_stop_while_evaluating_a_run_saves_without_finishing_that(
@@ -151,7 +154,7 @@ def test_asked_to_stop_while_evaluating_a_run_saves_without_finishing_that(
     check_same(tmp_path, straight)
 
 
-def test_asked_to_stop_while_saving_a_run_completes_the_checkpoint(straight, tmp_path):
+def test_asked_to_stop_while_saving_a_run_completes_the_checkpoint(tmp_path):
     process = start(tmp_path)
     wait_until(lambda: is_saving(tmp_path), process)
     process.terminate()
@@ -159,18 +162,7 @@ def test_asked_to_stop_while_saving_a_run_completes_the_checkpoint(straight, tmp
     assert code == 75, output
     assert 10 in steps_saved(tmp_path)
     assert not is_saving(tmp_path)
-    code, output = finish(start(tmp_path))
-    assert code == 0, output
-    check_same(tmp_path, straight)
-
-
-def test_what_one_run_compiled_the_next_one_reads(straight, tmp_path):
-    log = {"JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}
-    code, output = finish(start(tmp_path / "hit", **log))
-    assert code == 0, output
-    assert "Persistent compilation cache hit for 'jit_train_step'" in output
-    assert "warning" not in output.lower()
-    check_same(tmp_path / "hit", straight)
+    load_params(str(tmp_path))  # compares digests
 
 
 def test_the_compilation_cache_is_in_the_home_folder_and_can_be_switched_off(tmp_path):
@@ -194,7 +186,7 @@ def test_the_compilation_cache_is_in_the_home_folder_and_can_be_switched_off(tmp
         stdout=subprocess.PIPE,
     ).stdout.strip()
     folder = tmp_path / ".cache" / "vit_jax" / "xla"
-    assert call(JAX_ENABLE_COMPILATION_CACHE="false") == str(folder)
+    assert call(JAX_ENABLE_COMPILATION_CACHE="false") == "None"
     assert not folder.exists()
     assert call() == str(folder)
     assert list(folder.iterdir())

@@ -243,7 +243,7 @@ def test_restore_into_another_strategy(runs, tmp_path, saved, restored):
 
     state, program = runs(saved)[1], runs(restored)[2]
     checkpoints = Checkpointer(str(tmp_path), CONFIG.checkpoint)
-    checkpoints.save(state, STEPS, {})
+    checkpoints.save(state, STEPS)
     checkpoints.wait()
     found = checkpoints.restore(program.state_shape)
     checkpoints.close()

@@ -157,6 +157,8 @@ def test_command_writes_the_folder(hub, command, tmp_path):
     run = shutil.copytree(trained_workdir(), tmp_path / "run")
     stored = json.loads((run / "config.json").read_text())
     stored["data"]["path"] = "/home/me/secret"
+    elsewhere = {"type": "accuracy", "data": {"path": "/home/me/secret"}}
+    stored["eval"]["evaluators"] = [elsewhere]
     (run / "config.json").write_text(json.dumps(stored))
     done = command(
         run, "hf://me/tiny", "--licence=apache-2.0", f"--dry_run={folder}",

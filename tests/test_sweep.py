@@ -230,6 +230,7 @@ def test_a_metric_that_no_run_has_is_refused_with_those_there_are(command_line):
         command_line(Runs(peak), cfg)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_real_sweep(tmp_path):
     """Two learning rates and two seeds on the digits, as commands."""

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import apply
 
 from vit_jax import models
 from vit_jax.config import ModelConfig
@@ -75,18 +76,13 @@ def filled(model, images, seed=1):
     return jax.tree_util.tree_map_with_path(value, shapes)
 
 
-def run(model, params, images, **options):
-    apply = lambda p, x: model.apply({"params": p}, x, **options)
-    return jax.jit(apply)(params, images)
-
-
 @functools.cache
 def computed(family):
     """The model, its parameters, what forward returns and what is seen inside."""
     model, images = create(**FAMILIES[family]), images_of()
     params = filled(model, images)
     options = {"method": "forward", "mutable": ["intermediates"]}
-    returned, seen = run(model, params, images, **options)
+    returned, seen = apply(model, params, images, **options)
     return model, params, returned, seen["intermediates"]["Transformer"]
 
 
@@ -119,7 +115,7 @@ def test_scan_and_remat_compute_the_same(family):
     encoder["encoderblock"] = jax.tree.map(lambda *x: np.stack(x), *blocks)
     stacked = params | {"Transformer": encoder}
     scanned = create(**FAMILIES[family], layers="scan", remat="dots")
-    other, inside = run(scanned, stacked, images_of(), mutable=["intermediates"])
+    other, inside = apply(scanned, stacked, images_of(), mutable=["intermediates"])
     np.testing.assert_allclose(logits, other, atol=2e-5)
     attention = lambda tree: tree["MultiHeadDotProductAttention_1"]["attention"][0]
     layers = attention(inside["intermediates"]["Transformer"]["encoderblock"])
@@ -135,7 +131,7 @@ def test_bfloat16_is_close_and_stays_in_the_blocks(family):
     _, params, (_, expected), _ = computed(family)
     options = {"method": "forward", "mutable": ["intermediates"]}
     model = create(**FAMILIES[family], dtype="bfloat16")
-    (logits, out), seen = run(model, params, images_of(), **options)
+    (logits, out), seen = apply(model, params, images_of(), **options)
     assert logits.dtype == out["pre_logits"].dtype == "float32"
     block = seen["intermediates"]["Transformer"]["encoderblock_1"]
     assert block["tokens"][0].dtype == out["tokens"].dtype == "bfloat16"
@@ -150,8 +146,8 @@ def test_colours_are_those_of_the_pixels():
     pixels = np.random.default_rng(0).integers(0, 256, (2, *SIZE, 3))
     params = filled(plain, images_of())
     as_trained = np.float32((pixels / 255 - np.array(mean)) / np.array(std))
-    found = run(other, params, np.float32(pixels / 127.5 - 1))
-    np.testing.assert_allclose(found, run(plain, params, as_trained), atol=1e-5)
+    found = apply(other, params, np.float32(pixels / 127.5 - 1))
+    np.testing.assert_allclose(found, apply(plain, params, as_trained), atol=1e-5)
     half = create(image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
     program = lambda m: (
         jax.jit(m.apply).lower({"params": params}, images_of()).as_text()
@@ -168,7 +164,7 @@ def test_rotary_positions_fit_images_of_any_size(family):
     for size in ((16, 24), (32, 8), (40, 40)):
         images = images_of(size)
         expected = Reference(model.cfg, params).tokens(images)
-        tokens = run(model, params, images, method="forward")[1]["tokens"]
+        tokens = apply(model, params, images, method="forward")[1]["tokens"]
         np.testing.assert_allclose(tokens, expected, atol=2e-5)
 
 

@@ -92,7 +92,7 @@ def test_every_micro_batch_has_its_own_key(monkeypatch):
 
 def test_accumulation_saves_memory():
     def temporary(n):
-        cfg = replace(CFG, accumulate=n, model__depth=2)
+        cfg = replace(CFG, accumulate=n)
         p = build(cfg, jax.devices()[:1])
         lowered = jax.jit(p.train_step).lower(p.state_shape, p.batch_shape)
         analysis = lowered.compile().memory_analysis()
@@ -199,7 +199,7 @@ def test_the_rate_that_is_logged_is_the_one_that_was_applied():
 
 def test_what_is_frozen_costs_no_backward_pass_and_has_no_part_in_the_norm():
     def step_of(freeze):
-        cfg = replace(CFG, model__depth=4, model__width=32, optim__freeze=freeze)
+        cfg = replace(CFG, model__depth=2, optim__freeze=freeze)
         program = build(cfg, jax.devices()[:1])
         lowered = program.train_step.lower(program.state_shape, program.batch_shape)
         cost = lowered.cost_analysis()

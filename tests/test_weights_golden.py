@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from compiled import apply
 
 import vit_jax
 from vit_jax.errors import UserError
@@ -13,14 +14,14 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def logits(model, params, images):
-    return np.asarray(model.apply({"params": params}, images))
+    return np.asarray(apply(model, params, images))
 
 
 @pytest.mark.parametrize("case", ["vt_token_rep", "vt_resize", "bv_gap_rep"])
 def test_released_layouts(case):
     model, params = vit_jax.load(GOLDEN / f"{case}.weights.npz")
     io = np.load(GOLDEN / f"{case}.io.npz")
-    out, aux = model.apply({"params": params}, io["images"], method="forward")
+    out, aux = apply(model, params, io["images"], method="forward")
     np.testing.assert_allclose(out, io["logits"], atol=1e-4)
     np.testing.assert_allclose(aux["pre_logits"], io["features"], atol=1e-4)
 

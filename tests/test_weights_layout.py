@@ -4,6 +4,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
+from compiled import apply
 from flax import serialization
 from weights_files import POSITIONS, SMALL, assert_same, save_npz, small_model
 
@@ -86,9 +87,9 @@ def test_generations(token, tmp_path, generation):
 def test_folded_class_token_gives_the_same_logits(token, tmp_path):
     model, flat = token
     images = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
-    want = model.apply({"params": fit.unflatten(flat)}, images)
+    want = apply(model, fit.unflatten(flat), images)
     other, params = vit_jax.load(save_npz(tmp_path / "x.npz", big_vision(flat)))
-    np.testing.assert_allclose(other.apply({"params": params}, images), want, atol=1e-5)
+    np.testing.assert_allclose(apply(other, params, images), want, atol=1e-5)
     assert not np.asarray(params["Transformer"]["posembed_input"]["pos_embedding"])[
         0, 0
     ].any()

@@ -19,7 +19,7 @@ import vit_jax
 from vit_jax import weights
 from vit_jax.weights import fit
 
-pytestmark = pytest.mark.reference
+pytestmark = [pytest.mark.reference, pytest.mark.process]
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import re
 import ml_dtypes
 import numpy as np
 import pytest
+from compiled import apply
 from safetensors import numpy as safetensors
 from weights_files import assert_same, save_npz, small_model
 
@@ -464,10 +465,8 @@ def test_other_positions_become_a_table(tmp_path, positions):
     from vit_jax import models
 
     other = models.create(found.cfg)
-    want = model.apply({"params": fit.unflatten(flat)}, images)
-    np.testing.assert_allclose(
-        other.apply({"params": found.params}, images), want, atol=1e-5
-    )
+    want = apply(model, fit.unflatten(flat), images)
+    np.testing.assert_allclose(apply(other, found.params, images), want, atol=1e-5)
 
 
 def test_sidecar_must_not_contradict(tmp_path):

@@ -41,7 +41,9 @@ EXTRAS = {
     "sklearn": "train",
     "libtpu": "plan",
     "jax2onnx": "onnx",
+    "mlflow": "mlflow",
     "pyarrow": "parquet",
+    "wandb": "wandb",
 }
 
 # Flags belong to the command that asks for them, whose --help shows them.

@@ -290,6 +290,8 @@ class Config:
     # Non-finite steps in a row after which the run stops; each is skipped and counted.
     max_bad_steps: Positive = 10
     log_every: Count = 50  # steps between lines of metrics.jsonl; 0: only at the end
+    # Which trackers get the metrics as well, see trackers.py; each needs its extra.
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
     # "100:110" writes a profiler trace of these steps into the workdir.
     profile: str = ""
 

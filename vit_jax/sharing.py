@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -16,8 +17,6 @@ from vit_jax.errors import UserError
 from vit_jax.weights import hub
 
 _FIGURES = (".png", ".jpg", ".jpeg", ".svg")
-# Where the data lies on the machine that trained is nobody's business.
-_PRIVATE = ("data.path",)
 
 
 def share(
@@ -54,17 +53,7 @@ def share(
     """
     repo = hub.new_repository(dest)
     layout = layout or "hf"
-    if layout not in ("hf", "timm"):
-        raise UserError(f"--format={layout}: the Hub's layouts are hf and timm")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
-        raise UserError(
-            f"--licence={licence!r}: say under which licence others may use the weights, "
-            "as the Hub calls it, for example apache-2.0, mit, cc-by-nc-4.0 or other"
-        )
-    if figure and not (_is_figure(figure) and Path(figure).is_file()):
-        raise UserError(f"--figure={figure} must be a file {' '.join(_FIGURES)}")
-    if dry_run and Path(dry_run).exists():
-        raise UserError(f"--dry_run={dry_run} exists: give a folder that does not")
+    _check(layout, licence, figure, dry_run)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         folder.mkdir()
@@ -81,6 +70,20 @@ def share(
             except (OSError, shutil.Error) as e:
                 raise UserError(f"--dry_run={dry_run} cannot be written: {e}") from e
     return where, [*found.report.changes, *found.report.warnings, *notes]
+
+
+def _check(layout: str, licence: str, figure: str, dry_run: str) -> None:
+    if layout not in ("hf", "timm"):
+        raise UserError(f"--format={layout}: the Hub's layouts are hf and timm")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
+        raise UserError(
+            f"--licence={licence!r}: say under which licence others may use the weights, "
+            "as the Hub calls it, for example apache-2.0, mit, cc-by-nc-4.0 or other"
+        )
+    if figure and not (_is_figure(figure) and Path(figure).is_file()):
+        raise UserError(f"--figure={figure} must be a file {' '.join(_FIGURES)}")
+    if dry_run and Path(dry_run).exists():
+        raise UserError(f"--dry_run={dry_run} exists: give a folder that does not")
 
 
 def card(folder: Path, repo: str, source: str, licence: str) -> str:
@@ -134,12 +137,21 @@ def _data(source: str, run: Config) -> list[str]:
 def _recipe(run: Config) -> list[str]:
     """What differs from the defaults."""
     changes = config.difference(Config(), run)
-    values = {k: new for k, (_, new) in changes.items() if k not in _PRIVATE}
+    values = _without_paths({k: new for k, (_, new) in changes.items()})
     if run.pretrained and "://" not in run.pretrained:
         values["pretrained"] = Path(run.pretrained).name
     lines = [f"{k} = {json.dumps(v)}" for k, v in values.items()]
     text = "Fields of `vit_jax.config.Config` that differ from their defaults:"
     return ["## Recipe", "", text, "", "```", *lines, "```", ""]
+
+
+def _without_paths(value: Any) -> Any:
+    """Where data lies on the machine that trained is nobody's business."""
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if k.split(".")[-1] != "path"}
+        return {k: _without_paths(v) for k, v in kept.items()}
+    many = isinstance(value, (list, tuple))
+    return [_without_paths(v) for v in value] if many else value
 
 
 def _metrics(source: str) -> list[str]:

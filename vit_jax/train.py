@@ -22,6 +22,7 @@ from vit_jax.measure import Interval, Profiler
 from vit_jax.preemption import Preemption
 from vit_jax.program import Batch, Metrics, Program, State, build
 from vit_jax.progress import Bar, number, phase, say
+from vit_jax.trackers import Trackers
 from vit_jax.workdir import METRICS, Claim, MetricsWriter, is_evaluation, read_metrics
 
 
@@ -88,9 +89,11 @@ def train(
                 say(
                     f"{'':<12} continuing after step {start}: {checkpoints.path(start)}"
                 )
+            trackers = Trackers(cfg, workdir, start)
+            stack.callback(trackers.close)
             loop = Loop(
                 program, info, workdir, checkpoints, preemption,
-                start=start, before_writing=claim.check,
+                start=start, before_writing=claim.check, trackers=trackers,
             )  # fmt: skip
             result = loop.run(state)
         checkpoints.wait()
@@ -111,6 +114,7 @@ class Loop:
       train_step: compiled already; None: compiled when the loop starts.
       start: steps done.
       before_writing: called before anything is written; raises what ends the run.
+      trackers: what gets the metrics besides the workdir.
     """
 
     def __init__(
@@ -123,6 +127,7 @@ class Loop:
         train_step: Callable[[State, Batch], tuple[State, Metrics]] | None = None,
         start: int = 0,
         before_writing: Callable[[], None] = lambda: None,
+        trackers: Trackers | None = None,
     ):
         self.program, self.cfg, self.info = program, program.cfg, info
         self.workdir, self.checkpoints, self.start = workdir, checkpoints, start
@@ -131,6 +136,7 @@ class Loop:
         rows = [m for m in read_metrics(workdir) if m["step"] == start]
         self.evaluated = any(map(is_evaluation, rows))
         self.writer = MetricsWriter(workdir, start)
+        self.trackers = trackers
         self.profiler = Profiler(self.cfg.profile, workdir)
         self.interval = Interval(self.cfg)
         self.results: dict[str, float] = {}  # of the last evaluation
@@ -253,6 +259,8 @@ class Loop:
     def _write(self, step: int, line: Mapping[str, float]) -> None:
         self.before_writing()
         self.writer.write(step, line)
+        if self.trackers:
+            self.trackers.log(step, line)
 
     def _save(self, state: State, step: int) -> None:
         if not self.checkpoints or step == self.start:

@@ -34,7 +34,7 @@ _LOG = logging.getLogger(__name__)
 # A run may be resumed with other values of these only: they leave its model, the order
 # of its training examples and its optimizer state as they are.
 _MAY_CHANGE = (
-    "steps", "eval.", "checkpoint.", "sweep.", "log_every", "profile", "max_bad_steps", "sharding", "mesh", "accumulate",
+    "steps", "eval.", "checkpoint.", "sweep.", "log_every", "profile", "trackers", "max_bad_steps", "sharding", "mesh", "accumulate",
     "model.remat", "model.attention", "data.path", "data.cache_gib", "data.max_bad", "data.eval_transforms", "data.test_split",
     "optim.learning_rate", "optim.schedule", "optim.end_learning_rate", "optim.warmup", "optim.cooldown", "optim.timescale",
 )  # fmt: skip
