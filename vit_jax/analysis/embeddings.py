@@ -66,14 +66,14 @@ def position_table(model: Any, params: Any, image_size: tuple[int, int]) -> np.n
         raise UserError("the checkpoint is a ResNet: it has no position embeddings")
     if cfg.positions not in POSITIONS:
         what = {
-            "none": "the model has none (model.positions='none')",
-            "relative": "positions are in the attention (model.positions='relative')",
+            "none": "the model has none (config.model.positions='none')",
+            "relative": "positions are in the attention (config.model.positions='relative')",
         }
         raise UserError(f"no position embeddings to compare: {what[cfg.positions]}")
     if cfg.position_at == "every":
         raise UserError(
             "no single table of position embeddings to compare: every layer has its own "
-            "(model.position_at='every')"
+            "(config.model.position_at='every')"
         )
     own = params["Transformer"].get("posembed_input", {})
     table = PositionEmbedding(cfg, image_size).apply({"params": own})

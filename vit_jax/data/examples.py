@@ -185,7 +185,7 @@ def held_out(split: Split, share: float) -> tuple[np.ndarray, np.ndarray]:
     if not 0 < share < 1:
         raise UserError(
             f"a share of {share} of the examples cannot be held out: set "
-            "data.test_share or data.holdout between 0 and 1"
+            "config.data.test_share or config.data.holdout between 0 and 1"
         )
     if split.labels is None:
         log.warning("held out at random: the classes are known only to the records")

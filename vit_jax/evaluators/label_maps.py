@@ -198,8 +198,8 @@ def _file_names(config: DataConfig, split: str) -> list[str]:
     numbers = chosen.index(np.arange(len(chosen)))
     if chosen.kind != "path":
         raise UserError(
-            f"ReaL labels belong to file names, which data.source {config.source!r} does "
-            "not keep: give the validation images as --config.data.source=folder"
+            f"ReaL labels belong to file names, which config.data.source="
+            f"{config.source!r} does not keep: give the validation images as --config.data.source=folder"
         )
     return [os.path.basename(chosen.name(int(i))) for i in numbers]
 
