@@ -1,13 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the schedule of the attention kernel says about its time."""
 
-import importlib.util
-import os
-import re
 import subprocess
-import sys
 import types
-from pathlib import Path
 
 import pytest
 
@@ -15,10 +10,6 @@ from vit_jax import hardware, hlo, kernel_schedule, plan, tpu
 from vit_jax.models import attention_tpu
 from vit_jax.models.attention_tpu import Kernel
 
-ROOT = Path(__file__).parent.parent
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler, libtpu"
-)
 V5E, V4 = hardware.CHIPS["v5e"], hardware.CHIPS["v4"]
 L16 = (64, 196, 3 * 1024)
 
@@ -100,7 +91,6 @@ def test_a_dump_is_read(tmp_path):
     assert kernel_schedule.read(str(tmp_path), attention_tpu.BACKWARD) is None
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("status", [0, 1])
 def test_a_compiler_that_writes_no_dump_or_is_taken(monkeypatch, status):
     """Another process has libtpu, or it knows other options: no time, no traceback."""
@@ -109,63 +99,3 @@ def test_a_compiler_that_writes_no_dump_or_is_taken(monkeypatch, status):
     monkeypatch.setattr(tpu, "cached", lambda key, find_out: find_out())
     found = kernel_schedule.bundles("v5e", attention_tpu.FORWARD, Kernel(2, 64, 1, 2), 16, "bf16")  # fmt: skip
     assert found is None
-
-
-@needs_libtpu
-def test_the_schedule_of_a_small_kernel():
-    """Of 2 heads and 32 tokens: some hundred bundles, more of them backward."""
-    kernel = Kernel(2, 64, 1, 2)
-    forward, backward = (
-        kernel_schedule.bundles("v5e", name, kernel, 32, "bf16")
-        for name in (attention_tpu.FORWARD, attention_tpu.BACKWARD)
-    )
-    assert forward
-    assert backward
-    assert 50 < forward < backward < 2000
-
-
-BLOCK = """
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from vit_jax import kernels, tpu
-from vit_jax.config import ModelConfig
-from vit_jax.models.attention import MultiHeadAttention
-
-target = tpu.topology("v5e:1x1")
-mesh = Mesh(np.array(target.devices), ("column",))
-attend = kernels.Attend("pallas", mesh, vmem=128 * 2**20)
-cfg = ModelConfig(width=256, heads=4, dtype="bfloat16")
-place = lambda s, d: jax.ShapeDtypeStruct(s, d, sharding=NamedSharding(mesh, P()))
-z = place((8, 197, 256), jnp.bfloat16)
-plain = MultiHeadAttention(cfg)
-params = jax.eval_shape(plain.init, jax.random.key(0), z, z)
-params = jax.tree.map(lambda x: place(x.shape, x.dtype), params)
-
-def loss(params, z):
-    y = MultiHeadAttention(cfg, True, attend=attend).apply(params, z, z)
-    return jnp.square(y.astype(jnp.float32)).sum()
-
-print(jax.jit(jax.grad(loss, (0, 1))).lower(params, z).compile().as_text())
-"""
-
-
-@needs_libtpu
-def test_no_copy_appears_around_the_kernel():
-    """Of its operands and results: they lie as the products beside it have them."""
-    done = subprocess.run(
-        [sys.executable, "-c", BLOCK], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""}
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    computations, entry = hlo.parse(done.stdout)
-    names = re.compile(r"%([\w.\-]+)")
-    calls = [i for i in computations[entry] if "tpu_custom_call" in i.rest]
-    assert len(calls) == 2
-    for call in calls:
-        operands = names.findall(call.rest.split("custom_call_target")[0])
-        beside = [
-            i
-            for i in computations[entry]
-            if i.name in operands or call.name in names.findall(i.rest)
-        ]
-        assert beside
-        assert not {i.op for i in beside} & {"copy", "transpose", "reshape", "pad"}

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from vit_jax import hardware, plan, search, tpu
+from vit_jax import hardware, hlo, kernel_schedule, plan, search, tpu
 from vit_jax.config import (
     Config,
     DataConfig,
@@ -24,6 +25,8 @@ from vit_jax.config import (
     replace,
 )
 from vit_jax.errors import UserError
+from vit_jax.models import attention_tpu
+from vit_jax.models.attention_tpu import Kernel
 
 ROOT = Path(__file__).parent.parent
 needs_libtpu = pytest.mark.skipif(
@@ -323,3 +326,68 @@ def test_a_search_without_candidates_says_why(batch, limit, message):
             minutes=1,
             tell=str,
         )
+
+
+# The attention kernel. Here, since one process at a time can load libtpu ----------
+
+
+@pytest.mark.process
+@needs_libtpu
+def test_the_schedule_of_a_small_kernel():
+    """Of 2 heads and 32 tokens: some hundred bundles, more of them backward."""
+    kernel = Kernel(2, 64, 1, 2)
+    forward, backward = (
+        kernel_schedule.bundles("v5e", name, kernel, 32, "bf16")
+        for name in (attention_tpu.FORWARD, attention_tpu.BACKWARD)
+    )
+    assert forward
+    assert backward
+    assert 50 < forward < backward < 2000
+
+
+BLOCK = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from vit_jax import kernels, tpu
+from vit_jax.config import ModelConfig
+from vit_jax.models.attention import MultiHeadAttention
+
+target = tpu.topology("v5e:1x1")
+mesh = Mesh(np.array(target.devices), ("column",))
+attend = kernels.Attend("pallas", mesh, vmem=128 * 2**20)
+cfg = ModelConfig(width=256, heads=4, dtype="bfloat16")
+place = lambda s, d: jax.ShapeDtypeStruct(s, d, sharding=NamedSharding(mesh, P()))
+z = place((8, 197, 256), jnp.bfloat16)
+plain = MultiHeadAttention(cfg)
+params = jax.eval_shape(plain.init, jax.random.key(0), z, z)
+params = jax.tree.map(lambda x: place(x.shape, x.dtype), params)
+
+def loss(params, z):
+    y = MultiHeadAttention(cfg, True, attend=attend).apply(params, z, z)
+    return jnp.square(y.astype(jnp.float32)).sum()
+
+print(jax.jit(jax.grad(loss, (0, 1))).lower(params, z).compile().as_text())
+"""
+
+
+@pytest.mark.process
+@needs_libtpu
+def test_no_copy_appears_around_the_kernel():
+    """Of its operands and results: they lie as the products beside it have them."""
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCK], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""}
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    computations, entry = hlo.parse(done.stdout)
+    names = re.compile(r"%([\w.\-]+)")
+    calls = [i for i in computations[entry] if "tpu_custom_call" in i.rest]
+    assert len(calls) == 2
+    for call in calls:
+        operands = names.findall(call.rest.split("custom_call_target")[0])
+        beside = [
+            i
+            for i in computations[entry]
+            if i.name in operands or call.name in names.findall(i.rest)
+        ]
+        assert beside
+        assert not {i.op for i in beside} & {"copy", "transpose", "reshape", "pad"}
