@@ -4,7 +4,8 @@
     python reference_torch.py hf|timm MODEL IO OUT
 
 A program of its own, because an environment with both PyTorch and JAX is rare.
-``MODEL`` is a folder for hf, ``FILE,ARCHITECTURE,JSON of arguments`` for timm; ``IO``
+``MODEL`` is a folder for hf, a folder or
+``FILE,ARCHITECTURE,JSON of arguments`` for timm; ``IO``
 an npz with ``images`` (B, H, W, C); ``OUT`` receives ``logits``.
 """
 
@@ -73,11 +74,14 @@ def hf(model):
 def timm(model):
     try:
         import torchvision  # noqa: F401
-    except ImportError:
+    except (ImportError, RuntimeError):  # RuntimeError: it is for another torch
+        sys.modules.pop("torchvision", None)
         sys.meta_path.insert(0, _Finder())
     from safetensors.torch import load_file
     from timm import create_model
 
+    if "," not in model:  # which loads strictly
+        return create_model(f"local-dir:{model}", pretrained=True)
     file, architecture, arguments = model.split(",", 2)
     net = create_model(architecture, **json.loads(arguments))
     net.load_state_dict(load_file(file), strict=True)

@@ -109,3 +109,31 @@ def test_timm_computes_the_same(reference, tmp_path, case):
     tolerance = 2e-3 if c.resnet_width else 1e-5
     np.testing.assert_allclose(ours, theirs, atol=tolerance)
     assert np.abs(theirs).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"norm_pre": True, "gelu": "quick", "layer_norm_eps": 1e-5},
+        {"head": "gap", "class_token": True, "final_norm": "pooled"},
+        {"head": "map", "registers": 2, "gelu": "tanh"},
+        {"head": "gap", "registers": 2},
+        {"distillation": "head"},
+        {"image_size": (32, 48)},
+    ],
+)
+def test_timm_builds_the_model_from_a_folder(reference, tmp_path, fields):
+    """From its config.json alone, with every array in its place."""
+    usual = {**SIZES, "image_size": 32, "gelu": "exact", "layer_norm_eps": 1e-6}
+    model, params = random_model(**{**usual, **fields})
+    if model.cfg.norm_pre:  # timm's patch embedding has no bias then
+        params["embedding"]["bias"] *= 0
+    weights.save(tmp_path / "m", model.cfg, params, layout="timm")
+    size = (2, *model.cfg.image_size, 3)
+    images = np.random.default_rng(1).uniform(-1, 1, size).astype(np.float32)
+    theirs = reference("timm", tmp_path / "m", images, tmp_path)
+    np.testing.assert_allclose(
+        model.apply({"params": params}, images), theirs, atol=1e-5
+    )
+    assert np.abs(theirs).max() > 0.1
