@@ -74,7 +74,11 @@ def test_there_and_back(tmp_path, through):
 def test_there_and_back_through_timm(tmp_path, fields):
     file, model, _ = start(tmp_path, **fields)
     convert.convert(str(file), str(tmp_path / "m.safetensors"))
-    convert.convert(str(tmp_path / "m.safetensors"), str(tmp_path / "end.npz"))
+    said = convert.convert(str(tmp_path / "m.safetensors"), str(tmp_path / "end.npz"))
+    # timm standardises the kernels of a stem a little otherwise.
+    assert any("standardised kernels" in x for x in said) == (
+        bool({"resnet", "resnet_width"} & fields.keys())
+    )
     same_bits(file, tmp_path / "end.npz")
     found = weights.read(tmp_path / "end.npz", layers=model.cfg.layers)
     assert found.cfg == model.cfg
