@@ -10,4 +10,7 @@ FAST_COMPILE = "--xla_backend_optimization_level=0"
 if version("jaxlib").startswith("0.10."):
     FAST_COMPILE += (
         " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+        # Eight devices of a busy machine meet late; XLA aborts after 40 s of waiting.
+        " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+        " --xla_cpu_collective_call_warn_stuck_timeout_seconds=300"
     )
