@@ -309,7 +309,14 @@ def _items(state: Any) -> dict[str, Any]:
 def _describe(items: Mapping[str, Any]) -> dict[str, Any]:
     """Shape and digest of every array."""
     arrays = _named(items)
-    digests = jax.device_get([digest(x) for x in arrays.values()])
+    digests = []
+    for x in arrays.values():
+        digests.append(digest(x))
+        if jax.default_backend() == "cpu":
+            # The devices of a CPU share its threads: programs of which each waits for
+            # all devices may, several at a time, wait for each other for ever.
+            jax.block_until_ready(digests[-1])
+    digests = jax.device_get(digests)
     return {
         k: {"shape": list(x.shape), "digest": "".join(f"{int(part):08x}" for part in d)}
         for (k, x), d in zip(arrays.items(), digests, strict=True)
