@@ -27,6 +27,7 @@ from pathlib import Path
 import absl.logging
 import numpy as np
 from flax import serialization
+from safetensors import numpy as safetensors
 from weights_files import save_npz, save_torch, small_model, timm_arrays
 
 from vit_jax import checkpoint, weights
@@ -64,7 +65,8 @@ def originals(folder: Path) -> dict[str, Path]:
     save_npz(folder / "x.npz", flat)
     weights.save(folder / "x.npz", model.cfg, params)
     weights.save(folder / "hf", model.cfg, params)
-    names = dict.fromkeys(timm_arrays(folder)[2], "model.safetensors")
+    stored = safetensors.load_file(folder / "hf/model.safetensors")
+    names = dict.fromkeys(stored, "model.safetensors")
     index = {"metadata": {}, "weight_map": names}
     (folder / "hf/model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "x.msgpack").write_bytes(

@@ -40,6 +40,7 @@ class Peers:
         self._sockets: dict[int, socket.socket] = {}  # by id of the peer
         self._readers: list[threading.Thread] = []
         self._leaving = False
+        self._stopping = threading.Lock()
 
     def meet(self, timeout: int) -> None:
         """Returns when all are there.
@@ -133,7 +134,8 @@ class Peers:
         self._stop(i, _GONE)
 
     def _stop(self, ended: int, status: int) -> None:
-        if self._leaving:
+        # Each peer has a thread, and several may hear of the same end: one says it.
+        if self._leaving or not self._stopping.acquire(blocking=False):
             return
         self._tell(f"end {ended} {status}")
         if status == _GONE:
