@@ -259,7 +259,7 @@ def read(
             if array := arrays.pop(names[role].replace("{i}", str(i)), None):
                 for part in FOLDED[role]:
                     ours = tuple(name.replace("{i}", str(i)) for name in part.ours)
-                    _fold(result, array, Part(ours, part.kind), heads, where)
+                    _fold(result, array, Part(ours, part.kind), where)
                 found += [names[role]] * (names[role] not in found)
     return result, found
 
@@ -319,9 +319,7 @@ def _shared(array: Array, uses: int) -> Callable[[], np.ndarray]:
     return read if uses > 1 else array.read
 
 
-def _fold(
-    result: dict[str, Array], array: Array, part: Part, heads: int, where: str
-) -> None:
+def _fold(result: dict[str, Array], array: Array, part: Part, where: str) -> None:
     """Multiplies what ``part`` names by ``array``, along the last axis."""
     count = len(part.ours)
     for j, name in enumerate(part.ours):

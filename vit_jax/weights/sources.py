@@ -34,9 +34,8 @@ from vit_jax.weights.contents import (
 )
 
 _TORCH = (".bin", ".pth", ".pt")
-# First bytes of what is known -> its format, or what to say after the name of the file.
-_WEB_PAGE = "is a web page"
 _KNOWN = "Known are .npz, .safetensors, .pth, .msgpack, Hugging Face and Orbax folders"
+# First bytes of what is known -> its format, or what to say after the name of the file.
 _MAGIC: dict[bytes, str] = {
     b"PK\x03\x04": "zip",
     b"PK\x05\x06": "zip",
