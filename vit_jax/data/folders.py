@@ -21,6 +21,7 @@ from pathlib import Path
 
 from vit_jax.config import DataConfig, nearest
 from vit_jax.data import manifest, splits
+from vit_jax.data.classes import nfc
 from vit_jax.data.examples import Dataset, Labels, Split, check_class_names
 from vit_jax.errors import UserError
 
@@ -200,7 +201,7 @@ def _classes(root: Path) -> dict[str, list[str]]:
     accents."""
     classes: dict[str, list[str]] = {}
     for folder in _subfolders(root):
-        classes.setdefault(manifest.nfc(folder), []).append(folder)
+        classes.setdefault(nfc(folder), []).append(folder)
     if not classes:
         files = [f for f in _files(root) if _suffix(f) in EXTENSIONS]
         loose = f" ({len(files)} images lie in it directly)" if files else ""
@@ -249,7 +250,7 @@ def _test_images(
     """The first of the folders that is sorted by class."""
     for folder in candidates:
         found = _unwrapped(folder, indices)
-        if any(name in indices for name in map(manifest.nfc, _subfolders(found))):
+        if any(name in indices for name in map(nfc, _subfolders(found))):
             return _images(found, _classes(found), indices)
         log.warning("%s is left out: it has no folder of a training class", folder)
     lists = [*root.glob("*.txt"), *root.glob("*/*.txt")]
