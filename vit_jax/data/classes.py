@@ -7,14 +7,14 @@ outputs of the model; otherwise the names are numbered in alphabetical order.
 
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from vit_jax.config import DataConfig, nearest
 from vit_jax.data import splits
-from vit_jax.data.examples import IGNORED, check_class_names
+from vit_jax.data.examples import IGNORED, Labels, check_class_names
 from vit_jax.errors import UserError
 
 MAX_CLASSES = 100_000  # limit on classes named by numbers, or one per image
@@ -87,26 +87,37 @@ def index(label: str, indices: Mapping[str, int], where: str) -> int:
     )
 
 
-def first_places(labels: np.ndarray, name: Callable[[int], str]) -> dict[str, str]:
-    """label -> the name of the first of the examples that have it."""
-    found, first = np.unique(labels, return_index=True)
-    return {
-        str(x): name(int(i))
-        for x, i in zip(found.tolist(), first.tolist(), strict=True)
-    }
+# The labels of the N examples of one file: (as they are spelled, int (N,): which of them).
+Spelled = tuple[Sequence[str], np.ndarray]
+Name = Callable[[int], str]  # of one example of all files
 
 
-def numbers(
-    labels: np.ndarray, indices: Mapping[str, int], name: Callable[[int], str]
-) -> np.ndarray:
-    """int32 (N,): ``index`` of N labels, text or whole numbers; ``name`` says where each
-    stands."""
-    found, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
-    values = [
-        index(str(x), indices, name(int(i)))
-        for x, i in zip(found.tolist(), first.tolist(), strict=True)
+def places(files: Iterable[Spelled], name: Name) -> dict[str, str]:
+    """label -> the first example that has it."""
+    return {label: name(i) for label, i in _first(files)}
+
+
+def numbers(files: Sequence[Spelled], indices: Mapping[str, int], name: Name) -> Labels:
+    """The ``index`` of all labels, one per example."""
+    known = {label: index(label, indices, name(i)) for label, i in _first(files)}
+    parts = [
+        np.array([known[label] for label in spelled], np.int32)[which]
+        for spelled, which in files
     ]
-    return np.array(values, np.int32)[inverse]
+    return Labels.single(np.concatenate(parts))
+
+
+def _first(files: Iterable[Spelled]) -> Iterator[tuple[str, int]]:
+    """(label, the first example that has it)"""
+    start, seen = 0, set[str]()
+    for spelled, which in files:
+        used, first = np.unique(which, return_index=True)
+        for number, i in zip(used.tolist(), first.tolist(), strict=True):
+            label = spelled[int(number)]
+            if label not in seen:
+                seen.add(label)
+                yield label, start + i
+        start += len(which)
 
 
 def nfc(name: str) -> str:
