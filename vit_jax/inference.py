@@ -145,8 +145,8 @@ def _few_at_a_time(forward: Callable[..., Any], cfg: ModelConfig) -> Callable[..
     """The same function, which works through large batches in equal parts."""
 
     def parts(params: Any, images: jax.Array) -> Any:
-        count = len(images)
-        limit = IN_CACHE // models.largest_activation(cfg, images.shape[1:3])
+        count, height, width, _ = images.shape
+        limit = IN_CACHE // models.largest_activation(cfg, (height, width))
         size = max(
             n for n in range(1, count + 1) if not count % n and n <= max(limit, 1)
         )
