@@ -7,6 +7,7 @@ import functools
 import graphlib
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -134,3 +135,10 @@ def test_import_takes_no_tensorflow_and_no_device():
         "assert not xla_bridge._backends, 'a device was taken'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_wheel_holds_every_folder():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    folders = {module_of(path.parent) for path in FILES}
+    listed = set(project["tool"]["setuptools"]["packages"])
+    assert listed == folders | {"vit_jax.configs"}
