@@ -8,7 +8,6 @@ of files and folders do.
 
 import dataclasses
 import fnmatch
-import functools
 import logging
 import os
 import re
@@ -52,9 +51,10 @@ def find(cfg: DataConfig) -> Found:
     if cfg.path.startswith("hf://"):
         return _on_the_hub(cfg)
     root, files = split_files.find(cfg, SUFFIX)
-    readme = os.path.join(root, "README.md")
-    text = ""
-    if files != [cfg.path] and tf.io.gfile.exists(readme):
+    if files == [root]:
+        return Found(root, split_files.by_split(root, files))
+    readme, text = os.path.join(root, "README.md"), ""
+    if tf.io.gfile.exists(readme):
         with tf.io.gfile.GFile(readme, "rb") as stream:
             text = stream.read().decode(errors="replace")
     names = [os.path.relpath(file, root) for file in files]
@@ -86,7 +86,9 @@ def _on_the_hub(cfg: DataConfig) -> Found:
             get(revision=root.name, allow_patterns=hub.exactly([*files]))
         return [str(root / file) for file in files]
 
-    return Found(url, _by_split(cfg, url, names, "" if inside else text), fetch)
+    if names == [inside]:
+        return Found(url, split_files.by_split(inside, names), fetch)
+    return Found(url, _by_split(cfg, url, names, text), fetch)
 
 
 def _by_split(
