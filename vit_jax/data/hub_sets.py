@@ -6,6 +6,7 @@ What the README.md of a data set says of its configurations counts; without it, 
 of files and folders do.
 """
 
+import contextlib
 import dataclasses
 import fnmatch
 import logging
@@ -68,15 +69,15 @@ def _on_the_hub(cfg: DataConfig) -> Found:
     repo, revision, inside = hub.parsed(url.replace("hf://datasets/", "hf://", 1))
     with hub.explained(url):
         api, get = hub.repository(repo, "dataset")
-        for wanted in (revision, "" if revision else _CONVERTED):
-            root = Path(get(revision=wanted or None, allow_patterns=["README.md"]))
-            names = hub.names(api, repo, root, "dataset")
-            names = [n for n in names if n.endswith(SUFFIX)]
-            names = [n for n in names if not inside or f"{n}/".startswith(f"{inside}/")]
-            if names:
-                break
-        else:
-            raise UserError(f"{url} holds no {SUFFIX} files")
+        root, names = _listed(api, get, repo, revision, inside)
+    if not names and not revision:
+        with contextlib.suppress(UserError), hub.explained(url):
+            root, names = _listed(api, get, repo, _CONVERTED, inside)
+    if not names:
+        raise UserError(
+            f"{url} has no {SUFFIX} files, nor has the Hub converted it: download it and "
+            "use config.data.source=folder"
+        )
     readme = root / "README.md"
     text = readme.read_text(errors="replace") if readme.is_file() else ""
 
@@ -89,6 +90,15 @@ def _on_the_hub(cfg: DataConfig) -> Found:
     if names == [inside]:
         return Found(url, split_files.by_split(inside, names), fetch)
     return Found(url, _by_split(cfg, url, names, text), fetch)
+
+
+def _listed(
+    api: Any, get: Callable[..., str], repo: str, revision: str, inside: str
+) -> tuple[Path, list[str]]:
+    """(where a commit is cached, its Parquet files in the folder ``inside``)"""
+    root = Path(get(revision=revision or None, allow_patterns=["README.md"]))
+    names = [n for n in hub.names(api, repo, root, "dataset") if n.endswith(SUFFIX)]
+    return root, [n for n in names if not inside or f"{n}/".startswith(f"{inside}/")]
 
 
 def _by_split(

@@ -17,6 +17,7 @@ bucket, unless ``data.access`` says otherwise.
 
 import collections
 import functools
+import io
 import json
 import logging
 import threading
@@ -213,10 +214,35 @@ def _image_bytes(part: parquet.RowGroupMetaData, column: str) -> int:
 # ----------------------------------------------------------------------- what files say
 
 
+class _Remote(io.RawIOBase):
+    """A file of a bucket with what Arrow asks of a file."""
+
+    def __init__(self, file: str):
+        self._stream = binary(file)
+        self._size = tf.io.gfile.stat(file).length
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        return self._stream.read(size)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self._size}
+        self._stream.seek(start[whence] + offset)
+        return self.tell()
+
+
 def _opened(
     file: str, about: parquet.FileMetaData | None = None
 ) -> parquet.ParquetFile:
-    source = pa.PythonFile(binary(file), mode="r") if is_remote(file) else file
+    source = _Remote(file) if is_remote(file) else file
     return parquet.ParquetFile(source, metadata=about, page_checksum_verification=True)
 
 
@@ -229,6 +255,8 @@ def _look(
             columns = _columns(file, opened.schema_arrow)
             labels = opened.read([columns.label]).column(0).combine_chunks()
             about = opened.metadata
+            if pa.types.is_integer(labels.type):
+                labels = labels.cast(pa.int64())  # so that there is room for -1
     except (pa.ArrowException, OSError, tf.errors.OpError) as e:
         raise UserError(
             f"{file} is no Parquet file, or damaged ({one_line(e)}): copy it again"
@@ -317,11 +345,14 @@ def _choose(
 
 def _leaf(name: str, kind: pa.DataType) -> str:
     """The path of the bytes of a column; "": there are none."""
-    binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
-    if any(test(kind) for test in binary):
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    if any(is_binary(kind) for is_binary in tests):
         return name
     if pa.types.is_struct(kind):
         fields = [kind.field(i) for i in range(kind.num_fields)]
-        if any(f.name == "bytes" and any(t(f.type) for t in binary) for f in fields):
+        if any(
+            f.name == "bytes" and any(is_binary(f.type) for is_binary in tests)
+            for f in fields
+        ):
             return f"{name}.bytes"
     return ""
