@@ -83,7 +83,7 @@ def train(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
         "attention": program.attention or cfg.model.attention,
         "data_wait": statistics.median(m["train/data_wait"] for m in loop),
         "compile_seconds": compile_seconds,
-        **_memory(compiled),
+        **memory(compiled),
         **utilisation(flops),
     }
 
@@ -142,8 +142,8 @@ def _seconds(step: Callable[..., Any], state: Any, batch: Any, steps: int) -> fl
     return time.perf_counter() - start
 
 
-def _memory(compiled: Any) -> dict[str, float]:
-    """Peak GiB per device of a compiled step: donated arguments are counted once."""
+def memory(compiled: Any) -> dict[str, float]:
+    """Peak GiB per device of a compiled program: donated arguments count once."""
     m = compiled.memory_analysis()
     if m is None:
         return {}
