@@ -113,13 +113,18 @@ class Scale:
         """Of pre-trained models: the paper's is 5-shot ImageNet."""
         return "fewshot/imagenet/5shot" if self.paper else "test/accuracy"
 
+    def subset(self, count: int) -> float:
+        """As many images as there are, at most."""
+        digits = self.name == "tiny" and not self.root
+        return float(min(count, 1_400) if digits else count)
+
     def images(self, name: str) -> dict[str, Any]:
         """Fields of DataConfig of a set, "cifar10", "mnist" or "digits", and how its
         images are augmented."""
         flip = ({"op": "flip"},) if name == "cifar10" else ()
         crop = {"op": "inception_crop", "area": (0.5, 1.0)}
         if name == "digits" or (not self.root and self.name == "tiny"):
-            place = {"source": "digits", "path": ""}
+            place = {"source": "digits", "path": "", "holdout": 0.0}
             flip = ()
         elif self.root:
             place = {"source": "folder", "path": os.path.join(self.root, name)}
@@ -157,7 +162,7 @@ class Scale:
             **{f"model__{k}": v for k, v in self.model(model).items()},
             **{f"data__{k}": v for k, v in self.images(place).items()},
             data__image_size=IMAGE_SIZE[self.name],
-            data__subset=float(subset),
+            data__subset=self.subset(subset),
             optim__learning_rate=2e-3,
             steps=steps,
             batch=batch,
@@ -195,7 +200,7 @@ class Scale:
         cfg = self.pretrain(
             model,
             **{f"data__{k}": v for k, v in images.items()},
-            data__subset=float(subset),
+            data__subset=self.subset(subset),
             optim__learning_rate=1e-3,
             optim__warmup=0.1,
             optim__weight_decay=0.0,

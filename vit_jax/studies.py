@@ -27,16 +27,17 @@ def data_size(scale: Scale) -> Study:
     """Equal hyper-parameters and steps for every size, as in Figure 4."""
     models = ("ViT-b/32", "ViT-B/32", "R50+ViT-B/32", "R50x1")
     models += ("ViT-L/16", "R152x2") if scale.paper else ()
+    sizes = [int(scale.subset(size)) for size in SUBSETS[scale.name]]
     rows = {}
     for model in models:
-        for size in SUBSETS[scale.name]:
+        for size in sizes:
             if model == "ViT-b/32" and scale.paper:
                 cfg = scale.pretrain("ViT-B/32", **HALF_B)
             else:
                 cfg = scale.pretrain(model)
             cfg = replace(cfg, data__subset=float(size))
             rows[f"{model}, {size:,}"] = Row(cfg, line=model, x=size)
-    least, most = f"{SUBSETS[scale.name][0]:,}", f"{SUBSETS[scale.name][-1]:,}"
+    least, most = f"{sizes[0]:,}", f"{sizes[-1]:,}"
     return Study(
         "Data size (Figure 4)", scale.metric, "lines", rows,
         (
@@ -178,10 +179,11 @@ TABLE7 = {
 def optimizer(scale: Scale) -> Study:
     """Pre-training with each optimizer, then the same fine-tuning."""
     models = ("R50x1", "R152x2") if scale.paper else ("R50x1", "ViT-B/32")
-    rows, ends = {}, {"adam": [], "sgd": []}
+    kinds = {"adam": {}, "sgd": BIT if scale.paper else SGD}
+    rows, ends = {}, {"adam": [], "sgd": [], "muon": []}
     for model in models:
-        for name in ("adam", "sgd"):
-            changes = {} if name == "adam" else BIT if scale.paper else SGD
+        muon = {} if model[0] == "R" else {"muon": {"optim__name": "muon"}}
+        for name, changes in (kinds | muon).items():
             before = f"pre-train {model}, {name}"
             images = "jft" if scale.paper else "imagenet"  # the latter has colours
             rows[before] = Row(scale.pretrain(model, images, **changes), shown=False)
@@ -367,6 +369,7 @@ def compute(scale: Scale) -> Study:
     """Inference on this machine: images/s, and the largest batch that its memory, or
     16 GiB where it has none of its own, would hold."""
     models, sizes = FIGURE12[scale.name]
+    sizes = [int(scale.subset(size)) for size in SUBSETS[scale.name]]
     rows = {}
     for model in models:
         for size in sizes:

@@ -392,7 +392,7 @@ def check(study: Study) -> None:
       UserError: a row contradicts itself or its data.
     """
     width = max(map(len, study.rows))
-    print(f"{'row':<{width}}  {'parameters':>13}  {'steps':>9}  {'batch':>6}  exaFLOPs")
+    print(f"{'row':<{width}}  {'parameters':>13}  {'steps':>9}  {'batch':>6}  FLOPs")
     for name, row in study.rows.items():
         if row.measure == "features":
             continue
@@ -401,7 +401,7 @@ def check(study: Study) -> None:
         steps = 0 if row.measure == "speed" else row.cfg.steps
         print(
             f"{name:<{width}}  {params:>13,}  {steps:>9,}  {row.cfg.batch:>6,}  "
-            f"{_own_flops(row) / 1e18:.4g}",
+            f"{_own_flops(row):.3g}",
             flush=True,
         )
 
