@@ -7,6 +7,7 @@ import functools
 import graphlib
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,13 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A part (a file or folder of vit_jax/) imports from its own line and the
 # lines above.
 TIERS = """
+<<<<<<< HEAD
 errors fields vtab_tasks config runtime preemption peers distributed progress feed config_file cli
 models data optim sharding checkpoint hlo hardware tpu search recipes demos scales studies
+=======
+errors fields vtab_tasks config matrices runtime preemption peers distributed progress feed config_file cli
+models data optim sharding checkpoint hlo hardware tpu search recipes demos
+>>>>>>> main
 kernels kernel_schedule
 objectives workdir trackers measure weights inference photos pixels
 evaluators
@@ -134,3 +140,10 @@ def test_import_takes_no_tensorflow_and_no_device():
         "assert not xla_bridge._backends, 'a device was taken'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_wheel_holds_every_folder():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    folders = {module_of(path.parent) for path in FILES}
+    listed = set(project["tool"]["setuptools"]["packages"])
+    assert listed == folders | {"vit_jax.configs"}

@@ -9,24 +9,15 @@ on any number of processes that divides the number of streams.
 import itertools
 import logging
 import math
-import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from vit_jax.data import order
 from vit_jax.data.examples import Image, Rows
-from vit_jax.data.shards import (
-    ARRAY_RECORD,
-    FOOTER,
-    HEADER,
-    Record,
-    Shards,
-    array_record,
-    binary,
-    verified,
-)
+from vit_jax.data.shards import Files
 from vit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -38,6 +29,7 @@ STREAM_RECORDS = 256
 # as many batches, and not fewer records.
 SHUFFLED_BATCHES, SHUFFLED_RECORDS = 16, 8192
 
+Record = Any  # what ``Files.in_order`` yields
 Parse = Callable[[Record], tuple[Image, np.ndarray]]
 Numbered = tuple[int, Record]
 
@@ -59,23 +51,23 @@ class TrainReader:
 
     def __init__(
         self,
-        shards: Shards,
+        files: Files,
         parse: Parse,
         buffer: int,
         rows: np.ndarray,
         batch: int,
         seed: int,
     ):
-        self.shards, self.parse, self.batch, self.seed = shards, parse, batch, seed
+        self.files, self.parse, self.batch, self.seed = files, parse, batch, seed
         self.local = rows
         self.buffer = buffer or max(SHUFFLED_RECORDS, SHUFFLED_BATCHES * batch)
         self.streams = math.gcd(batch, STREAMS)
-        while self.streams > max(1, len(shards) // STREAM_RECORDS):
+        while self.streams > max(1, len(files) // STREAM_RECORDS):
             self.streams //= 2
         self.block = batch // self.streams  # rows of a stream in a batch
         if len(rows) % self.block:
             raise UserError(
-                f"a batch of {batch} of {len(shards)} records is read in sequence as "
+                f"a batch of {batch} of {len(files)} records is read in sequence as "
                 f"{self.streams} streams of at least {STREAM_RECORDS}, which "
                 f"{batch // len(rows)} processes cannot share: use a number of "
                 f"processes that divides {self.streams}, or set "
@@ -139,25 +131,25 @@ class TrainReader:
         attempt -= len(window)
         if attempt >= high - low:
             raise UserError(
-                f"none of the records from {self.shards.name(low)} to "
-                f"{self.shards.name(high - 1)} can be read: write or copy them again"
+                f"none of the records from {self.files.name(low)} to "
+                f"{self.files.name(high - 1)} can be read: write or copy them again"
             )
         number = low + _shuffled(attempt, high - low, key)
-        return next(in_sequence(self.shards, number, number + 1))
+        return next(in_sequence(self.files, number, number + 1))
 
     def _say(self, step: int, seconds: float, windows: list[list[Numbered]]) -> None:
-        held = [record for w in windows for _, record in w]
-        size = sum(len(r) for r in held if isinstance(r, bytes)) / 2**30
+        samples = [
+            [self.parse(record) for _, record in w[:: -(-len(w) // 16)]]
+            for w in windows
+        ]
+        sizes = [len(i) for s in samples for i, _ in s if isinstance(i, bytes)]
+        held = sum(map(len, windows))
         log.info(
             "reading in sequence from step %d: %d streams here, %d records (%.2f GiB) "
             "shuffled together, first batch after %.1f s",
-            step, len(windows), len(held), size, seconds,
+            step, len(windows), held, held * np.mean(sizes or 0) / 2**30, seconds,
         )  # fmt: skip
-        samples = [w[:: -(-len(w) // 16)] for w in windows]
-        labels = [{tuple(self.parse(r)[1]) for _, r in sample} for sample in samples]
-        if all(
-            len(s) > 7 and len(k) == 1 for s, k in zip(samples, labels, strict=True)
-        ):
+        if all(len(s) > 7 and len({tuple(y) for _, y in s}) == 1 for s in samples):
             log.warning(
                 "records that are shuffled together all have the same label: shards "
                 "sorted by class need config.data.access=random, or to be written again "
@@ -165,7 +157,7 @@ class TrainReader:
             )
 
     def _bounds(self, v: int) -> tuple[int, int]:
-        total = len(self.shards)
+        total = len(self.files)
         return v * total // self.streams, (v + 1) * total // self.streams
 
     def _stream(
@@ -199,20 +191,20 @@ class TrainReader:
         begin, left = (shift + skip) % size, size - skip
         for a, b in ((low + begin, high), (low, low + begin)):
             stop = min(b, a + left)
-            yield from in_sequence(self.shards, a, stop)
+            yield from in_sequence(self.files, a, stop)
             left -= stop - a
 
 
 class EvalReader:
     """Each process evaluates a range of the records, in order, from step 0 on."""
 
-    def __init__(self, shards: Shards, parse: Parse, rows: np.ndarray, batch: int):
+    def __init__(self, files: Files, parse: Parse, rows: np.ndarray, batch: int):
         self.parse, self.count = parse, len(rows)
         processes, process = batch // len(rows), int(rows[0]) // len(rows)
-        total = len(shards)
+        total = len(files)
         self.low = process * total // processes
         self.high = (process + 1) * total // processes
-        self.records = in_sequence(shards, self.low, self.high)
+        self.records = in_sequence(files, self.low, self.high)
 
     def draw(self, step: int, bad: Mapping[int, str]) -> Rows:
         index = self.low + step * self.count + np.arange(self.count)
@@ -226,7 +218,7 @@ class EvalReader:
 
 
 def reader(
-    shards: Shards,
+    files: Files,
     parse: Parse,
     buffer: int,
     rows: np.ndarray,
@@ -235,51 +227,20 @@ def reader(
 ) -> TrainReader | EvalReader:
     """Of the rows of one process; ``seed`` is None for evaluation."""
     if seed is None:
-        return EvalReader(shards, parse, rows, batch)
-    return TrainReader(shards, parse, buffer, rows, batch, seed)
+        return EvalReader(files, parse, rows, batch)
+    return TrainReader(files, parse, buffer, rows, batch, seed)
 
 
-def in_sequence(shards: Shards, low: int, high: int) -> Iterator[Numbered]:
+def in_sequence(files: Files, low: int, high: int) -> Iterator[Numbered]:
     """(number, record) for low <= number < high; what comes before is skipped by its
     headers, not read."""
     while low < high:
-        shard = shards.shard_of(low)
-        first, end = int(shards.starts[shard]), int(shards.starts[shard + 1])
+        file = files.file_of(low)
+        first, end = int(files.starts[file]), int(files.starts[file + 1])
         stop = min(high, end)
-        one = _array_records if shards.format == ARRAY_RECORD else _tfrecords
-        found = one(shards, shard, low - first, stop - first)
+        found = files.in_order(file, low - first, stop - first)
         yield from enumerate(found, low)
         low = stop
-
-
-def _array_records(
-    shards: Shards, shard: int, begin: int, stop: int
-) -> Iterator[Record]:
-    opened = shards.array_record(shard)
-    return (array_record(opened, i) for i in range(begin, stop))
-
-
-def _tfrecords(shards: Shards, shard: int, begin: int, stop: int) -> Iterator[Record]:
-    shards.sidecar(shard)  # refuses a shard that is not the indexed one
-    file, count = shards.files[shard], shards.counts[shard]
-    with binary(file) as stream:
-        for number in range(stop):
-            header = stream.read(HEADER)
-            length = struct.unpack("<Q", header[:8])[0] if len(header) == HEADER else -1
-            if length >= 0 and number < begin:
-                stream.seek(stream.tell() + length + FOOTER)
-                continue
-            data = stream.read(length + FOOTER) if length >= 0 else b""
-            if len(data) != length + FOOTER:
-                raise UserError(
-                    f"{file} is cut short at record {number} of {count}: copy it again"
-                )
-            yield verified(data)
-        if stop == count and stream.read(1):
-            raise UserError(
-                f"{file} holds more than the {count} records that its index says: copy "
-                "it again or write the records again"
-            )
 
 
 def _shuffled(index: int, size: int, key: np.ndarray) -> int:

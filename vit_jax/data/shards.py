@@ -6,12 +6,13 @@ begins and which labels it has. Reads are exact byte ranges and go out together,
 a slow disk or a bucket is waited for once per batch, not once per record.
 """
 
+import abc
 import bisect
 import functools
 import os
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,7 +35,35 @@ _OPEN = 4096  # shards whose offsets, or readers, are kept
 Record = bytes | Unreadable
 
 
-class Shards:
+class Files(abc.ABC):
+    """The examples of several files as one list.
+
+    Args:
+      counts: examples in each file.
+      unit: what an example of a file is called.
+    """
+
+    def __init__(self, files: Sequence[str], counts: Sequence[int], unit: str):
+        self.files, self.counts, self._unit = files, counts, unit
+        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def name(self, index: int) -> str:
+        file = self.file_of(index)
+        return f"{self.files[file]}, {self._unit} {index - self.starts[file]}"
+
+    def file_of(self, index: int) -> int:
+        """Which file holds an example."""
+        return bisect.bisect_right(self.starts, index) - 1
+
+    @abc.abstractmethod
+    def in_order(self, file: int, begin: int, stop: int) -> Iterator[Any]:
+        """The examples [begin, stop) of a file, read from front to back."""
+
+
+class Shards(Files):
     """The records of several files as one list.
 
     Args:
@@ -52,8 +81,8 @@ class Shards:
         fingerprints: tuple[str, ...] = (),
         offsets: Mapping[str, np.ndarray] | None = None,
     ):
-        self.files, self.counts, self.format = files, counts, format
-        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        super().__init__(files, counts, "record")
+        self.format = format
         self._fingerprints = fingerprints or ("",) * len(files)
         self._scanned = offsets or {}
         self._pool = ThreadPoolExecutor(_TOGETHER, "vit_jax shards")
@@ -61,9 +90,6 @@ class Shards:
         self._reader = functools.lru_cache(maxsize=256)(
             functools.partial(self.array_record, options=_AT_RANDOM)
         )
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
 
     def read(self, index: np.ndarray) -> list[Record]:
         """Records by number.
@@ -90,13 +116,12 @@ class Shards:
             ]
         return result
 
-    def name(self, index: int) -> str:
-        shard = self.shard_of(index)
-        return f"{self.files[shard]}, record {index - self.starts[shard]}"
-
-    def shard_of(self, index: int) -> int:
-        """Which file holds a record."""
-        return bisect.bisect_right(self.starts, index) - 1
+    def in_order(self, file: int, begin: int, stop: int) -> Iterator[Record]:
+        if self.format == TFRECORD:
+            yield from self._tfrecords(file, begin, stop)
+        else:
+            opened = self.array_record(file)
+            yield from (array_record(opened, i) for i in range(begin, stop))
 
     def labels(self) -> Labels | None:
         """All labels, from the ``.npz`` files; None where there are none.
@@ -151,22 +176,37 @@ class Shards:
                 f"{self.counts[shard]}: copy it again or write the records again"
             )
 
+    def _tfrecords(self, shard: int, begin: int, stop: int) -> Iterator[Record]:
+        self.sidecar(shard)  # refuses a shard that is not the indexed one
+        file, count = self.files[shard], self.counts[shard]
+        with binary(file) as stream:
+            for number in range(stop):
+                header = stream.read(HEADER)
+                length = (
+                    struct.unpack("<Q", header[:8])[0] if len(header) == HEADER else -1
+                )
+                if length >= 0 and number < begin:
+                    stream.seek(stream.tell() + length + FOOTER)
+                    continue
+                data = stream.read(length + FOOTER) if length >= 0 else b""
+                if len(data) != length + FOOTER:
+                    raise UserError(
+                        f"{file} is cut short at record {number} of {count}: copy it again"
+                    )
+                yield verified(data)
+            if stop == count and stream.read(1):
+                raise UserError(
+                    f"{file} holds more than the {count} records that its index says: copy "
+                    "it again or write the records again"
+                )
+
     def _start(self, shard: int, within: list[int]) -> list[Any]:
         """Asks for some TFRecords of a shard; returns what will hold their bytes."""
         offsets, file = self._offsets(shard), self.files[shard]
-        folder, name = os.path.split(file)
-        store = _store(folder)
-        ranges = [slice(int(offsets[i]), int(offsets[i + 1])) for i in within]
-        return [store.read(name, byte_range=r) for r in ranges]
+        return [ask(file, int(offsets[i]), int(offsets[i + 1])) for i in within]
 
     def _finish(self, shard: int, number: int, reading: Any) -> Record:
-        try:
-            frame = reading.result().value
-        except Exception as e:  # of many kinds
-            if "OUT_OF_RANGE" not in str(e):
-                text = str(e).splitlines()[0][:200]
-                raise UserError(f"{self.files[shard]} cannot be read: {text}") from e
-            frame = b""
+        frame = answer(self.files[shard], reading)
         length = len(frame) - HEADER - FOOTER
         if length < 0 or struct.unpack("<Q", frame[:8])[0] != length:
             raise UserError(
@@ -285,6 +325,23 @@ def is_remote(path: str) -> bool:
 def binary(file: str) -> Any:
     """A stream of bytes, local or remote."""
     return tf.io.gfile.GFile(file, "rb") if is_remote(file) else open(file, "rb")
+
+
+def ask(file: str, start: int, stop: int) -> Any:
+    """Asks for a range of bytes; ``answer`` waits for them. Many can be under way."""
+    folder, name = os.path.split(file)
+    return _store(folder).read(name, byte_range=slice(start, stop))
+
+
+def answer(file: str, asked: Any) -> bytes:
+    """The bytes that were asked for; b"" where the file ends before them."""
+    try:
+        return asked.result().value
+    except Exception as e:  # of many kinds
+        if "OUT_OF_RANGE" in str(e):
+            return b""
+        text = str(e).splitlines()[0][:200]
+        raise UserError(f"{file} cannot be read: {text}") from e
 
 
 @functools.lru_cache(maxsize=64)
