@@ -23,7 +23,7 @@ objectives workdir trackers measure weights inference photos pixels
 evaluators
 analysis program
 train
-main predict embed evaluate sharing convert export plan benchmark sweep study
+main predict embed evaluate sharing convert export plan benchmark sweep costs study
 """
 LEVELS = {
     name: level

@@ -36,12 +36,14 @@ COMPUTE = "training compute (FLOPs)"
 
 
 class Claim(NamedTuple):
-    """What the paper says of two groups of rows: the mean of the first is higher."""
+    """What the paper says of two groups of rows: the mean of the first is higher, or
+    (``equal``) they are about the same."""
 
     text: str
     higher: tuple[str, ...]
     lower: tuple[str, ...]  # (): 0
     metric: str = ""  # "": that of the study
+    equal: bool = False
 
 
 class Study(NamedTuple):
@@ -121,6 +123,7 @@ class Scale:
     def images(self, name: str) -> dict[str, Any]:
         """Fields of DataConfig of a set, "cifar10", "mnist" or "digits", and how its
         images are augmented."""
+        place: dict[str, Any]
         flip = ({"op": "flip"},) if name == "cifar10" else ()
         crop = {"op": "inception_crop", "area": (0.5, 1.0)}
         if name == "digits" or (not self.root and self.name == "tiny"):
@@ -129,7 +132,7 @@ class Scale:
         elif self.root:
             place = {"source": "folder", "path": os.path.join(self.root, name)}
             if self.name == "tiny":  # 2,000 images of the training set, not 10,000
-                place["holdout"] = 0.04
+                place |= {"holdout": 0.04}
         else:
             place = {"source": "tfds", "name": name}
         return {**place, "train_transforms": (crop, *flip)}

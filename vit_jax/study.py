@@ -14,7 +14,6 @@ happens where there is no accelerator.
 """
 
 import contextlib
-import dataclasses
 import datetime
 import json
 import math
@@ -32,10 +31,9 @@ from vit_jax import (
     benchmark,
     cli,
     config,
+    costs,
     evaluate,
     hardware,
-    models,
-    plan,
     program,
     studies,
     tpu,
@@ -288,20 +286,16 @@ def summarize(folder: Folder, seeds: int) -> list[Summary]:
 
 
 def log_lines(folder: Folder, seeds: int) -> Iterator[str]:
-    """What the runs measured, and their last line of training, without times: these
-    change from run to run."""
+    """What the runs measured, and the loss at the end of training; nothing that another
+    machine would measure differently."""
     for name in folder.study.rows:
         for seed in range(seeds):
-            run = folder.run(name, seed)
-            lines = read_metrics(str(run.workdir))
-            kept = [m for m in lines if is_evaluation(m)]
-            kept += [m for m in lines if "train/loss" in m][-1:]
-            for m in kept:
-                values = {k: v if math.isfinite(v) else None for k, v in m.items() if k not in _TIMES}  # fmt: skip
+            lines = read_metrics(str(folder.run(name, seed).workdir))
+            last = [m for m in lines if "train/loss" in m][-1:]
+            short = [{k: m[k] for k in ("step", "train/loss")} for m in last]
+            for m in [*filter(is_evaluation, lines), *short]:
+                values = {k: v if math.isfinite(v) else None for k, v in m.items()}
                 yield json.dumps({"row": name, "seed": seed, **values}) + "\n"
-
-
-_TIMES = ("train/images_per_second", "train/data_wait", "train/eta_seconds", "train/tflops", "train/mfu")  # fmt: skip
 
 
 def write(folder: Folder, seeds: int) -> None:
@@ -343,7 +337,7 @@ def drawn(folder: Folder, rows: Sequence[Summary]) -> dict[str, Any]:
     if study.figure == "bars":
         return {"names": names, "values": values, "metric": study.metric}
     if study.figure == "lines":
-        x = [flops(study, r) if study.x == COMPUTE else r.row.x for r in rows]
+        x = [costs.flops(study, r.row) if study.x == COMPUTE else r.row.x for r in rows]
         return {
             "names": names, "lines": [r.row.line for r in rows], "x": x,
             "values": values, "x_label": study.x, "metric": study.metric,
@@ -365,77 +359,18 @@ def _heads(metrics: Mapping[str, float]) -> list[tuple[int, float]]:
     return [(int(m[1]) + 1, metrics[k]) for k, m in found.items() if m]
 
 
-# What it costs -------------------------------------------------------------------------
-
-
-def flops(study: Study, row: Summary | Row) -> float:
-    """Of the training of a row and of those that it follows."""
-    row = row.row if isinstance(row, Summary) else row
-    before = flops(study, study.rows[row.after]) if row.after else 0.0
-    return before + _own_flops(row)
-
-
-def _own_flops(row: Row) -> float:
-    if row.measure in ("features", "speed"):
-        return 0.0
-    cfg = row.cfg
-    size = cfg.data.image_size
-    model = dataclasses.replace(cfg.model, image_size=(size, size))
-    return 6.0 * models.macs(model) * cfg.batch * cfg.steps
-
-
-def check(study: Study) -> None:
-    """Builds the program of every row without computing anything, and prints what it
-    is.
-
-    Raises:
-      UserError: a row contradicts itself or its data.
-    """
-    width = max(map(len, study.rows))
-    print(f"{'row':<{width}}  {'parameters':>13}  {'steps':>9}  {'batch':>6}  FLOPs")
-    for name, row in study.rows.items():
-        if row.measure == "features":
-            continue
-        p = program.build(config.replace(row.cfg, pretrained=""), jax.devices()[:1])
-        params = sum(math.prod(x.shape) for x in jax.tree.leaves(p.state_shape.params))
-        steps = 0 if row.measure == "speed" else row.cfg.steps
-        print(
-            f"{name:<{width}}  {params:>13,}  {steps:>9,}  {row.cfg.batch:>6,}  "
-            f"{_own_flops(row):.3g}",
-            flush=True,
-        )
-
-
-def chip_hours(study: Study, target: tpu.Topology, seeds: int) -> None:
-    """Compiles every row for a slice that is not there, and prints what it takes. Rows
-    that differ only in what the compiler does not see are compiled once.
-
-    A row that does not fit is compiled once more with sharded and recomputed layers.
-    """
-    width, total, unknown = max(map(len, study.rows)), 0.0, 0
-    for name, row in study.rows.items():
-        if row.measure in ("features", "speed"):
-            continue
-        cfg = config.replace(row.cfg, pretrained="")
-        found = plan.plan(cfg, target)
-        if not found["fits"]:
-            cfg = config.replace(cfg, sharding="fsdp", model__layers="scan", model__remat="full")  # fmt: skip
-            found = plan.plan(cfg, target)
-        if found["fits"]:
-            total += found["chip_hours"]
-            text = f"{found['chip_hours']:>10,.0f} chip-hours, {found['hours']:,.1f} hours, {found['step_ms']:.0f} ms a step, MFU {found['mfu']:.0%}"
-        else:
-            unknown += 1
-            text = f"does not fit: {found['peak_hbm_gib']:.1f} of {found['hbm_gib']:.1f} GiB"
-        print(f"{name:<{width}}  {text}", flush=True)
-    print(f"{'all rows, 1 seed':<{width}}  {total:>10,.0f} chip-hours")
-    print(f"{f'all rows, {seeds} seeds':<{width}}  {seeds * total:>10,.0f} chip-hours")
-    if unknown:
-        print(f"without {unknown} rows that do not fit on {target.name}")
-    print(f"trust: {plan.TRUST}")
-
-
 # The command ---------------------------------------------------------------------------
+
+
+def check_data(study: Study, given: str) -> None:
+    """Refuses ``--data=given`` where a set that a row reads is not there."""
+    for row in study.rows.values():
+        path = row.cfg.data.path
+        if row.cfg.data.source == "folder" and not Path(path).is_dir():
+            raise UserError(
+                f"--data={given}: {path} does not exist: the study reads class folders "
+                "from there, train/CLASS and test/CLASS"
+            )
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -464,11 +399,12 @@ def main(argv: list[str]) -> int:
     scale = Scale(f.scale, root, f.checkpoint)
     study = make(scale)
     folder = Folder(argv[0], study, scale, f.out)
-    check(study)
+    check_data(study, f.data)
+    costs.check(study)
     if f.topology or (scale.paper and jax.default_backend() == "cpu"):
         if not f.topology:
             print(f"no accelerator here, so nothing is trained: planned for {SLICE}")
-        chip_hours(study, tpu.topology(f.topology or SLICE), f.seeds)
+        costs.chip_hours(study, tpu.topology(f.topology or SLICE), f.seeds)
         return 0
     for name, seed in units(study, f.seeds, shard):
         if not finish(folder, folder.run(name, seed)):

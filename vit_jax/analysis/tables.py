@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from scipy import stats
+
 from vit_jax.scales import Claim, Row, Study
 
 
@@ -23,7 +25,7 @@ class Summary(NamedTuple):
 
     name: str
     row: Row
-    outcomes: list[Outcome | None]  # by seed; None: not done
+    outcomes: Sequence[Outcome | None]  # by seed; None: not done
 
     def values(self, metric: str) -> list[float]:
         """By seed; nan where it is not done, diverged or has no such number."""
@@ -80,8 +82,8 @@ def number(value: float) -> str:
 
 
 def verdict(study: Study, claim: Claim, rows: Sequence[Summary]) -> str:
-    """What these runs say of a claim: the difference of means, by seed, with its
-    standard error. Less than two of them is noise."""
+    """What these runs say of a claim: the difference of the means, seed by seed, and
+    its 95 % interval (Student's t)."""
     metric = claim.metric or study.metric
     by_name = {r.name: r for r in rows}
 
@@ -95,9 +97,13 @@ def verdict(study: Study, claim: Claim, rows: Sequence[Summary]) -> str:
     if len(apart) < 2:
         return f"no verdict from {len(apart)} seed{'s' * (len(apart) != 1)}"
     mean, std = mean_and_std(apart)
-    error = std / math.sqrt(len(apart))
-    word = "within noise" if abs(mean) < 2 * error else "agrees" if mean > 0 else "opposite"  # fmt: skip
-    return f"{word}: {mean:+.4g} ± {error:.2g} over {len(apart)} seeds"
+    half = float(stats.t.ppf(0.975, len(apart) - 1)) * std / math.sqrt(len(apart))
+    seen = abs(mean) > half
+    if claim.equal:
+        word = "differs" if seen else "no difference seen"
+    else:
+        word = "not resolved" if not seen else "agrees" if mean > 0 else "opposite"
+    return f"{word}: {mean:+.3g} ± {half:.2g} over {len(apart)} seeds"
 
 
 def claims(study: Study, rows: Sequence[Summary]) -> str:
