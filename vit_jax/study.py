@@ -39,13 +39,17 @@ from vit_jax import (
     tpu,
     train,
 )  # fmt: skip
-from vit_jax.analysis import comparison, maps, report, tables
-from vit_jax.analysis.subject import Subject
-from vit_jax.analysis.tables import Outcome, Summary
 from vit_jax.config import Config
 from vit_jax.errors import PREEMPTED, Diverged, UserError
 from vit_jax.scales import COMPUTE, Row, Scale, Study
 from vit_jax.workdir import is_evaluation, read_metrics, write_whole
+
+if __name__ == "__main__":
+    cli.need("matplotlib")
+
+from vit_jax.analysis import comparison, maps, report, tables
+from vit_jax.analysis.subject import Subject
+from vit_jax.analysis.tables import Outcome, Summary
 
 SCALES = ("tiny", "small", "paper")
 SLICE = "v5e:16x16"  # that the scale of the paper is planned for, if none is named
