@@ -94,7 +94,7 @@ def verdict(study: Study, claim: Claim, rows: Sequence[Summary]) -> str:
     high = group(claim.higher)
     low = group(claim.lower) if claim.lower else [0.0] * len(high)
     apart = [a - b for a, b in zip(high, low, strict=True) if math.isfinite(a - b)]
-    if len(apart) < 2:
+    if len(apart) < 3:
         return f"no verdict from {len(apart)} seed{'s' * (len(apart) != 1)}"
     mean, std = mean_and_std(apart)
     half = float(stats.t.ppf(0.975, len(apart) - 1)) * std / math.sqrt(len(apart))
