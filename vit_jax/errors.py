@@ -19,3 +19,7 @@ def one_line(error: BaseException) -> str:
     """What a foreign library says, as part of a message: its first line, printable."""
     text = str(error).strip().partition("\n")[0] or type(error).__name__
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)[:300]
+
+
+class Diverged(UserError):
+    """A run whose loss stayed non-finite."""
