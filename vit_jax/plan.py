@@ -277,7 +277,8 @@ def report(p: dict[str, Any]) -> str:
         ]
         if p["kernels_not_counted"]:
             lines.append(
-                f"             {p['kernels_not_counted']} custom kernels have no estimate and count as 0 ms"
+                f"             {p['kernels_not_counted']} calls of kernels count as 0 ms: they are not the attention kernel's, "
+                "or this libtpu wrote no schedule of it"
             )
     else:
         over = p["peak_hbm_gib"] - p["hbm_gib"]
