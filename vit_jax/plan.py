@@ -258,6 +258,7 @@ def report(p: dict[str, Any]) -> str:
         f"model        {p['model'] or 'ViT'}, {p['parameters']:,} parameters",
         f"hardware     {p['slices']} x {p['topology']}, {p['chips']} chips; sharding {p['sharding']} over {mesh}",
         f"images       {sharding.batch_text(p['batch'], p['images_per_chip'], p['accumulate'])}",
+        f"attention    {p['attention']}",
         f"memory       {p['peak_hbm_gib']:.2f} of {p['hbm_gib']:.2f} GiB per chip: {memory}",
     ]
     if p["fits"]:
