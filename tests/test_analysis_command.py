@@ -346,7 +346,7 @@ def test_other_mistakes(npz, tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*choose another --out"):
         analyse(npz, str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"cannot write .*choose another --out"):
-        report.write_html(tmp_path / "none" / "x.html", "", {}, [], {})
+        report.write_html(tmp_path / "none" / "x.html", "", {}, {}, {}, {})
 
 
 @pytest.mark.process

@@ -19,6 +19,7 @@ COMMANDS = {
     "analysis": "draw the paper's figures of a checkpoint",
     "weights": "list the published checkpoints",
     "sweep": "select a learning rate as the paper does",
+    "study": "run one of the paper's studies: table, figure, logs",
     "plan": "compile a run for a TPU slice that is not there: memory, time, traffic",
     "benchmark": "time training, inference and data on this machine",
     "data.write_records": "write images as shards for training",
