@@ -70,7 +70,11 @@ def train(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
                 run.run(program.init())
                 loop.append(read_metrics(workdir)[-1])
     speed = statistics.median(bare)
-    flops = 6 * models.macs(program.cfg.model) * speed
+    flops = models.traced_flops(
+        jax.make_jaxpr(program.train_step)(program.state_shape, program.batch_shape)
+    )
+    # Rematerialization adds to those of the model; frozen parameters take from them.
+    needed = min(flops, 6 * models.macs(program.cfg.model) * cfg.batch)
     return {
         "images_per_second": speed,
         "step_ms": 1e3 * cfg.batch / speed,
@@ -83,8 +87,9 @@ def train(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
         "attention": program.attention or cfg.model.attention,
         "data_wait": statistics.median(m["train/data_wait"] for m in loop),
         "compile_seconds": compile_seconds,
+        "step_tflop": flops / 1e12,
         **_memory(compiled),
-        **utilisation(flops),
+        **utilisation(needed * speed / cfg.batch),
     }
 
 

@@ -410,7 +410,7 @@ def _say_end(
         f"curves           tensorboard --logdir_spec {epath.Path(workdir).name}:{workdir}   (numbers: {epath.Path(workdir) / METRICS})"
     )
     say(f"predict          python -m vit_jax.predict {workdir} IMAGE...")
-    say(f"export           python -m vit_jax.convert {workdir} model.npz")
+    say(f"convert          python -m vit_jax.convert {workdir} model.npz")
 
 
 def _shapes(batch: Mapping[str, Any]) -> dict[str, Any]:
