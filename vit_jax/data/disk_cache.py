@@ -165,7 +165,7 @@ class DiskCache:
                 self._storing.discard(path)
 
     def _write(self, path: Path, data: bytes) -> None:
-        content = data + _TRAILER.pack(len(data), google_crc32c.value(data))
+        content = data + _trailer(data)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         path.parent.mkdir(exist_ok=True)
         try:
@@ -188,23 +188,17 @@ class DiskCache:
         try:
             with path.open("rb", buffering=0) as stream:
                 if path not in self._good:
-                    content = stream.read()
-                    length = len(content) - _TRAILER.size
-                    data = content[: max(length, 0)]
-                    expected = _TRAILER.pack(length, google_crc32c.value(data))
-                    if length <= 0 or content[length:] != expected:
-                        raise EOFError("the piece is damaged")
-                    self._good[path] = length
-                return (
-                    os.pread(stream.fileno(), b - a, a)
-                    if b <= self._good[path]
-                    else None
-                )
+                    self._good[path] = _checked(stream.readall())
+                if b <= self._good[path]:
+                    return os.pread(stream.fileno(), b - a, a)
         except FileNotFoundError:
             self._good.pop(path, None)  # another process made room
-        except (OSError, EOFError):
-            with contextlib.suppress(OSError):
+        except ValueError:  # damaged
+            with contextlib.suppress(OSError), self._locked() as size:
+                size[0] -= path.stat().st_size
                 path.unlink()
+        except OSError:
+            pass
         return None
 
     def _version(self, read: Read, folder: str, name: str) -> str:
@@ -289,3 +283,15 @@ class DiskCache:
                 "kept there, and the data come from the bucket",
                 self.folder, error.strerror or error,
             )  # fmt: skip
+
+
+def _checked(content: bytes) -> int:
+    """Bytes of a piece; ValueError where they are not those that were written."""
+    length = len(content) - _TRAILER.size
+    if length <= 0 or content[length:] != _trailer(content[:length]):
+        raise ValueError("the piece is damaged")
+    return length
+
+
+def _trailer(data: bytes) -> bytes:
+    return _TRAILER.pack(len(data), google_crc32c.value(data))

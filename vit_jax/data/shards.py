@@ -126,7 +126,7 @@ class Shards(Files):
                 result[row] = record
         if self.format == TFRECORD:
             return [
-                self._checked(s, i, a, b, answer(self.files[s], asked))
+                self._checked(s, i, a, b, answer(str(self.files[s]), asked))
                 for s, i, (a, b, asked) in zip(
                     shards.tolist(), numbers, result, strict=True
                 )

@@ -25,7 +25,7 @@ from vit_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 # Reads per second and CPU: hardly any image is decoded faster.
-_WANTED = 2_000
+WANTED = 2_000
 _MEASURED = 4  # first reads, which go out one by one to be timed
 _MOST = 512  # reads at a time
 _AHEAD = 16  # pieces of one file that are asked for at a time
@@ -176,7 +176,7 @@ def at_a_time(seconds: float) -> int:
     """Reads under way at a time that keep the CPUs of this host busy where one takes so
     many seconds."""
     cpus = os.cpu_count() or 1
-    return min(max(math.ceil(_WANTED * cpus * seconds), cpus, 4), _MOST)
+    return min(max(math.ceil(WANTED * cpus * seconds), cpus, 4), _MOST)
 
 
 @functools.lru_cache(maxsize=64)
