@@ -139,10 +139,11 @@ class ModelConfig:
 class DataConfig:
     """Which images, and what happens to them on the way to the device."""
 
-    source: Literal["digits", "folder", "tfds", "records", "synthetic"] = "tfds"
+    source: Literal["digits", "folder", "tfds", "records", "tar", "synthetic"] = "tfds"
     name: str = ""  # tfds: data set name, for example "cifar10"; vtab tasks: "vtab/dtd"
     # folder: class folders (layouts in data/folders.py) or a .csv or .jsonl table (columns
-    # in data/manifest.py); records: folder of the shards; tfds: data_dir.
+    # in data/manifest.py); records: folder of the shards; tar: a folder of shards, or one;
+    # tfds: data_dir.
     path: str = ""
     # Side of the square images that reach the model, in pixels; 0: as the checkpoint that
     # config.pretrained names has it.
