@@ -20,6 +20,7 @@ from typing import Any
 import tensorstore
 
 from vit_jax.data.disk_cache import PIECE, Answer, DiskCache
+from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,11 @@ _disks: dict[str, DiskCache] = {}  # folder in a bucket -> what keeps its bytes
 
 def is_remote(path: str) -> bool:
     return "://" in path
+
+
+def binary(file: str) -> Any:
+    """A stream of bytes, local or remote."""
+    return tf.io.gfile.GFile(file, "rb") if is_remote(file) else open(file, "rb")
 
 
 def names(folder: str) -> list[str]:
