@@ -113,6 +113,8 @@ class ModelConfig:
     qk_norm: bool = False  # a norm of every query and key, over the size of a head
     attention_norm: bool = False  # a norm before the output projection (EVA CLIP)
     parallel: bool = False  # z + MSA(LN(z)) + MLP(LN(z)) with one LN (2302.05442)
+    # Each block becomes two: patches attend along rows, then along columns (Section D.6).
+    axial: bool = False
     # "swiglu": silu(gate) times value, so three projections (2002.05202).
     mlp: Literal["gelu", "swiglu"] = "gelu"
     mlp_norm: bool = False  # a norm before the second projection of the MLP (EVA-02)

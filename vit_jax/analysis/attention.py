@@ -178,10 +178,15 @@ def unrolled(model: Any, params: Any) -> tuple[Any, Any]:
     A scan would stack the attention of all layers before anything could be reduced.
 
     Raises:
-      UserError: the model has no attention.
+      UserError: the model has no attention, or none between all patches.
     """
     if models.is_resnet(model.cfg):
         raise UserError("the checkpoint is a ResNet: it has no attention to look at")
+    if model.cfg.axial:
+        raise UserError(
+            "the checkpoint has axial attention (config.model.axial): no layer has "
+            "attention between all patches to look at"
+        )
     if model.cfg.layers == "loop":
         return model, params
     encoder = dict(params["Transformer"])
