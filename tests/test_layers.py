@@ -23,7 +23,7 @@ objectives workdir trackers measure weights inference photos pixels
 evaluators
 analysis program
 train
-main predict embed evaluate sharing convert export plan benchmark sweep costs study
+main app predict embed evaluate sharing space convert export plan benchmark sweep costs study
 """
 LEVELS = {
     name: level
