@@ -42,7 +42,7 @@ from vit_jax.data.examples import (
     Unreadable,
     check_class_names,
 )
-from vit_jax.data.shards import binary, is_remote
+from vit_jax.data.storage import binary, is_remote
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError, one_line
 
