@@ -10,12 +10,13 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
 import pytest
 
-from vit_jax import hardware, hlo, kernel_schedule, plan, search, tpu
+from vit_jax import hardware, hlo, kernel_schedule, plan, search, tpu, train
 from vit_jax.config import (
     Config,
     DataConfig,
@@ -54,6 +55,28 @@ TINY = Config(
 )  # fmt: skip
 def test_out_of_memory_messages(message, gib):
     assert tpu.needed_memory(message) / 2**30 == pytest.approx(gib)
+
+
+def test_a_kernel_beyond_vector_memory(monkeypatch):
+    lowered = types.SimpleNamespace(as_text=lambda: "", compile=None)
+    target = tpu.Topology("v5e:1x1", hardware.CHIPS["v5e"], [None])
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem while allocating on stack for "
+        "%attention_forward. Scoped allocation with size 17.25M and limit 16.00M exceeded scoped vmem limit by 1.25M."
+    )
+
+    def compile():
+        raise jax.errors.JaxRuntimeError(message)
+
+    lowered.compile = compile
+    monkeypatch.setattr(tpu, "cached", lambda key, find_out: find_out())
+    with pytest.raises(UserError) as e:
+        tpu.compile(lowered, target)
+    assert str(e.value) == (
+        "a kernel asks for more vector memory than there is (17.25M of 16.00M): set config.model.attention=xla"
+    )
+    assert train.out_of_memory(None, message) == str(e.value)
+    assert tpu.beyond_vector_memory("RESOURCE_EXHAUSTED: hbm") == ""
 
 
 @pytest.mark.parametrize(
@@ -199,6 +222,11 @@ def test_what_was_compiled_once_is_found_on_disk(tmp_path, monkeypatch):
     assert tpu.cached(["a"], find_out) == {"n": 3}, "half a file is written anew"
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--other")
     assert tpu.cached(["a"], find_out) == {"n": 4}, "the compiler has other options"
+    assert tpu.cached(["c"], lambda: None) is None
+    assert tpu.cached(["c"], lambda: 1) == 1, "what was not found out is tried again"
+    (tmp_path / "file").touch()
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "file"))
+    assert tpu.cached(["d"], lambda: 2) == 2, "what cannot be written ends nothing"
 
 
 # The search ------------------------------------------------------------------

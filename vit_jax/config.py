@@ -139,10 +139,11 @@ class ModelConfig:
 class DataConfig:
     """Which images, and what happens to them on the way to the device."""
 
-    source: Literal["digits", "folder", "tfds", "records", "synthetic"] = "tfds"
+    source: Literal["digits", "folder", "tfds", "records", "tar", "synthetic"] = "tfds"
     name: str = ""  # tfds: data set name, for example "cifar10"; vtab tasks: "vtab/dtd"
     # folder: class folders (layouts in data/folders.py) or a .csv or .jsonl table (columns
-    # in data/manifest.py); records: folder of the shards; tfds: data_dir.
+    # in data/manifest.py); records: folder of the shards; tar: a folder of shards, or one;
+    # tfds: data_dir.
     path: str = ""
     # Side of the square images that reach the model, in pixels; 0: as the checkpoint that
     # config.pretrained names has it.
@@ -193,7 +194,8 @@ class OptimConfig:
     """The optimizer and its schedule. Weight decay is decoupled: p <- p - lr (update +
     weight_decay p)."""
 
-    name: Literal["adam", "sgd", "adafactor"] = "adam"
+    # "muon": for kernels of the blocks, and Adam for the rest (matrices.py).
+    name: Literal["adam", "sgd", "adafactor", "muon"] = "adam"
     learning_rate: Amount = 1e-3  # base learning rate, reached at the end of warm-up
     schedule: Literal["cosine", "linear", "rsqrt", "constant"] = "cosine"
     end_learning_rate: Amount = 0.0  # where the linear schedule ends
@@ -214,6 +216,9 @@ class OptimConfig:
     # Regular expressions of parameter paths that stay as they are; "backbone": all but
     # the head.
     freeze: tuple[str, ...] = ()
+    # Rank by which the kernels of the blocks may move (LoRA, 2106.09685); all else but the
+    # head is frozen. Saved parameters are merged ones. 0: no limit.
+    lora: Count = 0
     # ((path regular expression, learning-rate factor), ...)
     multipliers: tuple[tuple[str, Amount], ...] = ()
     # Factor between the learning rates of a block and of the one before it; 1: none.

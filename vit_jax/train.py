@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from vit_jax import config, data, evaluators, models, sharding, weights
+from vit_jax import config, data, evaluators, models, sharding, tpu, weights
 from vit_jax.checkpoint import Checkpointer
 from vit_jax.config import Config
 from vit_jax.errors import UserError
@@ -429,6 +429,8 @@ def _explain_out_of_memory(program: Program) -> Iterator[None]:
 
 def out_of_memory(program: Program, reason: str) -> str:
     """What to do about a lack of memory, in one line."""
+    if advice := tpu.beyond_vector_memory(reason):
+        return advice
     cfg = program.cfg
     found = re.search(r"(\d+) bytes", reason)
     wanted = f": {int(found[1]) / 2**30:.3g} GiB more were wanted" if found else ""
