@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns a folder, a manifest or a tfds set into sharded records.
+"""Turns a folder, a manifest, or any other source of data into sharded records.
 
     python -m vit_jax.data.write_records photos/ records/
     python -m vit_jax.data.write_records labels.csv records/ --format=array_record
@@ -51,7 +51,8 @@ def write(
     """Writes the splits of ``source`` into the folder ``dest``.
 
     Args:
-      source: a folder, a .csv or .jsonl manifest, or ``tfds:NAME``.
+      source: a folder, a .csv or .jsonl manifest, or another source of
+        ``config.data.source`` with its path or name: ``tar:shards/``, ``tfds:cifar10``.
       split: "train", "test" or, if "", both.
       shards: files per split; 0: as many as make them about 128 MiB.
       workers: shards written at a time; 0: one per CPU.
@@ -71,10 +72,10 @@ def write(
     """
     if format not in FORMATS:
         raise UserError(f"--format is {format!r}: choose one of {list(FORMATS)}")
-    if source.startswith("tfds:"):
-        cfg = DataConfig(source="tfds", name=source.removeprefix("tfds:"))
-    else:
-        cfg = DataConfig(source="folder", path=source)
+    kind, _, rest = source.partition(":")
+    if kind not in sources.SOURCES:
+        kind, rest = "folder", source
+    cfg = DataConfig(source=kind, **{"name" if kind == "tfds" else "path": rest})
     if workers < 0:
         raise UserError(f"--workers is {workers}: it must be at least 0 (one per CPU)")
     if not 0 <= process_id < num_processes:
@@ -125,7 +126,8 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != 2:
         raise UserError(
             f"got the arguments {arguments}: it must be SOURCE (a folder, a .csv or "
-            ".jsonl manifest, or tfds:NAME) and DEST (a folder for the shards)"
+            ".jsonl manifest, tar:FOLDER, tfds:NAME, ...) and DEST (a folder for the "
+            "shards)"
         )
     source, dest = arguments
     if flags.FLAGS["quality"].present and not flags.FLAGS.shorter_side:
