@@ -75,7 +75,9 @@ def write(
     kind, _, rest = source.partition(":")
     if kind not in sources.SOURCES:
         kind, rest = "folder", source
-    cfg = DataConfig(source=kind, **{"name" if kind == "tfds" else "path": rest})
+    where = "name" if kind == "tfds" else "path"
+    options: dict[str, Any] = {"source": kind, where: rest}
+    cfg = DataConfig(**options)
     if workers < 0:
         raise UserError(f"--workers is {workers}: it must be at least 0 (one per CPU)")
     if not 0 <= process_id < num_processes:
