@@ -21,6 +21,7 @@ from vit_jax.data import (
     shard_writer,
     shards,
     sources,
+    storage,
     write_records,
 )
 from vit_jax.data.tensorflow_cpu import tf
@@ -247,7 +248,7 @@ class Patient:
     def read(self, name, byte_range):
         self.begun += 1
         self.most = max(self.most, self.begun)
-        return Answer(self, self.store.read(name, byte_range=byte_range))
+        return Answer(self, self.store.read(name, byte_range))
 
 
 class Answer:
@@ -263,13 +264,13 @@ def test_the_records_of_a_batch_are_asked_for_together(written, monkeypatch):
     """However long a read takes, a batch waits for one: exact ranges, all at once."""
     split = sources.load(config(written["tfrecord"])).train
     before = split.read(np.arange(10))
-    real, stores = shards._store, []
+    real, stores = storage._store, []
 
     def patient(folder):
         stores.append(Patient(real(folder)))
         return stores[0]
 
-    monkeypatch.setattr(shards, "_store", patient)
+    monkeypatch.setattr(storage, "_store", patient)
     after = split.read(np.arange(10))
     assert stores[0].most == 10
     assert after[0] == before[0]

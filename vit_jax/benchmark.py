@@ -93,7 +93,7 @@ def train(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
         "data_wait": statistics.median(m["train/data_wait"] for m in loop),
         "compile_seconds": compile_seconds,
         "step_tflop": flops / 1e12,
-        **_memory(compiled),
+        **memory(compiled),
         **utilisation(needed * speed / cfg.batch),
     }
 
@@ -163,8 +163,8 @@ def _seconds(step: Callable[..., Any], state: Any, batch: Any, steps: int) -> fl
     return time.perf_counter() - start
 
 
-def _memory(compiled: Any) -> dict[str, float]:
-    """Peak GiB per device of a compiled step: donated arguments are counted once."""
+def memory(compiled: Any) -> dict[str, float]:
+    """Peak GiB per device of a compiled program: donated arguments count once."""
     m = compiled.memory_analysis()
     if m is None:
         return {}

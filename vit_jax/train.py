@@ -15,7 +15,7 @@ from etils import epath
 from vit_jax import config, data, evaluators, models, sharding, tpu, weights
 from vit_jax.checkpoint import Checkpointer
 from vit_jax.config import Config
-from vit_jax.errors import UserError
+from vit_jax.errors import Diverged, UserError
 from vit_jax.feed import Feed
 from vit_jax.inference import Predictor
 from vit_jax.measure import Interval, Profiler
@@ -281,7 +281,7 @@ class Loop:
             self.checkpoints.wait()
             if latest := self.checkpoints.latest:
                 where = f"the newest checkpoint is finite: {self.checkpoints.path(latest)}, but its loss may have risen before"
-        raise UserError(
+        raise Diverged(
             f"the loss, its gradient or the update was not finite in {self.bad_in_row} steps in a row, up to step {step} "
             f"(config.max_bad_steps={self.cfg.max_bad_steps}); {where}. Lower config.optim.learning_rate, set "
             "config.optim.clip=1.0 or look at the data"

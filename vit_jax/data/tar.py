@@ -19,7 +19,7 @@ import numpy as np
 from vit_jax.config import DataConfig
 from vit_jax.data import classes, imagenet, split_files, tar_index
 from vit_jax.data.examples import Dataset, Split
-from vit_jax.data.shards import answer, ask, binary
+from vit_jax.data.storage import answer, ask, binary
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 
