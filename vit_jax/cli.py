@@ -107,14 +107,15 @@ def only_json(wanted: bool) -> contextlib.AbstractContextManager[Any]:
 
 def print_json(value: Any) -> None:
     """One JSON document, the only thing on standard output; NaN and infinity are null."""
-    print(json.dumps(_finite(value), allow_nan=False))
+    print(json.dumps(finite(value), allow_nan=False))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A tree of dicts and lists as JSON can have it: NaN and infinity become None."""
     if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -193,7 +193,8 @@ class OptimConfig:
     """The optimizer and its schedule. Weight decay is decoupled: p <- p - lr (update +
     weight_decay p)."""
 
-    name: Literal["adam", "sgd", "adafactor"] = "adam"
+    # "muon": for kernels of the blocks, and Adam for the rest (matrices.py).
+    name: Literal["adam", "sgd", "adafactor", "muon"] = "adam"
     learning_rate: Amount = 1e-3  # base learning rate, reached at the end of warm-up
     schedule: Literal["cosine", "linear", "rsqrt", "constant"] = "cosine"
     end_learning_rate: Amount = 0.0  # where the linear schedule ends
@@ -214,6 +215,9 @@ class OptimConfig:
     # Regular expressions of parameter paths that stay as they are; "backbone": all but
     # the head.
     freeze: tuple[str, ...] = ()
+    # Rank by which the kernels of the blocks may move (LoRA, 2106.09685); all else but the
+    # head is frozen. Saved parameters are merged ones. 0: no limit.
+    lora: Count = 0
     # ((path regular expression, learning-rate factor), ...)
     multipliers: tuple[tuple[str, Amount], ...] = ()
     # Factor between the learning rates of a block and of the one before it; 1: none.

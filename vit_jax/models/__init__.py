@@ -40,7 +40,7 @@ from typing import Any
 from vit_jax.config import ModelConfig
 from vit_jax.models import published
 from vit_jax.models.attention import Attend, beyond_attend
-from vit_jax.models.flops import macs, traced_flops
+from vit_jax.models.flops import largest_activation, macs, traced_flops
 from vit_jax.models.resnet import ResNet
 from vit_jax.models.variants import (
     has_class_token,
@@ -63,6 +63,7 @@ __all__ = [
     "has_class_token",
     "has_stem",
     "is_resnet",
+    "largest_activation",
     "macs",
     "names",
     "prefix_tokens",

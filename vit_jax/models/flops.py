@@ -71,6 +71,17 @@ def _resnet(cfg: ModelConfig) -> tuple[int, int]:
     return total, channels
 
 
+def largest_activation(cfg: ModelConfig, image_size: tuple[int, int]) -> int:
+    """How many numbers the largest array between two layers holds, per image: the hidden
+    layer of the MLP, the attention weights, or the first stage of a ResNet."""
+    cfg = resolve(cfg)
+    stage = 16 * cfg.resnet_width * math.prod(image_size) if has_stem(cfg) else 0
+    if is_resnet(cfg):
+        return stage
+    tokens = math.prod(token_grid(cfg, image_size)) + prefix_tokens(cfg)
+    return max(stage, tokens * max(cfg.mlp_dim, cfg.heads * tokens))
+
+
 def traced_flops(jaxpr: Any) -> int:
     """FLOPs of the matrix products and convolutions of a traced function; where it
     chooses between branches, of the largest.
