@@ -312,14 +312,15 @@ def _in_tensorflow(
 
     def call(*args: Any) -> Any:
         leaves = tf.nest.flatten(args)
-        return call_module(
+        results: Any = call_module(
             [leaves[i] for i in exported.module_kept_var_idx],
             version=exported.calling_convention_version,
             module=portable,
             Sout=[[n if isinstance(n, int) else None for n in out.shape]],
             Tout=[tf.as_dtype(out.dtype)],
             platforms=[name.upper() for name in exported.platforms],
-        )[0]
+        )
+        return results[0]
 
     return call
 
