@@ -28,7 +28,7 @@ def macs(cfg: ModelConfig) -> int:
     d, m = cfg.width, cfg.mlp_dim
     s = n + prefix_tokens(cfg)
     embedding = n * cfg.patch**2 * channels * d
-    dense = 3 if cfg.mlp == "swiglu" else 2
+    dense = 2 if cfg.mlp == "gelu" else 3
     blocks = cfg.depth * (4 * s * d * d + 2 * s * s * d + dense * s * d * m)
     return stem + embedding + blocks + _head(cfg, n, s)
 

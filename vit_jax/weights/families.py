@@ -115,7 +115,7 @@ FAMILIES = (
         model={**HALF, "gelu": "exact", "layer_norm_eps": 1e-12},
         resize="bilinear",
         hub=Hub(
-            ("beit",),
+            ("beit", "data2vec-vision"),
             "BeitModel",
             "BeitForImageClassification",
             "BeitImageProcessor",

@@ -145,6 +145,8 @@ def infer(
         raise UserError(f"{report.where} has a ResNet root but nothing that follows it")
     else:
         shown["patch"] = 1
+    if shown.get("mlp") == "swiglu" and facts.stated.get("mlp") == "geglu":
+        shown["mlp"] = "geglu"  # of the same arrays
     for field, value in shown.items():
         facts.settle(field, value)
     if "depth" in shown:
@@ -449,7 +451,7 @@ def _table(
         )
         return "", None
     first = positioned_tokens(cfg)
-    extras = sorted({0, 1, first}, key=lambda e: (e != first, e))
+    extras = sorted({0, 1, first, first + cfg.registers}, key=lambda e: (e != first, e))
 
     def of_rows(rows: int, columns: int) -> list[tuple[int, int]]:
         found = []

@@ -177,7 +177,7 @@ def convert(
 
     What is not explained stays under its own name, which is an error later on.
     """
-    left = dict(arrays)
+    left = {name: array for name, array in arrays.items() if 0 not in array.shape}
     names = found.names
     if "head" in names and "pooler" in names.get("pre_logits", ""):
         name = names["pre_logits"]

@@ -29,7 +29,7 @@ _ARCHITECTURES: tuple[tuple[str, dict[str, Any]], ...] = (
         {"gelu": "tanh"},
     ),
     (r"quickgelu", {"gelu": "quick"}),
-    (r"^vit_.*_clip_|dinov3|lingbot|^vit_pe_|^aimv2", {"layer_norm_eps": 1e-5}),
+    (r"^vit_.*_clip_|dinov3|lingbot|^vit_pe_|^aimv2|^beit3", {"layer_norm_eps": 1e-5}),
     (r"dinov3|lingbot", {"rope": "dinov3"}),
     (r"dinov3_|_dinov3$|lingbot", {"rope_theta": 100.0}),
     (r"^eva02_|_rope_reg\d_gap", {"rope": "eva02", "rope_grid": (16, 16)}),
@@ -39,6 +39,11 @@ _ARCHITECTURES: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"^vit_pe_core_base", {"rope_grid": (14, 14)}),
     (r"^vit_pe_\w+_gigantic", {"rope_offset": 0.0}),
     (r"^vit_pe_core", {"map_heads": 8}),
+)
+# Parts that no array shows and no model here has.
+_UNKNOWN = (
+    (r"^eva02_enormous|_rpn_", "norms of what attention and MLP return"),
+    (r"_reg\d_map_", "attention pooling that leaves the registers out"),
 )
 # Heads that do not follow from the width, where config.json does not give them.
 _HEADS = (
@@ -59,6 +64,9 @@ def read(values: dict[str, Any], where: str) -> Metadata:
     given = lambda key, default, convert: entries.field(
         arguments, key, default, convert, where
     )
+    for pattern, part in _UNKNOWN:
+        if re.search(pattern, architecture):
+            raise UserError(f"{where}: {architecture} has {part}, which is not covered")
     model: dict[str, Any] = {}
     for pattern, known in _ARCHITECTURES:
         if re.search(pattern, architecture):
@@ -73,6 +81,9 @@ def read(values: dict[str, Any], where: str) -> Metadata:
         ("patch_size", "patch", entries.square),
         ("in_chans", "channels", entries.count),
         ("attn_pool_num_heads", "map_heads", entries.count),
+        ("rope_temperature", "rope_theta", entries.positive),
+        ("rope_grid_offset", "rope_offset", entries.positive),
+        ("ref_feat_shape", "rope_grid", entries.pair),
     ):
         if value := given(key, None, convert):
             model[ours] = value
