@@ -98,7 +98,9 @@ def _of_transformers(
         )
         model |= {"mlp": "geglu"} if gated else {}
     if inner.get("is_native") is True:
-        raise UserError(f"{where_config}: is_native=true (AIMv2 of any size) is not covered")
+        raise UserError(
+            f"{where_config}: is_native=true (AIMv2 of any size) is not covered"
+        )
     architectures = values.get("architectures") or [""]
     plain = all(str(x).endswith("Model") for x in architectures)
     if plain and inner.get("pooler_act", "tanh") != "tanh":
@@ -325,6 +327,12 @@ def _of_open_clip(values: dict[str, Any], where: str) -> Metadata:
         about, key, default, convert, where
     )
     model: dict[str, Any] = {"gelu": "quick" if outer.get("quick_gelu") else "exact"}
+    if tower := vision.get("timm_model_name"):
+        model = timm_config.known_by(str(tower), where)
+        if pool := vision.get("timm_pool"):
+            model["head"] = config.choose(
+                f"timm_pool in {where}", str(pool), timm_config.POOLS
+            )
     for key, ours, convert in (
         ("width", "width", entries.count),
         ("layers", "depth", entries.count),

@@ -159,8 +159,9 @@ class _Layout:
             self.family.name, arrays, about, torch=True, files=self.files
         )
         try:
-            taken = recognise.recognise(arrays, self.family.timm, "it").family.name
-            self.itself = taken == self.family.name
+            name, timm = self.family.name, self.family.timm
+            taken = recognise.recognise(arrays, timm, name).family.name
+            self.itself = taken == name
             if not self.itself:
                 self.reasons.append(f"it would be taken for {taken}")
                 return

@@ -451,11 +451,12 @@ def _table(
         )
         return "", None
     first = positioned_tokens(cfg)
-    extras = sorted({0, 1, first, first + cfg.registers}, key=lambda e: (e != first, e))
+    extras = sorted({0, 1, first}, key=lambda e: (e != first, e))
 
     def of_rows(rows: int, columns: int) -> list[tuple[int, int]]:
         found = []
-        for extra in extras:
+        # Rows of registers are too rare to be looked for without a size.
+        for extra in [*extras, *[first + cfg.registers] * bool(rows)]:
             patches = shape[1] - extra
             side = int(max(patches, 0) ** 0.5)
             grid = (rows, columns) if rows else (side, side)

@@ -19,7 +19,7 @@ def is_timm(values: Mapping[str, Any]) -> bool:
 
 
 # What the images of timm's models are pooled with, as heads of ours.
-_POOLS = {"": "none", "token": "token", "avg": "gap", "map": "map"}
+POOLS = {"": "none", "token": "token", "avg": "gap", "map": "map"}
 
 # What timm's architectures are known by alone: every row that fits a name counts.
 _ARCHITECTURES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -54,6 +54,25 @@ _HEADS = (
 )
 
 
+def known_by(architecture: str, where: str) -> dict[str, Any]:
+    """What the name of an architecture of timm says about its model.
+
+    Raises:
+      UserError: it has a part that no model here has.
+    """
+    for pattern, part in _UNKNOWN:
+        if re.search(pattern, architecture):
+            raise UserError(f"{where}: {architecture} has {part}, which is not covered")
+    model: dict[str, Any] = {}
+    for pattern, known in _ARCHITECTURES:
+        if re.search(pattern, architecture):
+            model |= known
+    for pattern, heads in _HEADS:
+        if re.search(pattern, architecture):
+            model["heads"] = heads
+    return model
+
+
 def read(values: dict[str, Any], where: str) -> Metadata:
     about = entries.field(values, "pretrained_cfg", values, dict, where)
     arguments = entries.field(values, "model_args", {}, dict, where)
@@ -64,16 +83,9 @@ def read(values: dict[str, Any], where: str) -> Metadata:
     given = lambda key, default, convert: entries.field(
         arguments, key, default, convert, where
     )
-    for pattern, part in _UNKNOWN:
-        if re.search(pattern, architecture):
-            raise UserError(f"{where}: {architecture} has {part}, which is not covered")
-    model: dict[str, Any] = {}
-    for pattern, known in _ARCHITECTURES:
-        if re.search(pattern, architecture):
-            model |= known
-    for pattern, heads in _HEADS:
-        if re.search(pattern, architecture) and "embed_dim" not in arguments:
-            model["heads"] = heads
+    model = known_by(architecture, where)
+    if "embed_dim" in arguments:
+        model.pop("heads", 0)  # of the published width
     for key, ours, convert in (
         ("num_heads", "heads", entries.count),
         ("embed_dim", "width", entries.count),
@@ -98,7 +110,7 @@ def read(values: dict[str, Any], where: str) -> Metadata:
         )
     pool = arguments.get("global_pool", values.get("global_pool"))
     if pool is not None:
-        model["head"] = config.choose("global_pool in config.json", str(pool), _POOLS)
+        model["head"] = config.choose("global_pool in config.json", str(pool), POOLS)
     if arguments.get("pos_embed") == "none":
         model["positions"] = "none"
     labels = get("label_names", (), entries.names) or entries.field(
@@ -164,7 +176,7 @@ def write(
     Raises:
       UserError: no architecture of timm is such a model.
     """
-    pools = {head: pool for pool, head in _POOLS.items()}
+    pools = {head: pool for pool, head in POOLS.items()}
     if cfg.head not in pools or cfg.pre_logits:
         what = "pre_logits" if cfg.pre_logits else f"head {cfg.head!r}"
         raise UserError(f"model.head: timm builds no model with {what}")

@@ -57,7 +57,9 @@ def understand(
     if facts.stated.get("final_norm") == "none":  # though the file may have one
         last = [name for name in arrays if "encoder_norm" in name]
         for name in last:
-            report.change(f"ignored: {arrays.pop(name).name} (the head does not read it)")
+            report.change(
+                f"ignored: {arrays.pop(name).name} (the head does not read it)"
+            )
     about = dataclasses.replace(
         about,
         transforms=about.transforms or timm_config.crops(None, family.crop),
