@@ -7,6 +7,7 @@ import functools
 import graphlib
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,14 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A part (a file or folder of vit_jax/) imports from its own line and the
 # lines above.
 TIERS = """
-errors fields vtab_tasks config runtime preemption peers distributed progress feed config_file cli
-models data optim sharding checkpoint hlo hardware tpu search recipes demos
+errors fields vtab_tasks config matrices runtime preemption peers distributed progress feed config_file cli
+models data optim sharding checkpoint hlo hardware tpu search recipes demos scales studies
 kernels kernel_schedule
 objectives workdir trackers measure weights inference photos pixels
 evaluators
 analysis program
 train
-main predict embed evaluate sharing convert export plan benchmark sweep study
+main app predict embed evaluate sharing space convert export plan benchmark sweep costs study
 """
 LEVELS = {
     name: level
@@ -113,9 +114,9 @@ def test_heavy_imports_stay_in_their_place():
         assert not module.startswith("flax.training"), f"{path} imports {module}"
 
 
-def test_only_configs_import_recipes():
+def test_only_configs_and_studies_import_recipes():
     for path in FILES:
-        if path.name != "recipes.py":
+        if path.name not in ("recipes.py", "scales.py", "studies.py"):
             assert "vit_jax.recipes" not in imports(path), f"{path} imports recipes"
     own = {
         part(m)
@@ -134,3 +135,10 @@ def test_import_takes_no_tensorflow_and_no_device():
         "assert not xla_bridge._backends, 'a device was taken'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_wheel_holds_every_folder():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    folders = {module_of(path.parent) for path in FILES}
+    listed = set(project["tool"]["setuptools"]["packages"])
+    assert listed == folders | {"vit_jax.configs"}

@@ -256,6 +256,146 @@ def test_adafactor_factors_the_layers_of_a_stack_one_by_one(depth):
             np.testing.assert_allclose(a, b[i], rtol=1e-6)
 
 
+# Muon and LoRA: a model's kernels as the matrices they are, and what is none.
+
+BLOCK = {
+    "MultiHeadDotProductAttention_1": {
+        "query": {"kernel": (6, 3, 2), "bias": (3, 2)},
+        "out": {"kernel": (3, 2, 6), "bias": (6,)},
+    },
+    "MlpBlock_3": {"Dense_0": {"kernel": (6, 4)}, "Dense_1": {"kernel": (4, 6)}},
+    "LayerNorm_0": {"scale": (6,)},
+}
+MODEL = {
+    "block1": {"unit1": {"conv2": {"kernel": (2, 2, 3, 5)}}},
+    "embedding": {"kernel": (2, 2, 5, 6)},
+    "Transformer": {"encoderblock_0": BLOCK, "encoderblock_1": BLOCK},
+    "head": {"kernel": (6, 4), "bias": (4,)},
+}
+MATRICES = {
+    "query/kernel": (6, 6),
+    "out/kernel": (6, 6),
+    "Dense_0/kernel": (6, 4),
+    "Dense_1/kernel": (4, 6),
+    "conv2/kernel": (12, 5),
+}
+
+
+def random_model(seed):
+    rng = np.random.default_rng(seed)
+    draw = lambda shape: jnp.float32(rng.normal(size=shape))
+    return jax.tree.map(draw, MODEL, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def stacked(params):
+    """The same with the blocks along a first axis."""
+    blocks = jax.tree.map(lambda *x: jnp.stack(x), *params["Transformer"].values())
+    return params | {"Transformer": {"encoderblock": blocks}}
+
+
+def matrix(name, x):
+    """The kernel as the matrix it is, in float64; None of what is no matrix."""
+    shape = MATRICES.get("/".join(name.split("/")[-2:]))
+    return shape and np.float64(x).reshape(shape)
+
+
+def orthogonal(m):
+    """Newton-Schulz steps act on the singular values alone."""
+    u, s, v = np.linalg.svd(m, full_matrices=False)
+    s /= np.linalg.norm(s)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return u * s @ v
+
+
+def test_muon_by_hand():
+    params, grads = random_model(0), [random_model(1), random_model(2)]
+    cfg = OptimConfig(
+        name="muon", schedule="constant", learning_rate=0.1, weight_decay=0.5
+    )
+    found, _ = run(cfg, params, grads)
+    adam, _ = run(dataclasses.replace(cfg, name="adam"), params, grads)
+    for name, start in leaves(params).items():
+        first, second = (leaves(p)[name] for p in found)
+        w = matrix(name, start)
+        if w is None:
+            np.testing.assert_allclose(second, leaves(adam[1])[name], rtol=1e-6)
+            continue
+        g1, g2 = (matrix(name, leaves(g)[name]) for g in grads)
+        # The first moment without its bias, and Nesterov's look ahead.
+        ahead = 0.95 * (0.0475 * g1 + 0.05 * g2) / (1 - 0.95**3)
+        ahead += 0.05 * g2 / (1 - 0.95**2)
+        size = 0.2 * max(w.shape) ** 0.5
+        for m, after in ((g1, first), (ahead, second)):
+            w = w - 0.1 * (size * orthogonal(m) + 0.5 * w)
+            np.testing.assert_allclose(after.reshape(w.shape), w, atol=2e-5)
+
+
+def test_muon_takes_the_layers_of_a_stack_one_by_one():
+    cfg = OptimConfig(name="muon", schedule="constant", freeze=("head/.*",))
+    params, grads = random_model(0), [random_model(1), random_model(2)]
+    loop, _ = run(cfg, params, grads)
+    stack, _ = run(cfg, stacked(params), [stacked(g) for g in grads])
+    expected, found = leaves(stacked(loop[1])), leaves(stack[1])
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-5)
+    np.testing.assert_array_equal(found["head/kernel"], params["head"]["kernel"])
+
+
+def factors(state, name):
+    """LoRA's a and b of a kernel."""
+    return [
+        next(np.float64(x) for k, x in state.items() if k.endswith(f"{name}/{f}"))
+        for f in "ab"
+    ]
+
+
+def test_lora_by_hand():
+    """Two steps of SGD with decay on the factors a and b of every matrix, rank 2."""
+    params, grads = random_model(0), [random_model(1), random_model(2)]
+    cfg = dataclasses.replace(PLAIN, lora=2, learning_rate=0.01, weight_decay=0.5)
+    found, state = run(cfg, params, grads)
+    plain, _ = run(dataclasses.replace(cfg, lora=0), params, grads)
+    tx, _ = optim.create(cfg, 10, params)
+    start = leaves(tx.init(params))
+    for name, w in leaves(params).items():
+        w, after = matrix(name, w), leaves(found[1])[name]
+        if w is None:  # the head trains as ever, all else stays
+            rest = plain[1] if name.startswith("head") else params
+            np.testing.assert_array_equal(after, leaves(rest)[name])
+            continue
+        a, b = factors(start, name)
+        assert a.any()
+        assert not b.any()
+        for g in grads:
+            g = 8 * matrix(name, leaves(g)[name])  # 16 / 2
+            da, db = g @ b.T + 0.5 * a, a.T @ g + 0.5 * b
+            a, b = a - 0.01 * da, b - 0.01 * db
+        for x, y in zip(factors(leaves(state), name), (a, b), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(after.reshape(w.shape), w + 8 * a @ b, atol=2e-5)
+
+
+def test_lora_limits_the_rank_and_keeps_no_other_state():
+    params = stacked(random_model(0))
+    cfg = OptimConfig(lora=1, schedule="constant", clip=1.0, weight_decay=0.1)
+    history, state = run(cfg, params, [stacked(random_model(s)) for s in range(1, 6)])
+    for name, before in leaves(params).items():
+        moved = leaves(history[-1])[name] - before
+        if "encoderblock" in name and "kernel" in name:
+            shape = MATRICES["/".join(name.split("/")[-2:])]
+            singular = np.linalg.svd(moved.reshape(2, *shape), compute_uv=False)
+            assert (singular[:, 0] > 1e-4).all()
+            assert (singular[:, 1] < 1e-5).all()
+    sizes = {k: v.size for k, v in leaves(state).items() if "/mu/" in k}
+    assert sum(sizes.values()) < sum(x.size for x in leaves(params).values()) / 2
+    # Another seed, other factors.
+    inits = [optim.create(cfg, 10, params, seed=s)[0].init(params) for s in (0, 0, 1)]
+    a = [next(v for k, v in leaves(i).items() if k.endswith("kernel/a")) for i in inits]
+    np.testing.assert_array_equal(a[0], a[1])
+    assert (a[0] != a[2]).any()
+
+
 # What the chain does around the rule
 
 
@@ -379,6 +519,15 @@ def test_decay_factors_differ_for_the_head_as_in_vit_g():
         ({"weight_decay": 0.1, "decay": (("kernel", 1.0),)}, ["optim.decay", "kernel"]),
         ({"freeze": ("(",)}, ["optim.freeze", "regular expression"]),
         ({"freeze": (".*",)}, ["optim.freeze", "no parameter to train"]),
+        ({"lora": 40}, ["config.optim.lora=40", "below 40", "Dense_0/kernel"]),
+        (
+            {"lora": 2, "name": "muon"},
+            ["config.optim.lora=2", "config.optim.name='muon'", "adam"],
+        ),
+        (
+            {"lora": 2, "freeze": ("Transformer/.*",)},
+            ["config.optim.lora=2", "config.optim.freeze=('Transformer/.*',)"],
+        ),
         ({"warmup": 10}, ["config.optim.warmup=10", "config.steps=10"]),
         (
             {"schedule": "rsqrt", "warmup": 4, "cooldown": 7},

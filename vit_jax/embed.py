@@ -11,6 +11,7 @@ goes on after an interruption. An image that cannot be read is reported and left
 exit status is then 2.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -30,8 +31,6 @@ from tqdm import tqdm
 from vit_jax import cli, inference, models, photos, sharding, weights
 from vit_jax.config import choose
 from vit_jax.errors import UserError
-from vit_jax.weights import preprocessing
-from vit_jax.weights.metadata import DEFAULT_TRANSFORMS
 
 POOLINGS = ("head", "class", "mean", "none")
 # Images per part: what an interruption can cost.
@@ -74,10 +73,7 @@ def embed(
     write = choose("suffix of --out", suffix, {".npz": _npz, ".parquet": _parquet})
     if Path(out).exists():
         raise UserError(f"--out={out} exists: delete it or name another file")
-    images = photos.find(places)
-    wrong = photos.check(images)
-    if len(wrong) == len(images):
-        raise UserError("; ".join(wrong.values()))
+    images = photos.readable(places)
     found = weights.read(source, image_size or None)
     found.report.log()
     _check(found.cfg, layer, pooling)
@@ -123,18 +119,16 @@ def _run(
     pooling: str,
     batch: int,
 ) -> Summary:
-    model = models.create(found.cfg)
-    predictor = inference.create(found.cfg, found.params)
+    function = functools.partial(inference.vectors, layer=layer, pooling=pooling)
+    predictor = inference.create(found.cfg, found.params, function=function)
     rows = sharding.batch_sharding(predictor.mesh)
-    transforms = found.metadata.transforms or DEFAULT_TRANSFORMS
-    forward = jax.jit(lambda p, x: inference.vectors(model, p, x, layer, pooling))
 
     def prepare(place: str) -> np.ndarray:
         image = photos.read(place, found.cfg.channels)
-        return preprocessing.prepare(image, transforms, found.cfg.image_size)
+        return photos.prepare(image, found.metadata, found.cfg.image_size)
 
-    def vectors(images: np.ndarray) -> jax.Array:
-        return forward(predictor.params, jax.device_put(images, rows))
+    def vectors(images: np.ndarray) -> Any:
+        return predictor(jax.device_put(images, rows))
 
     start = parts.done()
     bar = tqdm(

@@ -12,7 +12,6 @@ one per VTAB task.
 
 import contextlib
 import json
-import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -61,7 +60,7 @@ def evaluate(source: str, cfg: Config | None = None, out: str = "") -> dict[str,
     context = _context(source, cfg, out)
     metrics = evaluators.run(context)
     if out:
-        values = {"source": source, "metrics": _nullable(metrics)}
+        values = {"source": source, "metrics": cli.finite(metrics)}
         _write(out, "evaluation.json", json.dumps(values, indent=2) + "\n")
         _write(out, "evaluation.txt", table(metrics) + "\n")
     return metrics
@@ -80,11 +79,6 @@ def table(metrics: Mapping[str, float]) -> str:
         lines.append("VTAB-1k, linear probe on frozen features; the paper fine-tunes:")
         lines.append(vtab.table(tasks))
     return "\n".join(lines)
-
-
-def _nullable(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """For JSON, which has no nan: such a number becomes null."""
-    return {k: v if math.isfinite(v) else None for k, v in metrics.items()}
 
 
 def _context(source: str, cfg: Config, out: str) -> evaluators.Context:

@@ -7,7 +7,8 @@ classes, D width.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,10 @@ from vit_jax.config import DataConfig, ModelConfig
 from vit_jax.feed import Feed
 
 Batch = dict[str, jax.Array]
+
+# On a CPU, a forward pass that leaves the cache waits for memory: the largest activation
+# of the images that go through it together is at most so many numbers.
+IN_CACHE = 3 << 20
 
 
 def normalize(images: jax.Array | np.ndarray) -> jax.Array:
@@ -85,12 +90,12 @@ class Predictor:
 
     params: Any
     # (params, images) -> outputs; jitted
-    forward: Callable[[Any, jax.Array], Mapping[str, jax.Array]]
+    forward: Callable[[Any, jax.Array], Any]
     mesh: Mesh
     # Called before each batch; what it raises ends the iteration.
     interrupt: Callable[[], None] = lambda: None
 
-    def __call__(self, images: jax.Array | np.ndarray) -> Mapping[str, jax.Array]:
+    def __call__(self, images: jax.Array | np.ndarray) -> Any:
         return self.forward(self.params, images)  # pyright: ignore[reportArgumentType]
 
     def batches(self, cfg: DataConfig, split: str, batch: int) -> Iterator[Batch]:
@@ -118,15 +123,37 @@ class Predictor:
 
 
 def create(
-    cfg: ModelConfig, params: Any, devices: Sequence[jax.Device] | None = None
+    cfg: ModelConfig,
+    params: Any,
+    devices: Sequence[jax.Device] | None = None,
+    function: Callable[..., Any] = outputs,
 ) -> Predictor:
-    """A Predictor on all devices, or on some, each of which holds all parameters."""
+    """A Predictor on all devices, or on some, each of which holds all parameters.
+
+    ``function(model, params, images)`` is what it computes.
+    """
     found = np.array(devices or jax.devices())
     mesh = Mesh(found, ("data",), axis_types=(AxisType.Auto,))
-    model = models.create(cfg)
-
-    def forward(params: Any, images: jax.Array) -> dict[str, jax.Array]:
-        return outputs(model, params, images)
-
+    forward = functools.partial(function, models.create(cfg))
+    if found.size == 1 and found[0].platform == "cpu":
+        forward = _few_at_a_time(forward, cfg)
     replicated = jax.device_put(params, sharding.replicated(mesh))
     return Predictor(replicated, jax.jit(forward), mesh)
+
+
+def _few_at_a_time(forward: Callable[..., Any], cfg: ModelConfig) -> Callable[..., Any]:
+    """The same function, which works through large batches in equal parts."""
+
+    def parts(params: Any, images: jax.Array) -> Any:
+        count, height, width, _ = images.shape
+        limit = IN_CACHE // models.largest_activation(cfg, (height, width))
+        size = max(
+            n for n in range(1, count + 1) if not count % n and n <= max(limit, 1)
+        )
+        if size == count:
+            return forward(params, images)
+        stacked = images.reshape(-1, size, *images.shape[1:])
+        done = jax.lax.map(lambda part: forward(params, part), stacked)
+        return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), done)
+
+    return parts

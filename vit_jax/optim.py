@@ -2,7 +2,7 @@
 """Optimizers and schedules as plain optax chains.
 
 One step, in this order: clip the global norm, turn the gradient into an update (Adam,
-SGD or Adafactor), add the decoupled weight decay, apply the learning-rate multipliers,
+SGD, Adafactor or Muon), add the decoupled weight decay, apply the learning-rate multipliers,
 times -lr(t):
 
     p <- p - lr(t) * multiplier * (update + weight_decay * p)
@@ -23,8 +23,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vit_jax import matrices
 from vit_jax.config import OptimConfig, choose
 from vit_jax.errors import UserError
+from vit_jax.matrices import path_name
 
 Schedule = Callable[[Any], jax.Array]
 
@@ -38,7 +40,7 @@ FREEZE = {"backbone": r"(?!head(_dist)?/).*"}
 
 
 def create(
-    cfg: OptimConfig, steps: int, params: Any
+    cfg: OptimConfig, steps: int, params: Any, seed: int = 0
 ) -> tuple[optax.GradientTransformationExtraArgs, Schedule]:
     """The whole update rule, and the learning rate as a function of the step.
 
@@ -48,6 +50,7 @@ def create(
       cfg: what to build.
       steps: length T of the run, which is where the schedule ends.
       params: parameters or their shapes; only paths and shapes are read.
+      seed: of the factors of LoRA.
 
     Raises:
       UserError: a schedule longer than the run, or a pattern that matches no parameter.
@@ -66,7 +69,9 @@ def create(
         parts.append(_decay_by_layer(cfg.layer_decay, params))
     parts.append(_scale_by_rate(schedule))
     tx = optax.chain(*parts)
-    if cfg.freeze:
+    if cfg.lora:
+        tx = matrices.lora(tx, cfg.lora, seed)
+    if cfg.freeze or cfg.lora:
         labels = jax.tree.map(
             lambda t: "train" if t else "freeze", trainable(cfg, params)
         )
@@ -75,12 +80,17 @@ def create(
 
 
 def trainable(cfg: OptimConfig, params: Any) -> Any:
-    """A tree like ``params`` of booleans: False where ``cfg.freeze`` matches."""
+    """A tree like ``params`` of booleans: False where ``cfg.freeze`` matches, and with
+    LoRA of all but matrices and the head."""
 
     patterns = [FREEZE.get(p, p) for p in cfg.freeze]
 
     def trained(path: Any, _: Any) -> bool:
-        return not any(re.fullmatch(p, _name(path)) for p in patterns)
+        name = path_name(path)
+        frozen = any(re.fullmatch(p, name) for p in patterns)
+        if cfg.lora and not matrices.axes(name):
+            frozen |= bool(re.fullmatch(FREEZE["backbone"], name))
+        return not frozen
 
     return jax.tree_util.tree_map_with_path(trained, params)
 
@@ -126,7 +136,7 @@ def check(cfg: OptimConfig, steps: int, params: Any) -> None:
             f"config.optim.cooldown={cfg.cooldown}, but config.optim.schedule={cfg.schedule!r} "
             "decays by itself: use cooldown with 'rsqrt' or 'constant', or set it to 0"
         )
-    names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     patterns = [("freeze", FREEZE.get(p, p)) for p in cfg.freeze]
     patterns += [("multipliers", p) for p, _ in cfg.multipliers]
     patterns += [("decay", p) for p, _ in cfg.decay if cfg.weight_decay]
@@ -145,6 +155,35 @@ def check(cfg: OptimConfig, steps: int, params: Any) -> None:
     if not any(jax.tree.leaves(trainable(cfg, params))):
         raise UserError(
             f"config.optim.freeze={cfg.freeze} leaves no parameter to train"
+        )
+    if cfg.lora:
+        _check_lora(cfg, params)
+
+
+def _check_lora(cfg: OptimConfig, params: Any) -> None:
+    if cfg.name == "muon":
+        raise UserError(
+            f"config.optim.lora={cfg.lora}, but config.optim.name='muon' needs whole "
+            f"matrices: choose one of {sorted(set(OPTIMIZERS) - {'muon'})}"
+        )
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    names = {path_name(path): x.shape for path, x in leaves}
+    trained = jax.tree.leaves(trainable(cfg, params))
+    sides = {
+        name: min(matrices.matrix_shape(name, shape)[-2:])
+        for (name, shape), t in zip(names.items(), trained, strict=True)
+        if t and matrices.axes(name)
+    }
+    if not sides:
+        raise UserError(
+            f"config.optim.lora={cfg.lora} adapts kernels of the blocks, of which "
+            f"config.optim.freeze={cfg.freeze} leaves none"
+        )
+    name = min(sides, key=lambda name: sides[name])
+    if cfg.lora >= sides[name]:
+        raise UserError(
+            f"config.optim.lora={cfg.lora}: a rank must be below {sides[name]}, the "
+            f"smaller side of {name}"
         )
 
 
@@ -218,14 +257,18 @@ def _adafactor(cfg: OptimConfig, params: Any) -> optax.GradientTransformation:
     return optax.chain(second, first)
 
 
-OPTIMIZERS = {"adam": _adam, "sgd": _sgd, "adafactor": _adafactor}
+def _muon(cfg: OptimConfig, params: Any) -> optax.GradientTransformation:
+    return matrices.muon(_adam(cfg, params), jnp.dtype(cfg.momentum_dtype))
+
+
+OPTIMIZERS = {"adam": _adam, "sgd": _sgd, "adafactor": _adafactor, "muon": _muon}
 
 
 def _decay(
     weight_decay: float, factors: Sequence[tuple[str, float]]
 ) -> optax.GradientTransformation:
     def add(path: Any, u: jax.Array, p: jax.Array) -> jax.Array:
-        factor = _first_match(factors, _name(path), 0.0)
+        factor = _first_match(factors, path_name(path), 0.0)
         return u + weight_decay * factor * p if factor else u
 
     def update(updates: Any, params: Any) -> Any:
@@ -236,7 +279,7 @@ def _decay(
 
 def _multiply(factors: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
     def scale(path: Any, u: jax.Array) -> jax.Array:
-        return u * _first_match(factors, _name(path), 1.0)
+        return u * _first_match(factors, path_name(path), 1.0)
 
     def update(updates: Any, params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(scale, updates)
@@ -268,7 +311,7 @@ def _decay_by_layer(decay: float, params: Any) -> optax.GradientTransformation:
 def _layer(path: Any) -> Any:
     """Where a parameter stands: 0 of the stem, i of block i of L, "top" of what follows
     them, "stacked" of all blocks together."""
-    name = _name(path)
+    name = path_name(path)
     if block := _BLOCK.fullmatch(name):
         return int(block[1]) + 1 if block[1] else "stacked"
     return "top" if _TOP.match(name) else 0
@@ -295,10 +338,6 @@ def _first_match(
     factors: Sequence[tuple[str, float]], name: str, default: float
 ) -> float:
     return next((f for p, f in factors if re.fullmatch(p, name)), default)
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _examples(names: list[str]) -> str:

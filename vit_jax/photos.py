@@ -17,6 +17,8 @@ import numpy as np
 from vit_jax.data import image_files
 from vit_jax.errors import UserError
 from vit_jax.weights import fetch, preprocessing
+from vit_jax.weights.contents import Metadata
+from vit_jax.weights.metadata import DEFAULT_TRANSFORMS
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 # An address that takes longer, in seconds, or sends more bytes is given up.
@@ -70,6 +72,19 @@ def _lines(path: Path) -> list[str]:
     return [relative(x.strip()) for x in lines if x.strip()]
 
 
+def readable(places: Iterable[str], knob: str = "") -> list[str]:
+    """``find``, where the headers of the files leave at least one that may be an image.
+
+    Raises:
+      UserError: they leave none; see also ``find``.
+    """
+    found = find(places, knob)
+    wrong = check(found)
+    if len(wrong) == len(found):
+        raise UserError("; ".join(wrong.values()))
+    return found
+
+
 def check(places: Sequence[str]) -> dict[str, str]:
     """What is wrong with those files that certainly are not images; reads their headers
     only."""
@@ -95,6 +110,12 @@ def read(place: str, channels: int = 3) -> np.ndarray:
         return image_files.read(_download(place), channels)
     except image_files.ImageFileError as e:
         raise UserError(f"{place} cannot be read: {e}") from e
+
+
+def prepare(image: np.ndarray, about: Metadata, size: tuple[int, int]) -> np.ndarray:
+    """uint8 (H, W, C) -> float32 (*size, C) in [-1, 1], as the checkpoint says, or as the
+    official evaluation does where it says nothing."""
+    return preprocessing.prepare(image, about.transforms or DEFAULT_TRANSFORMS, size)
 
 
 def stream(

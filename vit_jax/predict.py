@@ -22,8 +22,6 @@ from absl import flags
 
 from vit_jax import cli, inference, photos, weights
 from vit_jax.errors import UserError
-from vit_jax.weights import preprocessing
-from vit_jax.weights.metadata import DEFAULT_TRANSFORMS
 
 _BATCH = 8
 
@@ -90,10 +88,7 @@ def predict(
       UserError: no image can be read (before the weights are, where their headers show
         it), or a wrong checkpoint.
     """
-    images = photos.find(places)
-    wrong = photos.check(images)
-    if len(wrong) == len(images):
-        raise UserError("; ".join(wrong.values()))
+    images = photos.readable(places)
     found = weights.read(source, image_size or None)
     found.report.log()
     cfg = found.cfg
@@ -104,13 +99,12 @@ def predict(
             + "; fine-tune it first (vit_jax.load_for_finetune)"
         )
     names = found.metadata.class_names or tuple(map(str, range(cfg.num_classes)))
-    transforms = found.metadata.transforms or DEFAULT_TRANSFORMS
     activation = jax.nn.sigmoid if found.metadata.multilabel else jax.nn.softmax
     predictor = inference.create(cfg, found.params, devices=jax.devices()[:1])
 
     def prepare(place: str) -> np.ndarray:
         image = photos.read(place, cfg.channels)
-        return preprocessing.prepare(image, transforms, cfg.image_size)
+        return photos.prepare(image, found.metadata, cfg.image_size)
 
     def probabilities(batch: np.ndarray) -> jax.Array:
         return activation(predictor(batch)["logits"])

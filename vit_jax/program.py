@@ -180,7 +180,7 @@ def build(
         return model.init(key, jnp.zeros(images.shape, images.dtype))["params"]
 
     params_shape = jax.eval_shape(init_params)
-    tx, schedule = optim.create(cfg.optim, cfg.steps, params_shape)
+    tx, schedule = optim.create(cfg.optim, cfg.steps, params_shape, cfg.seed)
     trainable = optim.trainable(cfg.optim, params_shape)
 
     def start_from(params):

@@ -22,6 +22,7 @@ relative_bias       in every ``MultiHeadDotProductAttention_1``:
 qk_norm             there: ``query_norm`` and ``key_norm`` (D_h)
 attention_norm      there: ``norm`` (k, D_h)
 parallel            no ``LayerNorm_2``
+axial               every block twice: within it, ``rows`` and ``columns``
 mlp "swiglu"        in every ``MlpBlock_3``: ``gate`` (D, M) beside ``Dense_0`` (D, M),
                     the value, and ``Dense_1`` (M, D); "geglu" the same
 mlp_norm            there: ``norm`` (M)
@@ -40,7 +41,7 @@ from typing import Any
 from vit_jax.config import ModelConfig
 from vit_jax.models import published
 from vit_jax.models.attention import Attend, beyond_attend
-from vit_jax.models.flops import macs
+from vit_jax.models.flops import largest_activation, macs, traced_flops
 from vit_jax.models.resnet import ResNet
 from vit_jax.models.variants import (
     has_class_token,
@@ -63,6 +64,7 @@ __all__ = [
     "has_class_token",
     "has_stem",
     "is_resnet",
+    "largest_activation",
     "macs",
     "names",
     "prefix_tokens",
@@ -70,6 +72,7 @@ __all__ = [
     "resolve",
     "token_grid",
     "token_stride",
+    "traced_flops",
 ]
 
 

@@ -129,6 +129,7 @@ def beyond_attend(cfg: ModelConfig, train: bool) -> str:
         "positions": cfg.positions in RELATIVE,
         "relative_bias": cfg.relative_bias,
         "attention_norm": cfg.attention_norm,
+        "axial": cfg.axial,
         "attention_dropout": train and cfg.attention_dropout > 0,
     }
     return next((f"config.model.{k}" for k, more in asked.items() if more), "")

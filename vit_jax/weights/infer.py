@@ -140,7 +140,10 @@ def infer(
     head = arrays.get("head/kernel")
     shown["num_classes"] = head.shape[-1] if head and head.shape else 0
     if "embedding/kernel" in arrays:
-        shown |= _transformer(arrays, report) | _switches(arrays)
+        # One half of an axial block is a block as any other has it.
+        blocks = {name.replace("/rows/", "/"): x for name, x in arrays.items()}
+        shown |= _transformer(blocks, report) | _switches(blocks)
+        shown["axial"] = f"{_BLOCK}/rows/LayerNorm_0/scale" in arrays
     elif not shown.get("resnet"):
         raise UserError(f"{report.where} has a ResNet root but nothing that follows it")
     else:
