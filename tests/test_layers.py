@@ -23,7 +23,7 @@ objectives workdir trackers measure weights inference photos pixels
 evaluators
 analysis program
 train
-main app predict embed evaluate sharing space convert export plan benchmark sweep costs study
+main app predict embed evaluate sharing space convert export latency plan benchmark sweep costs study
 """
 LEVELS = {
     name: level
