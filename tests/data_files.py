@@ -2,6 +2,7 @@
 """Small image files and folders for the data tests."""
 
 import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -38,3 +39,38 @@ def write_folder(root: Path, classes: dict[str, int], splits=("",)) -> Path:
 
 def take(batches, count):
     return [b for _, b in zip(range(count), batches, strict=False)]
+
+
+def listing(photos: Path) -> dict[str, list[tuple[str, str, bytes]]]:
+    """{split: [(name, class, encoded image), ...]} of what ``write_folder`` wrote."""
+    return {
+        split.name: [
+            (f"{p.parent.name}-{p.stem}", p.parent.name, p.read_bytes())
+            for p in sorted(split.glob("*/*.jpg"))
+        ]
+        for split in sorted(photos.iterdir())
+    }
+
+
+def write_tar(file: Path, members: dict[str, bytes], **options) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w", **options) as tar:
+        for name, content in members.items():
+            about = tarfile.TarInfo(name)
+            about.size = len(content)
+            tar.addfile(about, io.BytesIO(content))
+    return file
+
+
+def write_tars(photos: Path, dest: Path, shards: int = 3) -> Path:
+    """The photos of ``write_folder`` as shards of WebDataset; their classes as names in
+    .txt, .cls and .json, each in some of the shards."""
+    for split, images in listing(photos).items():
+        for i in range(shards):
+            members = {}
+            for name, label, content in images[i::shards]:
+                kind = (".txt", ".cls", ".json")[i % 3]
+                text = f'{{"label": "{label}"}}' if kind == ".json" else f"{label}\n"
+                members |= {f"{name}.jpg": content, name + kind: text.encode()}
+            write_tar(dest / f"{split}-{i:06d}.tar", members)
+    return dest

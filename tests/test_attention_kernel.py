@@ -38,12 +38,15 @@ def shapes(seed=0):
     yield 1, few(), 4, 96, 4, 0, "float32"
     yield 1, many(), 4, 96, 4, 16, "bfloat16"
     # Those that do not.
-    for head_dim, heads in ((64, 3), (72, 2), (80, 1), (88, 1), (104, 2)):
+    for head_dim, heads in ((48, 3), (64, 3), (72, 2), (80, 1), (88, 1), (104, 2)):
         yield 1, few(), heads, head_dim, heads, 0, "float32"
 
 
-# So many heads take minutes to compile.
+# So many heads or tokens take minutes to compile.
 SLOW = [
+    (1, 197, 2, 72, 2, 0, "bfloat16"),
+    (1, 257, 2, 80, 2, 0, "bfloat16"),
+    (1, 577, 3, 48, 3, 0, "float32"),
     (1, 20, 16, 72, 16, 0, "float32"),
     (2, 28, 8, 80, 8, 0, "bfloat16"),
     (1, 43, 8, 80, 8, 16, "float32"),
@@ -394,6 +397,68 @@ def test_a_kernel_has_to_be_right(monkeypatch, broken, line):
     model = models.resolve(replace(SMALL, model__image_size=(16, 16)).model)
     attend = Attend("pallas", vmem=V5E, interpret=True)
     assert kernels.prove(attend, model, 2).startswith(line)
+
+
+@pytest.fixture
+def proof(monkeypatch, tmp_path):
+    """Proves an attention that only claims to be so fast and so different; says how
+    often it was compared."""
+    asked = []
+
+    def prove(speed, difference, model=B16.model, mesh=None, images=8):
+        def compare(attend, model, images):
+            asked.append((model.heads, model.width, images))
+            if speed is None:
+                raise RuntimeError("INTERNAL:\n  the device is\n gone")
+            return speed, difference
+
+        monkeypatch.setattr(kernels, "_compare", compare)
+        return kernels.prove(Attend("pallas", mesh, vmem=V5E), models.resolve(model), images)  # fmt: skip
+
+    cached = {"jax_compilation_cache_dir": str(tmp_path), "jax_enable_compilation_cache": True}  # fmt: skip
+    before = {name: getattr(jax.config, name) for name in cached}
+    for settings in (cached, before):
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        if settings is cached:
+            yield prove, asked
+
+
+def test_a_proof_is_remembered_by_shape_and_a_failure_is_not(proof):
+    prove, asked = proof
+    failed = "xla, because pallas failed: RuntimeError: INTERNAL: the device is gone"
+    assert prove(None, 0.0) == failed
+    line = "pallas 2.1 x xla, differs by 4e-03 (up to 2e-02 is rounding)"
+    assert prove(2.1, 4e-3) == line
+    assert prove(0.5, 1.0) == line, "as it was found before"
+    assert len(asked) == 2
+    assert prove(0.9, 4e-3, images=16).startswith("xla, because pallas is 0.9 x xla")
+    other = dataclasses.replace(B16.model, name="ViT-S/16")
+    assert prove(3.0, float("nan"), other) == (
+        "xla, because pallas is 3.0 x xla, differs by nan (up to 2e-02 is rounding)"
+    )
+    assert len(asked) == 4
+
+
+def test_a_proof_is_of_the_heads_that_a_device_has(proof):
+    prove, asked = proof
+    prove(2.0, 0.0, mesh=mesh_of(Described(), sharding.create_mesh(replace(SMALL, sharding="tensor", mesh=(4, 2)))))  # fmt: skip
+    assert asked == [(6, 384, 8)]
+
+
+@pytest.mark.parametrize(
+    ("others", "line"),
+    [
+        ([[True, True], [True, True]], "pallas 2.1 x xla, differs by 4e-03"),
+        ([[True, True], [True, False]], "xla, because pallas is 2.1 x xla, differs by 4e-03 (up to 2e-02 is rounding) here, but not everywhere"),
+    ],
+)  # fmt: skip
+def test_one_process_that_disagrees_decides_for_all(proof, monkeypatch, others, line):
+    prove, _ = proof
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    gather = lambda votes: np.array([votes, others[1]])
+    monkeypatch.setattr(kernels.multihost_utils, "process_allgather", gather)
+    assert prove(2.1, 4e-3).startswith(line)
 
 
 def test_images_that_do_not_divide_are_left_to_einsums():

@@ -2,6 +2,7 @@
 """What the benchmark measures, and what it prints."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import tiny
+from fast import FAST_COMPILE
+from test_multihost import finish, free_port
 
 from vit_jax import benchmark, config, hardware
 from vit_jax import train as training
@@ -35,6 +38,39 @@ def test_standard_output_is_one_strict_json_document():
     speeds = infer["images_per_second_by_batch"]
     assert list(map(int, speeds)) == [8, 16], "of 8 devices"
     assert infer["images_per_second"] == max(speeds.values())
+    ours = ("eager", "jitted", "exported")
+    for name in ours:
+        times, speeds = infer["latency_ms"][name], infer["speed"][name]
+        assert 0 < times["median"] <= times["p99"]
+        assert list(map(int, speeds)) == [1, 2], "images of one device"
+        assert speeds["1"] == pytest.approx(1e3 / times["median"])
+    for name in ("timm", "transformers"):
+        assert (name in infer["latency_ms"]) != (name in infer["left_out"])
+    assert "infer/latency_ms/exported/p99" in done.stderr
+
+
+@pytest.mark.process
+def test_a_pod_is_timed_as_one_and_process_0_prints():
+    """Two processes of two devices each."""
+    command = [
+        sys.executable, "-m", "vit_jax.benchmark", f"--config={tiny.__file__}", "--config.model.depth=1",
+        "--what=train,infer", "--rounds=1", "--round_steps=2", "--json", "--num_processes=2", f"--coordinator=127.0.0.1:{free_port()}",
+    ]  # fmt: skip
+    flags = f"--xla_force_host_platform_device_count=2 {FAST_COMPILE}"
+    processes = [
+        subprocess.Popen(
+            [*command, f"--process_id={i}"], cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    ends = finish(processes)
+    assert [status for status, *_ in ends] == [0, 0], ends
+    found = json.loads(ends[0][1], parse_constant=pytest.fail)
+    assert found["device"].startswith("4 x ")
+    assert found["train"]["loop_over_step"] > 0
+    assert list(map(int, found["infer"]["images_per_second_by_batch"])) == [4, 16]
+    assert ends[1][1] == "", "it only takes part"
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def test_a_test_set_that_is_not_sorted_by_class(tmp_path, caplog):
     touch(
         tmp_path, *(f"val/images/val_{i}.JPEG" for i in range(4)), "test/images/x.JPEG"
     )
-    rows = "".join(f"val_{i}.JPEG\tn{1 + i % 3}\t0\t0\t9\t9\n" for i in range(4))
+    rows = "".join(f"val_{i}.JPEG n{1 + i % 3}\n" for i in range(4))
     (tmp_path / "val/val_annotations.txt").write_text(rows)
     match = r"has the class 'images'.*test_split to a list .*val/val_annotations.txt"
     with pytest.raises(UserError, match=match):
@@ -191,6 +191,10 @@ def test_a_test_set_that_is_not_sorted_by_class(tmp_path, caplog):
     info = described(tmp_path, test_split="val/val_annotations.txt")
     assert (info.num_train, info.num_test) == (6, 4)
     assert described(tmp_path, test_split="").num_test == 3
+    # With tabs, it is a list without a doubt.
+    (tmp_path / "val/val_annotations.txt").write_text(rows.replace(" ", "\t"))
+    assert described(tmp_path).num_test == 4
+    (tmp_path / "val/val_annotations.txt").unlink()
     touch(tmp_path, "valid/n1/1.jpg", "valid/n2/1.jpg")
     assert described(tmp_path).num_test == 2
     assert "test is left out" in caplog.text

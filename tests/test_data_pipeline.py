@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_files import encoded, picture, take, write_folder
+from data_files import encoded, picture, take, write_folder, write_tars
 from PIL import Image
 
 from vit_jax import data
@@ -45,13 +45,18 @@ def configs(photos, tmp_path_factory):
         found[format] = dataclasses.replace(
             found["folder"], source="records", path=str(dest)
         )
-    found["sequential"] = dataclasses.replace(
-        found["tfrecord"], access="sequential", shuffle_buffer=16
-    )
+    tars = write_tars(photos, tmp_path_factory.mktemp("tar"))
+    found["tar"] = dataclasses.replace(found["folder"], source="tar", path=str(tars))
+    for kind in ("tfrecord", "tar"):
+        found[f"{kind} in sequence"] = dataclasses.replace(
+            found[kind], access="sequential", shuffle_buffer=16
+        )
     return found
 
 
-KINDS = ("folder", "cached", "tfrecord", "array_record", "sequential")
+AT_RANDOM = ("folder", "tfrecord", "array_record", "tar")
+IN_SEQUENCE = ("tfrecord in sequence", "tar in sequence")
+KINDS = (*AT_RANDOM, "cached", *IN_SEQUENCE)
 
 
 def same(a, b):
@@ -68,7 +73,7 @@ def test_resuming_and_other_process_counts_give_the_same_bits(
     cfg = configs[kind]
     whole = take(data.train_batches(cfg, batch=BATCH, seed=7), 6)
     same(next(data.train_batches(cfg, batch=BATCH, seed=7, start=5)), whole[5])
-    count = 4 if kind == "sequential" else 2
+    count = 4 if kind in IN_SEQUENCE else 2
     parts = [
         take(
             data.train_batches(
@@ -108,7 +113,7 @@ def test_evaluation_sees_every_example_once(kind, configs):
     assert np.bincount([label for _, label in seen]).tolist() == [20, 17]
 
 
-@pytest.mark.parametrize("kind", ["folder", "tfrecord", "array_record"])
+@pytest.mark.parametrize("kind", AT_RANDOM)
 def test_an_epoch_holds_every_example_once(kind, configs):
     cfg = dataclasses.replace(configs[kind], train_transforms=({"op": "resize"},))
     batches = take(data.train_batches(cfg, batch=37, seed=0), 2)
@@ -118,12 +123,11 @@ def test_an_epoch_holds_every_example_once(kind, configs):
     assert (batches[0]["label"] != batches[1]["label"]).any()
 
 
-def test_sequential_streams_pass_over_everything(configs):
+@pytest.mark.parametrize("kind", IN_SEQUENCE)
+def test_sequential_streams_pass_over_everything(kind, configs):
     """Every stream draws its range once per pass; so few records are one stream, whose
     epochs are exact."""
-    cfg = dataclasses.replace(
-        configs["sequential"], train_transforms=({"op": "resize"},)
-    )
+    cfg = dataclasses.replace(configs[kind], train_transforms=({"op": "resize"},))
     drawn = {}
     for b in take(data.train_batches(cfg, batch=BATCH, seed=0), 37):
         for image in b["image"]:
@@ -175,7 +179,7 @@ def test_a_jpeg_damaged_in_the_middle_is_left_out_where_the_crop_shows_it(tmp_pa
 
 def test_all_kinds_give_the_same_label_multiset_per_epoch(configs):
     found = {}
-    for kind in ("folder", "tfrecord", "array_record"):
+    for kind in AT_RANDOM:
         batch = next(data.train_batches(configs[kind], batch=37, seed=0))
         found[kind] = sorted(batch["label"].tolist())
     assert len({tuple(v) for v in found.values()}) == 1

@@ -23,6 +23,7 @@ def test_vit_macs_are_the_papers(name, expected):
         ("R50x1", {"head": "gap"}),
         ("R50+ViT-B/16", {"head": "map"}),
         ("S/32", {"head": "gap"}),
+        ("S/32", {"head": "gap", "axial": True}),
         ("S/32", {"head": "token_gap", "mlp": "swiglu", "registers": 4}),
         ("S/32", {"distillation": "head", "rope": "eva02"}),
     ],

@@ -10,12 +10,14 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 
-from vit_jax import hardware, hlo, kernel_schedule, plan, search, tpu
+from vit_jax import hardware, hlo, kernel_schedule, plan, search, tpu, train
 from vit_jax.config import (
     Config,
     DataConfig,
@@ -54,6 +56,28 @@ TINY = Config(
 )  # fmt: skip
 def test_out_of_memory_messages(message, gib):
     assert tpu.needed_memory(message) / 2**30 == pytest.approx(gib)
+
+
+def test_a_kernel_beyond_vector_memory(monkeypatch):
+    lowered = types.SimpleNamespace(as_text=lambda: "", compile=None)
+    target = tpu.Topology("v5e:1x1", hardware.CHIPS["v5e"], [None])
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem while allocating on stack for "
+        "%attention_forward. Scoped allocation with size 17.25M and limit 16.00M exceeded scoped vmem limit by 1.25M."
+    )
+
+    def compile():
+        raise jax.errors.JaxRuntimeError(message)
+
+    lowered.compile = compile
+    monkeypatch.setattr(tpu, "cached", lambda key, find_out: find_out())
+    with pytest.raises(UserError) as e:
+        tpu.compile(lowered, target)
+    assert str(e.value) == (
+        "a kernel asks for more vector memory than there is (17.25M of 16.00M): set config.model.attention=xla"
+    )
+    assert train.out_of_memory(None, message) == str(e.value)
+    assert tpu.beyond_vector_memory("RESOURCE_EXHAUSTED: hbm") == ""
 
 
 @pytest.mark.parametrize(
@@ -125,6 +149,7 @@ def test_plan_of_a_small_config(tmp_path):
         "fits": True,
     }.items() <= result.items()
     assert {"hbm_gib", "images_per_second", "compile_seconds"} <= set(result)
+    assert result["images_per_second_per_host"] == result["images_per_second"]
     memory = sum(result["memory_gib"].values())
     assert 0 < result["peak_hbm_gib"] == pytest.approx(memory)
     # 3 blocks of 4 D^2 + 2 D M, 5 tokens: the compiled program does the model's work,
@@ -170,6 +195,22 @@ def test_a_config_that_cannot_fit_says_what_may_help(monkeypatch, changes, per_c
         assert "batch 16 = 4 per device\n" in text
 
 
+def test_hosts_share_the_images(monkeypatch):
+    """v5e:8x8 as the compiler describes it, sixteen hosts with four chips each: B/16 at
+    51.0 ms needs 5,020 images/s of each."""
+    devices = [SimpleNamespace(process_index=i // 4) for i in range(64)]
+    assert plan.hosts(devices) == 16
+    two_slices = [SimpleNamespace(process_index=0, slice_index=i) for i in (0, 0, 1)]
+    assert plan.hosts(two_slices) == 2
+    cost = hlo.Cost()
+    cost.cycles = 0.051 * hardware.CHIPS["v5e"].clock
+    cfg = replace(TINY, batch=4096)
+    none = plan.Kernels(0.0, 0, 0)
+    found = plan.speed(cost, none, hardware.CHIPS["v5e"], 1.0, cfg, devices)
+    assert found["images_per_second"] == pytest.approx(80_314, rel=1e-4)
+    assert found["images_per_second_per_host"] == pytest.approx(5_020, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -199,6 +240,11 @@ def test_what_was_compiled_once_is_found_on_disk(tmp_path, monkeypatch):
     assert tpu.cached(["a"], find_out) == {"n": 3}, "half a file is written anew"
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--other")
     assert tpu.cached(["a"], find_out) == {"n": 4}, "the compiler has other options"
+    assert tpu.cached(["c"], lambda: None) is None
+    assert tpu.cached(["c"], lambda: 1) == 1, "what was not found out is tried again"
+    (tmp_path / "file").touch()
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "file"))
+    assert tpu.cached(["d"], lambda: 2) == 2, "what cannot be written ends nothing"
 
 
 # The search ------------------------------------------------------------------
@@ -217,7 +263,7 @@ POD = [Chip64(i) for i in range(64)]
 BIG = replace(TINY, batch=4096, sharding="replicate", model__layers="loop")
 
 
-def found(cfg, devices, cost, limit=12):
+def found(cfg, devices, cost, limit=12, attention="pallas, which a run checks first"):
     """Search with ``cost(candidate) -> (milliseconds, GiB)`` for the compiler."""
     tried, told = [], []
 
@@ -228,6 +274,7 @@ def found(cfg, devices, cost, limit=12):
             "fits": gib <= 16,
             "step_ms": milliseconds if gib <= 16 else None,
             "peak_hbm_gib": gib,
+            "attention": attention,
             "hbm_gib": 16.0,
             "images_per_chip": c.batch // len(devices),
         }
@@ -289,6 +336,9 @@ def test_the_same_program_is_compiled_once():
     """On one chip a strategy changes nothing; on eight, () is (8,)."""
     _, tried, _ = found(BIG, POD[:1], lambda c: (1.0, 1.0), limit=100)
     assert {len(key) for key in tried} == {4}
+    assert "xla" in {key[-1] for key in tried}
+    _, tried, _ = found(BIG, POD[:1], lambda c: (1.0, 1.0), 100, "xla, because it is")
+    assert {key[-1] for key in tried} == {"auto"}, "which is xla there"
     _, tried, _ = found(BIG, POD[:8], lambda c: (1.0, 1.0), limit=100)
     assert ("zero", (8,), "scan", "full", 1, "auto") in tried
     assert all(key[1] for key in tried)
@@ -300,7 +350,12 @@ def test_no_candidate_is_begun_after_the_time(monkeypatch):
     pairs = search.search(
         BIG,
         POD,
-        lambda c: {"fits": True, "step_ms": 1.0, "peak_hbm_gib": 1.0},
+        lambda c: {
+            "fits": True,
+            "step_ms": 1.0,
+            "peak_hbm_gib": 1.0,
+            "attention": "xla",
+        },
         limit=100,
         minutes=10,
         tell=str,

@@ -51,6 +51,7 @@ FAMILIES = {
     "colours": {"image_mean": (0.4, 0.5, 0.6), "image_std": (0.2, 0.3, 0.25)},
     "all tokens": {"head": "none", "registers": 1, "distillation": "token"}
     | {"class_token": True, "norm": "rms", "qk_norm": True, "mlp_norm": True},
+    "axial": {"axial": True, "head": "gap", "positions": "learned2d"},
     "patches": {"head": "masked_patch", "registers": 2, "positions": "learned2d"},
 }
 
@@ -117,6 +118,8 @@ def test_scan_and_remat_compute_the_same(family):
     scanned = create(**FAMILIES[family], layers="scan", remat="dots")
     other, inside = apply(scanned, stacked, images_of(), mutable=["intermediates"])
     np.testing.assert_allclose(logits, other, atol=2e-5)
+    if model.cfg.axial:  # keeps the attention of lines, elsewhere
+        return
     attention = lambda tree: tree["MultiHeadDotProductAttention_1"]["attention"][0]
     layers = attention(inside["intermediates"]["Transformer"]["encoderblock"])
     s = 2 * 3 + models.prefix_tokens(model.cfg)
@@ -239,7 +242,8 @@ class Reference:
         if c.norm_pre:
             z = self.norm(z, encoder["norm_pre"])
         for i in range(c.depth):
-            z = self.block(z, encoder[f"encoderblock_{i}"], places, (rows, columns))
+            p, grid = encoder[f"encoderblock_{i}"], (rows, columns)
+            z = self.axial(z, p, grid) if c.axial else self.block(z, p, places, grid)
         return self.norm(z, encoder["encoder_norm"]) if c.final_norm == "tokens" else z
 
     def table(self, rows, columns, prefix):
@@ -250,7 +254,8 @@ class Reference:
             return p["pos_embedding"][0]
         x, y = p["pos_embedding_x"][0], p["pos_embedding_y"][:, 0]
         patches = [[*x[j], *y[i]] for i in range(rows) for j in range(columns)]
-        return np.concatenate([p["pos_embedding_cls"][0, :prefix], patches])
+        cls = p["pos_embedding_cls"][0] if prefix else np.empty((0, len(patches[0])))
+        return np.concatenate([cls, patches])
 
     def norm(self, x, p):
         axes = tuple(range(x.ndim - p["scale"].ndim, x.ndim))
@@ -271,6 +276,13 @@ class Reference:
             return z + attend(y) + self.mlp(c, y, p["MlpBlock_3"])
         z = z + attend(y)
         return z + self.mlp(c, self.norm(z, p["LayerNorm_2"]), p["MlpBlock_3"])
+
+    def axial(self, z, p, grid):
+        """Every row by itself, then every column."""
+        z = z.reshape(*grid, -1)
+        z = np.stack([self.block(row, p["rows"], None, None) for row in z])
+        columns = [self.block(c, p["columns"], None, None) for c in z.swapaxes(0, 1)]
+        return np.stack(columns, axis=1).reshape(grid[0] * grid[1], -1)
 
     def attention(self, c, queries, tokens, p, places=None, grid=None):
         project = lambda x, n: (

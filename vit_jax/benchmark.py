@@ -3,12 +3,16 @@
 
     python -m vit_jax.benchmark --config=... [--what=train,infer,data] [--json]
 
+On several hosts run it on each, as ``main``; process 0 prints what the pod does.
+
 Every speed is a ratio to a baseline timed in the same run, in alternating rounds,
 because machines are noisy:
 
 * train: the training loop (data, logging, dispatch) against its compiled step called on
   one resident batch.
-* infer: images/s of the forward pass over batch sizes.
+* infer: images/s of the forward pass over batch sizes; and on one device (``latency.py``)
+  one image alone and batches through the model op by op, jitted and exported, beside timm
+  and transformers where they are installed.
 * data:  the input pipeline against the obvious one and against decoding alone
   (``data/benchmark.py``).
 """
@@ -18,18 +22,20 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 from absl import flags
+from jax.experimental import multihost_utils
 
-from vit_jax import cli, config, data, hardware, models, sharding
+from vit_jax import cli, config, data, hardware, latency, models, sharding
 from vit_jax import train as training
 from vit_jax.config import Config
 from vit_jax.errors import UserError
 from vit_jax.feed import put
-from vit_jax.program import build
+from vit_jax.program import Program, build
 from vit_jax.workdir import read_metrics
 
 # Where --round_steps is 0, a round takes about as many seconds, so that the start of
@@ -52,13 +58,13 @@ def train(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
         program.state_shape, program.batch_shape
     ).compile()
     compile_seconds = time.perf_counter() - start
-    source = data.train_batches(program.cfg.data, batch=cfg.batch, seed=cfg.seed)
-    resident = put(next(source), program.batch_sharding)
+    resident = _batch(program)
     bare, loop = [], []
     with jax.set_mesh(program.mesh):
         if not steps:
             seconds = _seconds(compiled, program.init(), resident, 3) / 3
             steps = max(10, math.ceil(ROUND_SECONDS / seconds))
+            steps = int(multihost_utils.broadcast_one_to_all(steps))
         # The first interval of the loop warms up.
         cfg = config.replace(program.cfg, steps=2 * steps, log_every=steps)
         looped = dataclasses.replace(program, cfg=cfg)
@@ -68,7 +74,9 @@ def train(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
             with tempfile.TemporaryDirectory() as workdir:
                 run = training.Loop(looped, info, workdir, None, None, compiled)
                 run.run(program.init())
-                loop.append(read_metrics(workdir)[-1])
+                loop += read_metrics(workdir)[-1:]
+    if jax.process_index():
+        return {}  # only process 0 has metrics
     speed = statistics.median(bare)
     flops = models.traced_flops(
         jax.make_jaxpr(program.train_step)(program.state_shape, program.batch_shape)
@@ -88,7 +96,7 @@ def train(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
         "data_wait": statistics.median(m["train/data_wait"] for m in loop),
         "compile_seconds": compile_seconds,
         "step_tflop": flops / 1e12,
-        **_memory(compiled),
+        **memory(compiled),
         **utilisation(needed * speed / cfg.batch),
     }
 
@@ -98,8 +106,7 @@ def infer(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
     D.5 and Figure 12)."""
     program = build(cfg, info=data.describe(cfg.data))
     params = program.init().params
-    source = data.train_batches(program.cfg.data, batch=cfg.batch, seed=cfg.seed)
-    images = put(next(source), program.batch_sharding)["image"]
+    images = _batch(program)["image"]
     speeds = {}
     for batch in batches(sharding.batch_parts(program.mesh), cfg.batch):
         part = jax.device_put(images[:batch], program.batch_sharding)
@@ -112,11 +119,29 @@ def infer(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
             times.append(time.perf_counter() - start)
         speeds[batch] = batch * (steps or 10) / statistics.median(times)
     best = max(speeds.values())
-    return {
+    found = {
         "images_per_second": best,
         "images_per_second_by_batch": speeds,
         **utilisation(2 * models.macs(program.cfg.model) * best),
     }
+    if jax.process_count() == 1:
+        sizes = batches(1, max(cfg.batch // jax.device_count(), 1))
+        model, params = program.cfg.model, jax.device_get(params)
+        with tempfile.TemporaryDirectory() as folder:
+            found |= latency.measure(model, params, sizes, rounds, steps, Path(folder))
+    return found
+
+
+def _batch(program: Program) -> dict[str, jax.Array]:
+    """The first of the training set, on the devices."""
+    source = data.train_batches(
+        program.cfg.data,
+        batch=program.cfg.batch,
+        seed=program.cfg.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return put(next(source), program.batch_sharding)
 
 
 def batches(smallest: int, largest: int) -> list[int]:
@@ -147,8 +172,8 @@ def _seconds(step: Callable[..., Any], state: Any, batch: Any, steps: int) -> fl
     return time.perf_counter() - start
 
 
-def _memory(compiled: Any) -> dict[str, float]:
-    """Peak GiB per device of a compiled step: donated arguments are counted once."""
+def memory(compiled: Any) -> dict[str, float]:
+    """Peak GiB per device of a compiled program: donated arguments count once."""
     m = compiled.memory_analysis()
     if m is None:
         return {}
@@ -171,6 +196,7 @@ def define_flags() -> None:
         "round_steps", 0, "Steps per round; 0: as many as take seconds, at least 10."
     )
     cli.define_config_flag()
+    cli.define_process_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -181,20 +207,30 @@ def main(argv: list[str]) -> None:
     f = flags.FLAGS
     cfg = cli.read_config()
     runs = {what: config.choose("--what", what, WHAT) for what in f.what.split(",")}
-    results: dict[str, Any] = {
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "model": cfg.model.name or "ViT",
-        "batch": cfg.batch,
-    }
     with cli.only_json(f.json):
+        cli.connect()
+        results: dict[str, Any] = {
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "model": cfg.model.name or "ViT",
+            "batch": cfg.batch,
+        }
         for what, run in runs.items():
             results[what] = run(cfg, f.rounds, f.round_steps)
-        for name, value in results.items():
-            numbers = value.items() if isinstance(value, dict) else [("", value)]
-            for key, number in numbers:
-                print(f"{f'{name}/{key}'.rstrip('/'):<34} {_text(number)}")
+        if jax.process_index():
+            return
+        for name, value in _flat("", results):
+            print(f"{name:<34} {_text(value)}")
     if f.json:
         cli.print_json(results)
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Names joined by ``/``, and what they stand for."""
+    if not isinstance(value, dict):
+        yield name.removeprefix("/"), value
+        return
+    for key, inner in value.items():
+        yield from _flat(f"{name}/{key}", inner)
 
 
 def _text(value: Any) -> str:

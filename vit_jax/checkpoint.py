@@ -185,7 +185,9 @@ def load_params(path: str) -> dict[str, Any]:
                 f"{path} holds no complete checkpoint: give a workdir with {FOLDER}/<step>/ in it"
             )
         paths = [root / str(step) for step in reversed(found)]
-    _, params = _first_intact(paths, _read_params)
+    # A run that starts from it computes on all devices; what is read lies on one.
+    with jax.set_mesh(None):  # type: ignore[reportGeneralTypeIssues]
+        _, params = _first_intact(paths, _read_params)
     return jax.tree.map(np.asarray, params)
 
 

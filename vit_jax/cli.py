@@ -17,7 +17,7 @@ import sys
 import textwrap
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from absl import app, flags
@@ -97,12 +97,23 @@ def read_config() -> config.Config:
     return config.from_dict(dict(values.items()))
 
 
-def only_json(wanted: bool) -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def only_json(wanted: bool) -> Iterator[None]:
     """Whatever is printed meanwhile goes to standard error, where standard output is
     for :func:`print_json`."""
-    return (
-        contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext()
-    )
+    if not wanted:
+        yield
+        return
+    sys.stdout.flush()
+    # Libraries such as Gloo print from C++.
+    output = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(output, 1)
+        os.close(output)
 
 
 def print_json(value: Any) -> None:

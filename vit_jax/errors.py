@@ -13,3 +13,7 @@ class UserError(ValueError):
     as one line without a traceback and exit with status 2; library callers may catch it
     as a ``ValueError``.
     """
+
+
+class Diverged(UserError):
+    """A run whose loss stayed non-finite."""

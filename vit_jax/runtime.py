@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a command sets up before JAX starts: the platform, freed memory and compiled
-programs."""
+programs; and where it may keep files."""
 
 import ctypes
 import glob
 import os
 import sys
+from pathlib import Path
 
 import jax
 
@@ -67,3 +68,11 @@ def keep_memory() -> None:
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_max, 0)
         mallopt(arena_max, 1)
+
+
+def cache_folder() -> Path:
+    """``VIT_JAX_CACHE``, or the user's cache folder."""
+    folder = os.environ.get("VIT_JAX_CACHE") or Path(
+        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "vit_jax"
+    )
+    return Path(folder).expanduser()

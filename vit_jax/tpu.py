@@ -105,7 +105,8 @@ def cached(key: Sequence[str], find_out: Callable[[], Any]) -> Any:
     """What ``find_out`` returns, a JSON value; from disk if it ran before with the same
     key, compiler and options of the compiler.
 
-    Kept beside JAX's own cache of compiled programs, if that is on.
+    Kept beside JAX's own cache of compiled programs, if that is on and can be written;
+    None is not kept.
     """
     root = jax.config.jax_compilation_cache_dir
     if not root or not jax.config.jax_enable_compilation_cache:
@@ -118,10 +119,12 @@ def cached(key: Sequence[str], find_out: Callable[[], Any]) -> Any:
     with contextlib.suppress(OSError, EOFError, ValueError):
         return json.loads(gzip.decompress(path.read_bytes()))
     found = find_out()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_bytes(gzip.compress(json.dumps(found).encode()))
-    partial.replace(path)
+    if found is not None:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(f".{os.getpid()}")
+            partial.write_bytes(gzip.compress(json.dumps(found).encode()))
+            partial.replace(path)
     return found
 
 
@@ -136,6 +139,8 @@ def _compile(lowered: jax.stages.Lowered) -> Compiled:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
+        if advice := beyond_vector_memory(str(e)):
+            raise UserError(advice) from e
         if not needed_memory(str(e)):
             raise
         return Compiled("", time.perf_counter() - start, problem=str(e))
@@ -148,6 +153,19 @@ def _compile(lowered: jax.stages.Lowered) -> Compiled:
         # Donated arguments are counted once.
         temporaries=made - sizes.alias_size_in_bytes,
         code=sizes.generated_code_size_in_bytes,
+    )
+
+
+def beyond_vector_memory(message: str) -> str:
+    """What to do where a kernel asks for more vector memory than a core has; "" if the
+    compiler's message is about something else."""
+    if "RESOURCE_EXHAUSTED" not in message or "vmem" not in message.lower():
+        return ""
+    sizes = re.search(r"size (\S+) and limit (\S+)", message)
+    numbers = f" ({sizes[1]} of {sizes[2]})" if sizes else ""
+    return (
+        f"a kernel asks for more vector memory than there is{numbers}: set "
+        "config.model.attention=xla"
     )
 
 

@@ -71,8 +71,9 @@ def analyse(
             json.dumps(config.to_dict(subject.run), indent=2) if subject.run else ""
         )
         page = report.write_html(
-            Path(out) / "report.html", title, facts(subject), pictures, omitted, stored
-        )
+            Path(out) / "report.html", title, facts(subject),
+            {p: figures.caption(p.stem) for p in pictures}, omitted, {"config": stored},
+        )  # fmt: skip
         print(f"wrote {page}")
     return omitted
 

@@ -5,7 +5,7 @@ network."""
 import base64
 import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ pre {{ overflow-x: auto; background: #f6f6f6; padding: .8rem; font-size: .8rem; 
 </nav>
 {figures}
 {omitted}
-{config}
+{texts}
 </body>
 </html>
 """
@@ -66,12 +66,12 @@ def write(out: str | Path, name: str, arrays: Mapping[str, Any]) -> Path:
 
 
 def write_html(
-    path: str | Path,
+    path: Any,
     title: str,
     facts: Mapping[str, Any],
-    pictures: Sequence[Path],
+    pictures: Mapping[Path, str],
     omitted: Mapping[str, str],
-    config: str = "",
+    texts: Mapping[str, str],
 ) -> Path:
     """One page with everything inside it.
 
@@ -79,9 +79,9 @@ def write_html(
       path: of the page.
       title: its heading.
       facts: shown as a table.
-      pictures: files called after their figure.
+      pictures: captions of files called after their figure.
       omitted: why a figure is not there.
-      config: of the run, as text.
+      texts: shown as they are, below their names.
     """
     escape = lambda value: html.escape(str(value))
     rows = [
@@ -89,17 +89,16 @@ def write_html(
     ]
     links = {p.stem: p.stem.replace("_", " ") for p in pictures}
     blocks = []
-    for picture in pictures:
-        text = escape(figures.caption(picture.stem))
+    for picture, caption in pictures.items():
+        text = escape(caption)
         content = base64.b64encode(picture.read_bytes()).decode()
         blocks.append(
             f'<figure id="{picture.stem}"><h2>{links[picture.stem]}</h2>'
             f'<img alt="{text}" src="data:image/png;base64,{content}">'
             f"<figcaption>{text}</figcaption></figure>"
         )
-    if config:
-        links["config"] = "config"
-        config = f'<h2 id="config">config</h2><pre>{escape(config)}</pre>'
+    texts = {k: v for k, v in texts.items() if v}
+    links |= {k: k for k in texts}
     page = _PAGE.format(
         title=escape(title),
         facts="".join(rows),
@@ -108,7 +107,9 @@ def write_html(
         omitted="".join(
             f"<p>Left out: {escape(k)} ({escape(v)})</p>" for k, v in omitted.items()
         ),
-        config=config,
+        texts="\n".join(
+            f'<h2 id="{k}">{k}</h2><pre>{escape(v)}</pre>' for k, v in texts.items()
+        ),
     )
     path = Path(path)
     try:

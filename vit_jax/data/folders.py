@@ -5,6 +5,7 @@ photos/train/cat/a.jpg      class folders under train/ and one of test/, val/, .
                             Train/ and Test/, or imagenet_train/ and imagenet_val/
 photos/cat/a.jpg            class folders only: a share of each class is held out (one of
                             them may be called "train", but not "test", "val", ...)
+ILSVRC/Data/CLS-LOC/        Kaggle's ImageNet, and tiny-imagenet-200, see imagenet.py
 photos/val.txt              "a.jpg cat" or "a.jpg 3" per line, as data.test_split: for
                             test images that are not sorted by class
 photos.csv, photos.jsonl    a table instead of folders, see manifest.py
@@ -20,7 +21,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from vit_jax.config import DataConfig, nearest
-from vit_jax.data import manifest, splits
+from vit_jax.data import imagenet, manifest, splits
+from vit_jax.data.classes import nfc
 from vit_jax.data.examples import Dataset, Labels, Split, check_class_names
 from vit_jax.errors import UserError
 
@@ -48,7 +50,7 @@ def load(cfg: DataConfig) -> Dataset:
         )
     if root.is_file():
         return manifest.load(cfg, root)
-    root = _unwrapped(root, {cfg.train_split, cfg.test_split})
+    root = imagenet.kaggle_root(_unwrapped(root, {cfg.train_split, cfg.test_split}))
     file = root / cfg.test_split if cfg.test_split.endswith(".txt") else None
     listed = manifest.read_list(file, _places(root, file)) if file else []
     train_root, test_roots = _roots(cfg, root)
@@ -64,9 +66,9 @@ def load(cfg: DataConfig) -> Dataset:
         test = _test_images(root, test_roots, indices)
 
     def split(name: str) -> Split:
-        found = _asked("split", name, root)
-        return _images(found, _classes(found), indices)
+        return _test_images(root, [_asked("split", name, root)], indices)
 
+    names = imagenet.named(names, train_root)
     return Dataset(*splits.with_test(cfg, train, test), names, splits=split)
 
 
@@ -200,7 +202,7 @@ def _classes(root: Path) -> dict[str, list[str]]:
     accents."""
     classes: dict[str, list[str]] = {}
     for folder in _subfolders(root):
-        classes.setdefault(manifest.nfc(folder), []).append(folder)
+        classes.setdefault(nfc(folder), []).append(folder)
     if not classes:
         files = [f for f in _files(root) if _suffix(f) in EXTENSIONS]
         loose = f" ({len(files)} images lie in it directly)" if files else ""
@@ -246,11 +248,13 @@ def _images(
 def _test_images(
     root: Path, candidates: list[Path], indices: Mapping[str, int]
 ) -> Split:
-    """The first of the folders that is sorted by class."""
+    """The first of the folders that is sorted by class, or whose labels are listed."""
     for folder in candidates:
         found = _unwrapped(folder, indices)
-        if any(name in indices for name in map(manifest.nfc, _subfolders(found))):
+        if any(name in indices for name in map(nfc, _subfolders(found))):
             return _images(found, _classes(found), indices)
+        if file := imagenet.label_file(folder):
+            return manifest.labelled(_lines(file, folder, root), indices, file)
         log.warning("%s is left out: it has no folder of a training class", folder)
     lists = [*root.glob("*.txt"), *root.glob("*/*.txt")]
     try:
@@ -262,6 +266,14 @@ def _test_images(
             f"test_split to a list of lines 'image label', such as {example}, or to '' "
             "to hold out a share of the training images"
         ) from e
+
+
+def _lines(file: Path, folder: Path, root: Path) -> list[manifest.Line]:
+    """What a file says of the images in a folder that is not sorted by class."""
+    if file.suffix == ".csv":
+        found = imagenet.solution(file, folder)
+        return [manifest.Line(image, (label,), at) for image, label, at in found]
+    return manifest.read_list(file, _places(root, file))
 
 
 def _report(root: Path, kinds: collections.Counter[str]) -> None:

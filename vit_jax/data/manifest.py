@@ -22,26 +22,22 @@ import json
 import logging
 import os
 import re
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_jax.config import DataConfig, nearest
-from vit_jax.data import splits
+from vit_jax.config import DataConfig
+from vit_jax.data import classes, splits
 from vit_jax.data.examples import (
-    IGNORED,
     Dataset,
     Labels,
     Split,
-    check_class_names,
     listed,
 )
 from vit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-MAX_CLASSES = 100_000  # limit on classes named by numbers, or one per image
 _IMAGE = ("image", "path", "file", "filename")
 _LABEL = ("labels", "label", "class")
 
@@ -62,7 +58,8 @@ def load(cfg: DataConfig, file: Path) -> Dataset:
     lines = list(_table(file))
     if not lines:
         raise UserError(f"{file} lists no images")
-    names = _class_names(cfg, file, lines)
+    spelled = {label: line.where for line in reversed(lines) for label in line.labels}
+    names = classes.names(cfg, spelled, len(lines), str(file))
     indices = {name: i for i, name in enumerate(names)}
     parts: dict[str, list[Line]] = {}
     for line in lines:
@@ -113,7 +110,7 @@ def read_list(file: Path, places: Sequence[Path]) -> list[Line]:
         for path, label in _readings(text.strip()):
             image = next((p for p in (d / path for d in places) if p.is_file()), None)
             if image is not None:
-                found.append(Line(str(image), (nfc(label),), where))
+                found.append(Line(str(image), (classes.nfc(label),), where))
                 break
         else:
             raise UserError(
@@ -134,23 +131,20 @@ def labelled(lines: Sequence[Line], indices: Mapping[str, int], file: Path) -> S
             f"{file} lists {len(missing)} files that {kind}, the first is {missing[0]}: "
             "paths are relative to the folder of the table"
         )
-    labels = [[_index(s, indices, line.where) for s in line.labels] for line in lines]
+    labels = [
+        [classes.index(s, indices, line.where) for s in line.labels] for line in lines
+    ]
     return from_files([line.image for line in lines], Labels.several(labels))
 
 
 def from_files(paths: list[str], labels: Labels) -> Split:
     """A split of image files."""
     for path in paths:
-        if not _is_utf8(path):  # which tensorflow asks for
+        if not classes.is_utf8(path):  # which tensorflow asks for
             raise UserError(
                 f"the file name {os.fsencode(path)!r} is not UTF-8: rename the file"
             )
     return listed("path", paths, labels, lambda i: paths[i])
-
-
-def nfc(name: str) -> str:
-    """One spelling of accents: macOS and others write the same name in other bytes."""
-    return unicodedata.normalize("NFC", name)
 
 
 # ------------------------------------------------------------------------------ lines
@@ -257,76 +251,17 @@ def _line(row: dict[str, Any], file: Path, where: str) -> Line:
         labels = [value]
     return Line(
         str(file.parent / image),
-        tuple(_label(v, where) for v in labels),
+        tuple(classes.text(v, where) for v in labels),
         where,
         column == "labels" or isinstance(value, list),
         str(row.get("split") or ""),
     )
 
 
-def _label(value: Any, where: str) -> str:
-    """One label as text: 1, 1.0, "1" and "1.0" are the same, as tables that were written
-    as floats hold them."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float | None):
-        raise UserError(
-            f"{where}: the label {value!r:.80} is neither a name nor a whole number"
-        )
-    label = "" if value is None else nfc(str(value).strip())
-    label = re.sub(r"^(-?\d+)\.0+$", r"\1", label)
-    if not label:
-        raise UserError(
-            f"{where}: the label is empty; write {IGNORED} for an image to be ignored"
-        )
-    if not _is_utf8(label) or (isinstance(value, float) and not _is_integer(label)):
-        raise UserError(
-            f"{where}: the label {label!r:.80} is not a name: write it as text"
-        )
-    return label
-
-
 _NEEDS = f"needs an image ({', '.join(_IMAGE)}) and a label ({', '.join(_LABEL)})"
 
 
-# ---------------------------------------------------------------------------- classes
-
-
-def _class_names(cfg: DataConfig, file: Path, lines: list[Line]) -> tuple[str, ...]:
-    spelled = {label: line for line in reversed(lines) for label in line.labels}
-    spelled.pop(str(IGNORED), None)
-    if not all(map(_is_integer, spelled)):
-        return check_class_names(sorted(spelled), str(file))
-    classes = cfg.num_classes or max(map(int, spelled), default=-1) + 1
-    if classes <= 0:
-        raise UserError(
-            f"{file} names no class: its labels are {splits.some([*spelled]) or IGNORED}, "
-            f"but classes are numbered from 0 and {IGNORED} is ignored"
-        )
-    if not cfg.num_classes and classes > max(len(lines), MAX_CLASSES):
-        line = spelled[max(spelled, key=int)]
-        raise UserError(
-            f"{line.where}: label {classes - 1} asks for {classes} classes, with "
-            f"{len(lines)} images: number the classes from 0, or set "
-            "--config.data.num_classes if there are so many"
-        )
-    return tuple(str(i) for i in range(classes))
-
-
-def _index(label: str, indices: Mapping[str, int], where: str) -> int:
-    if label == str(IGNORED):
-        return IGNORED
-    if label in indices:  # also where the names are numbers
-        return indices[label]
-    if _is_integer(label):
-        if 0 <= int(label) < len(indices):
-            return int(label)
-        raise UserError(
-            f"{where}: label {label} is out of range: with {len(indices)} classes it "
-            f"must lie in [0, {len(indices) - 1}] (or be {IGNORED}: ignored)"
-        )
-    raise UserError(
-        f"{where}: unknown class {label!r}: {nearest(label, indices)}"
-        f"the classes are {splits.some([*indices])}"
-    )
+# ---------------------------------------------------------------------------- checks
 
 
 def _check_splits(file: Path, parts: Mapping[str, list[Line]]) -> None:
@@ -350,7 +285,9 @@ def _report(
 ) -> None:
     """Says what is read as it stands, and hardly meant."""
     lines = [line for part in parts.values() for line in part]
-    used = {_index(s, indices, line.where) for line in lines for s in line.labels}
+    used = {
+        classes.index(s, indices, line.where) for line in lines for s in line.labels
+    }
     if unused := [name for name, i in indices.items() if i not in used]:
         log.warning(
             "%s: %d of %d classes have no image, the first is %s: are the classes "
@@ -378,16 +315,3 @@ def _report(
             one[0].where,
             one[0].labels[0],
         )
-
-
-def _is_integer(label: str) -> bool:
-    digits = label.removeprefix("-")
-    return digits.isascii() and digits.isdecimal() and len(digits) < 19
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

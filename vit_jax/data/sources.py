@@ -18,6 +18,7 @@ SOURCES = {
     "folder": "vit_jax.data.folders",
     "records": "vit_jax.data.records",
     "synthetic": "vit_jax.data.synthetic",
+    "tar": "vit_jax.data.tar",
     "tfds": "vit_jax.data.tfds_source",
 }
 _VTAB = "vit_jax.data.vtab"  # of those names of "tfds" that begin with vtab/

@@ -129,6 +129,7 @@ def beyond_attend(cfg: ModelConfig, train: bool) -> str:
         "positions": cfg.positions in RELATIVE,
         "relative_bias": cfg.relative_bias,
         "attention_norm": cfg.attention_norm,
+        "axial": cfg.axial,
         "attention_dropout": train and cfg.attention_dropout > 0,
     }
     return next((f"config.model.{k}" for k, more in asked.items() if more), "")
@@ -148,10 +149,11 @@ class MlpBlock(nn.Module):
             nn.Dense, dtype=c.dtype, kernel_init=_XAVIER, bias_init=bias_init
         )
         y = materialize(dense(c.mlp_dim, name="Dense_0")(z))
-        if c.mlp == "swiglu":
-            y = nn.silu(materialize(dense(c.mlp_dim, name="gate")(z))) * y
+        activation = nn.silu if c.mlp == "swiglu" else GELUS[c.gelu]
+        if c.mlp == "gelu":
+            y = activation(y)
         else:
-            y = GELUS[c.gelu](y)
+            y = activation(materialize(dense(c.mlp_dim, name="gate")(z))) * y
         y = nn.Dropout(c.dropout, deterministic=not self.train)(y)
         if c.mlp_norm:
             y = norm(c, "norm")(y)

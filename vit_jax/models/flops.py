@@ -21,7 +21,7 @@ def macs(cfg: ModelConfig) -> int:
     """Multiply-accumulate operations per image of ``cfg.image_size``.
 
     N P^2 C D + L (4 S D^2 + 2 S^2 D + 2 S D M) for the Transformer, 3 S D M with a gate,
-    the convolutions of a ResNet stem or baseline, and the head. Norms, rotations and
+    everything twice but S times its row and column only for axial attention; the convolutions of a ResNet stem or baseline, and the head. Norms, rotations and
     activations are left out, as is usual. A training step costs 6 FLOPs per MAC and
     image, inference 2.
     """
@@ -34,8 +34,10 @@ def macs(cfg: ModelConfig) -> int:
     d, m = cfg.width, cfg.mlp_dim
     s = n + prefix_tokens(cfg)
     embedding = n * cfg.patch**2 * channels * d
-    dense = 3 if cfg.mlp == "swiglu" else 2
-    blocks = cfg.depth * (4 * s * d * d + 2 * s * s * d + dense * s * d * m)
+    dense = 2 if cfg.mlp == "gelu" else 3
+    halves, keys = (2, rows + columns) if cfg.axial else (1, s)
+    layer = halves * (4 * s * d * d + dense * s * d * m) + 2 * s * keys * d
+    blocks = cfg.depth * layer
     return stem + embedding + blocks + _head(cfg, n, s)
 
 

@@ -146,6 +146,8 @@ def _check(cfg: ModelConfig) -> None:
         for field in ("pre_logits", "dropout", "attention_dropout", "stochastic_depth"):
             if getattr(cfg, field):
                 refuse(field, f"a ResNet baseline ({cfg.name!r}) has nothing like it")
+        if cfg.axial:
+            refuse("axial", f"a ResNet baseline ({cfg.name!r}) has no attention")
         if cfg.head != "gap":
             refuse("head", "a ResNet baseline only has 'gap'")
         return
@@ -174,6 +176,10 @@ def _check_positions(cfg: ModelConfig, refuse: Callable[[str, str], None]) -> No
         )
     if cfg.relative_bias and prefix_tokens(cfg) != 1:
         refuse("relative_bias", "it is for patches after one class token")
+    if cfg.axial and prefix_tokens(cfg):
+        refuse("axial", "rows and columns are of patches alone, as with head='gap'")
+    if cfg.axial and cfg.rope != "none":
+        refuse("axial", f"config.model.rope={cfg.rope!r} is for all patches at once")
     if cfg.rope != "none" and cfg.width // cfg.heads % 4:
         size = f"{cfg.width} / {cfg.heads}"
         refuse("rope", f"4 does not divide the size of a head, {size}")

@@ -8,7 +8,7 @@ Parameters have the names and shapes of the released files, hence _1, _2 and _3.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import chex
 import flax.linen as nn
@@ -21,7 +21,7 @@ from vit_jax.models.attention import Attend, MlpBlock, MultiHeadAttention
 from vit_jax.models.images import standardize
 from vit_jax.models.norms import norm
 from vit_jax.models.positions import POSITIONS, PositionEmbedding, rotation
-from vit_jax.models.variants import has_class_token, has_stem
+from vit_jax.models.variants import has_class_token, has_stem, token_grid
 
 
 class ViT(nn.Module):
@@ -136,7 +136,8 @@ class Encoder(nn.Module):
             z = norm(c, "norm_pre")(z)
         turn = rotation(c, self.image_size)
 
-        Block = _with_remat(c, _with_params(EncoderBlock, self.on_block_params))
+        Block = AxialBlock if c.axial else EncoderBlock
+        Block = _with_remat(c, _with_params(Block, self.on_block_params))
         rates = c.stochastic_depth * jnp.linspace(0, 1, c.depth)
         if c.layers == "scan":
             Blocks = nn.scan(
@@ -162,6 +163,8 @@ class EncoderBlock(nn.Module):
     image_size: tuple[int, int]
     train: bool
     attend: Attend | None = None
+    # Along what patches attend; "": to all tokens.
+    along: Literal["", "rows", "columns"] = ""
 
     @nn.compact
     def __call__(
@@ -184,6 +187,8 @@ class EncoderBlock(nn.Module):
         attend = MultiHeadAttention(
             c, self.train, self.image_size, self.attend, name=name
         )
+        if self.along:
+            attend = _along(self.along, token_grid(c, self.image_size), attend)
         mlp = MlpBlock(c, self.train, name="MlpBlock_3")
 
         if c.position_at == "every":
@@ -207,6 +212,51 @@ class EncoderBlock(nn.Module):
         if not (self.train and self.cfg.stochastic_depth):
             return y
         return stochastic_depth(y, rate, self.make_rng("dropout"))
+
+
+class AxialBlock(nn.Module):
+    """Two blocks in place of one: in the first the patches of a row attend to each
+    other, in the second those of a column (Section D.6, 1912.12180)."""
+
+    cfg: ModelConfig
+    image_size: tuple[int, int]
+    train: bool
+    attend: Attend | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        z: jax.Array,
+        rate: jax.Array,
+        shared: jax.Array | None,
+        turn: tuple[jax.Array, jax.Array] | None = None,
+    ) -> tuple[jax.Array, None]:
+        """Like that of :class:`EncoderBlock`."""
+        args = (self.cfg, self.image_size, self.train, self.attend)
+        z, _ = EncoderBlock(*args, along="rows", name="rows")(z, rate, shared, turn)
+        columns = EncoderBlock(*args, along="columns", name="columns")
+        z, _ = columns(z, rate, shared, turn)
+        self.sow("intermediates", "tokens", z)
+        return z, None
+
+
+def _along(
+    lines: Literal["rows", "columns"],
+    grid: tuple[int, int],
+    attend: Callable[..., jax.Array],
+) -> Callable[..., jax.Array]:
+    """``attend`` of each line of patches by itself: lines are images to it."""
+
+    def turned(z: jax.Array) -> jax.Array:
+        return z.swapaxes(1, 2) if lines == "columns" else z
+
+    def attend_along(y: jax.Array, _: jax.Array, turn: Any) -> jax.Array:
+        y = turned(y.reshape(len(y), *grid, -1))
+        z = y.reshape(-1, *y.shape[2:])
+        z = turned(attend(z, z, turn).reshape(y.shape))
+        return z.reshape(len(z), -1, z.shape[-1])
+
+    return attend_along
 
 
 def stochastic_depth(y: jax.Array, rate: jax.Array, key: jax.Array) -> jax.Array:

@@ -25,6 +25,7 @@ from typing import IO, Any
 from tqdm.auto import tqdm
 
 from vit_jax.errors import UserError
+from vit_jax.runtime import cache_folder
 from vit_jax.weights.contents import one_line
 
 GS_ENDPOINT = "https://storage.googleapis.com"
@@ -44,14 +45,6 @@ _ALTERNATIVES = (
 
 def is_remote(source: str) -> bool:
     return re.match(r"(https?|gs|hf)://", source) is not None
-
-
-def cache_folder() -> Path:
-    """``VIT_JAX_CACHE``, or the user's cache folder."""
-    folder = os.environ.get("VIT_JAX_CACHE") or Path(
-        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "vit_jax"
-    )
-    return Path(folder).expanduser()
 
 
 def cached(url: str) -> Path:

@@ -140,11 +140,16 @@ def infer(
     head = arrays.get("head/kernel")
     shown["num_classes"] = head.shape[-1] if head and head.shape else 0
     if "embedding/kernel" in arrays:
-        shown |= _transformer(arrays, report) | _switches(arrays)
+        # One half of an axial block is a block as any other has it.
+        blocks = {name.replace("/rows/", "/"): x for name, x in arrays.items()}
+        shown |= _transformer(blocks, report) | _switches(blocks)
+        shown["axial"] = f"{_BLOCK}/rows/LayerNorm_0/scale" in arrays
     elif not shown.get("resnet"):
         raise UserError(f"{report.where} has a ResNet root but nothing that follows it")
     else:
         shown["patch"] = 1
+    if shown.get("mlp") == "swiglu" and facts.stated.get("mlp") == "geglu":
+        shown["mlp"] = "geglu"  # of the same arrays
     for field, value in shown.items():
         facts.settle(field, value)
     if "depth" in shown:
@@ -453,7 +458,8 @@ def _table(
 
     def of_rows(rows: int, columns: int) -> list[tuple[int, int]]:
         found = []
-        for extra in extras:
+        # Rows of registers are too rare to be looked for without a size.
+        for extra in [*extras, *[first + cfg.registers] * bool(rows)]:
             patches = shape[1] - extra
             side = int(max(patches, 0) ** 0.5)
             grid = (rows, columns) if rows else (side, side)
