@@ -11,16 +11,20 @@ from collections.abc import Callable
 
 from vit_jax import recipes
 from vit_jax.config import Config, ModelConfig, replace
-from vit_jax.scales import COMPUTE, Claim, Row, Scale, Study
+from vit_jax.scales import (
+    COMPUTE,
+    FIGURE12,
+    RESOLUTIONS,
+    SHAPES,
+    SUBSETS,
+    Claim,
+    Row,
+    Scale,
+    Study,
+)  # fmt: skip
 from vit_jax.vtab_tasks import TASKS
 
 # 1. Data size: Figure 4 ----------------------------------------------------------------
-
-SUBSETS = {
-    "tiny": (500, 2_000, 8_000),
-    "small": (1_000, 5_000, 50_000),
-    "paper": (9_000_000, 30_000_000, 90_000_000, 303_000_000),
-}
 
 
 def data_size(scale: Scale) -> Study:
@@ -222,24 +226,6 @@ def _target(scale: Scale, target: str) -> str:
 
 # 6. Model shape: Figure 8 --------------------------------------------------------------
 
-SHAPES = {
-    "tiny": (
-        {"depth": 4, "width": 32, "mlp_dim": 64, "heads": 4, "patch": 4},
-        {"depth": (2, 8), "width": (16, 64), "mlp_dim": (32, 128), "patch": (8, 2)},
-    ),
-    "small": (
-        {"depth": 4, "width": 128, "mlp_dim": 256, "heads": 4, "patch": 8},
-        {"depth": (2, 8, 16), "width": (64, 256), "mlp_dim": (128, 512), "patch": (16, 4)},
-    ),
-    "paper": (
-        {"depth": 8, "width": 1024, "mlp_dim": 2048, "heads": 16, "patch": 32},
-        {
-            "depth": (2, 4, 16, 32, 64), "width": (256, 512, 2048),
-            "mlp_dim": (512, 1024, 4096, 8192), "patch": (64, 16, 8),
-        },
-    ),
-}  # fmt: skip
-
 
 def shape(scale: Scale) -> Study:
     """One dimension at a time around a base, and all together once."""
@@ -298,8 +284,6 @@ def self_supervision(scale: Scale) -> Study:
 
 
 # 8. Resolution: Section 3.2 ------------------------------------------------------------
-
-RESOLUTIONS = {"tiny": (16, 24, 32), "small": (32, 48, 64), "paper": (224, 384, 512)}
 
 
 def resolution(scale: Scale) -> Study:
@@ -364,15 +348,6 @@ def augreg(scale: Scale) -> Study:
 
 # 10. Compute: Figure 12 ----------------------------------------------------------------
 
-FIGURE12 = {
-    "tiny": (("R50x1", "ViT-b/32", "ViT-B/32", "ViT-L/32"), (16, 32, 64)),
-    "small": (("R50x1", "R152x2", "ViT-B/32", "ViT-L/32"), (32, 64, 128)),
-    "paper": (
-        ("R50x1", "R50x2", "R152x4", "ViT-B/32", "ViT-L/32", "ViT-B/16", "ViT-L/16", "ViT-H/14"),
-        (64, 128, 224, 384, 512),
-    ),
-}  # fmt: skip
-
 
 def compute(scale: Scale) -> Study:
     """Inference on this machine: images/s, and the largest batch that its memory, or
@@ -418,6 +393,31 @@ def distance(scale: Scale) -> Study:
             Claim("the hybrid has fewer local heads: its nearest head looks further", ("hybrid",), ("ViT",)),
             Claim("in the ViT, the distance grows with depth", ("ViT",), (), "distance/growth"),
         ),
+    )  # fmt: skip
+
+
+# 12. Axial attention: Section D.6, Figure 13 -------------------------------------------
+
+
+def axial(scale: Scale) -> Study:
+    """Of 2-D positions and the mean of the patches, with and without."""
+    rows = {}
+    for model in ("ViT-B/32", "ViT-B/16") if scale.paper else ("ViT-B/32",):
+        for name, wanted in ((model, False), (f"Axial{model}", True)):
+            cfg = scale.pretrain(
+                model,
+                model__head="gap",
+                model__pre_logits=False,
+                model__positions="learned2d",
+                model__axial=wanted,
+            )
+            rows[name] = Row(cfg, line="AxialViT" if wanted else "ViT")
+    axials = tuple(name for name in rows if name.startswith("Axial"))
+    plain = tuple(name.removeprefix("Axial") for name in axials)
+    return Study(
+        "Axial attention (Figure 13)", scale.metric, "lines", rows,
+        (Claim("axial attention is better than its ViT, for more compute", axials, plain),),
+        COMPUTE,
     )  # fmt: skip
 
 
@@ -486,5 +486,6 @@ STUDIES: dict[str, Callable[[Scale], Study]] = {
     "augreg": augreg,
     "compute": compute,
     "distance": distance,
+    "axial": axial,
     "transfer": transfer,
 }
