@@ -186,9 +186,10 @@ class Scale:
         if self.paper:
             cfg = recipes.pretrain(model, images)
             large = "L/" in model or "H/" in model or "R152x2" in model
+            shards = self.root and cfg.data.source == "records"
             cfg = replace(
                 cfg,
-                data__path=os.path.join(self.root, images) if self.root else "",
+                data__path=os.path.join(self.root, images) if shards else self.root,
                 eval__evaluators=(FEWSHOT,),
                 eval__every=cfg.steps // 7,
                 **({"sharding": "zero", "model__remat": "full"} if large else {}),

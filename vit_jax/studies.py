@@ -6,11 +6,10 @@ end lists them all. Section, table and figure numbers are those of arXiv 2010.11
 where no other paper is named.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 from vit_jax import recipes
-from vit_jax.config import Config, ModelConfig, replace
+from vit_jax.config import Config, DataConfig, ModelConfig, replace
 from vit_jax.scales import (
     COMPUTE,
     FIGURE12,
@@ -42,7 +41,13 @@ def data_size(scale: Scale) -> Study:
                 cfg = scale.pretrain("ViT-B/32", **HALF_B)
             else:
                 cfg = scale.pretrain(model)
-            cfg = replace(cfg, data__subset=float(size))
+            every = size == sizes[-1] and scale.name != "tiny"
+            cfg = replace(
+                cfg,
+                data__subset=0.0 if every else float(size),
+                # The labels of records are not known before they are read.
+                data__subset_balanced=not scale.paper,
+            )
             rows[f"{model}, {size:,}"] = Row(cfg, line=model, x=size)
     least, most = f"{sizes[0]:,}", f"{sizes[-1]:,}"
     claims = [
@@ -359,15 +364,12 @@ def compute(scale: Scale) -> Study:
         for size in sizes:
             patch = int(model.split("/")[1]) if "/" in model else 1
             side = size - size % patch if scale.paper else size
-            base = scale.pretrain("ViT-B/32")
             fields = {"name": model} if scale.paper else {"name": "", **scale.model(model)}  # fmt: skip
-            cfg = replace(
-                base,
-                model=dataclasses.replace(ModelConfig(num_classes=1000), **fields),
-                data__source="synthetic",
-                data__image_size=side,
+            cfg = Config(
+                model=ModelConfig(**fields, dtype="bfloat16" if scale.paper else "float32"),
+                data=DataConfig(source="synthetic", image_size=side, num_classes=1000),
                 batch=64,
-            )
+            )  # fmt: skip
             rows[f"{model}, {size} px"] = Row(cfg, line=model, x=side, measure="speed")
     at = lambda model: tuple(f"{model}, {size} px" for size in sizes)
     return Study(
@@ -468,6 +470,7 @@ def _frozen(scale: Scale, cfg: Config) -> Config:
         model=ModelConfig(),
         pretrained=scale.checkpoint,
         data__image_size=CHECKPOINT_SIZE,
+        data__eval_transforms=({"op": "resize"},),
         data__subset=1_400.0,  # from which every seed draws its examples
         eval__evaluators=({"type": "fewshot", "shots": (100,)},),
         eval__batch=50,
