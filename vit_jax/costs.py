@@ -34,19 +34,26 @@ def check(study: Study) -> None:
     Raises:
       UserError: a row contradicts itself or its data.
     """
-    width = max(map(len, study.rows))
+    width, built = max(map(len, study.rows)), {}
     print(f"{'row':<{width}}  {'parameters':>13}  {'steps':>9}  {'batch':>6}  FLOPs")
     for name, row in study.rows.items():
         if row.measure == "features":
             continue
-        p = program.build(config.replace(row.cfg, pretrained=""), jax.devices()[:1])
-        params = sum(math.prod(x.shape) for x in jax.tree.leaves(p.state_shape.params))
+        # Rows that differ in what they read, or start from, are one program.
+        cfg = config.replace(row.cfg, pretrained="", data__subset=0.0)
+        key = config.to_json(cfg)
+        built[key] = built.get(key) or _parameters(cfg)
         steps = 0 if row.measure == "speed" else row.cfg.steps
         print(
-            f"{name:<{width}}  {params:>13,}  {steps:>9,}  {row.cfg.batch:>6,}  "
+            f"{name:<{width}}  {built[key]:>13,}  {steps:>9,}  {row.cfg.batch:>6,}  "
             f"{own_flops(row):.3g}",
             flush=True,
         )
+
+
+def _parameters(cfg: Config) -> int:
+    p = program.build(cfg, jax.devices()[:1])
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(p.state_shape.params))
 
 
 def chip_hours(study: Study, target: tpu.Topology, seeds: int) -> None:
