@@ -18,7 +18,7 @@ from PIL import Image
 from trained import trained_workdir
 
 from vit_jax import models, weights
-from vit_jax.analysis import drawing, embeddings, figures, maps, report, runs
+from vit_jax.analysis import attention, drawing, embeddings, figures, maps, report, runs
 from vit_jax.analysis.__main__ import analyse
 from vit_jax.analysis.subject import Subject
 from vit_jax.config import ModelConfig
@@ -226,7 +226,7 @@ def test_one_artefact_token_does_not_darken_the_map():
     truth = RNG.uniform(0.5, 1, (1, 37, 37))
     maps = truth.copy()
     maps[0, 3, 4] = 1000
-    shown = drawing.bounded(maps)
+    shown = attention.bounded(maps)
     assert shown.max() == 1
     np.testing.assert_allclose(shown, np.minimum(maps / np.percentile(maps, 98), 1))
     assert np.median(shown) > 0.7

@@ -15,7 +15,15 @@ from tiny import TINY
 
 from vit_jax import data, train
 from vit_jax.config import DataConfig, replace
-from vit_jax.data import records, sequential, shards, sources, write_records
+from vit_jax.data import (
+    records,
+    sequential,
+    shard_writer,
+    shards,
+    sources,
+    storage,
+    write_records,
+)
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 from vit_jax.workdir import read_metrics
@@ -148,7 +156,7 @@ def test_shards_of_two_runs_are_never_read_together(tmp_path, format, monkeypatc
     before = (dest / "train.json").read_text()
     (photos / "train/cat").rename(photos / "train/wildcat")
     (photos / "test/cat").rename(photos / "test/wildcat")
-    real, begun = write_records._write_shard, []
+    real, begun = shard_writer._write_shard, []
 
     def killed(*args):
         begun.append(args)
@@ -156,7 +164,7 @@ def test_shards_of_two_runs_are_never_read_together(tmp_path, format, monkeypatc
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(write_records, "_write_shard", killed)
+    monkeypatch.setattr(shard_writer, "_write_shard", killed)
     with pytest.raises(KeyboardInterrupt):
         write()
     with pytest.raises(UserError, match="has no index"):
@@ -240,7 +248,7 @@ class Patient:
     def read(self, name, byte_range):
         self.begun += 1
         self.most = max(self.most, self.begun)
-        return Answer(self, self.store.read(name, byte_range=byte_range))
+        return Answer(self, self.store.read(name, byte_range))
 
 
 class Answer:
@@ -256,13 +264,13 @@ def test_the_records_of_a_batch_are_asked_for_together(written, monkeypatch):
     """However long a read takes, a batch waits for one: exact ranges, all at once."""
     split = sources.load(config(written["tfrecord"])).train
     before = split.read(np.arange(10))
-    real, stores = shards._store, []
+    real, stores = storage._store, []
 
     def patient(folder):
         stores.append(Patient(real(folder)))
         return stores[0]
 
-    monkeypatch.setattr(shards, "_store", patient)
+    monkeypatch.setattr(storage, "_store", patient)
     after = split.read(np.arange(10))
     assert stores[0].most == 10
     assert after[0] == before[0]

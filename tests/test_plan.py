@@ -12,6 +12,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -148,6 +149,7 @@ def test_plan_of_a_small_config(tmp_path):
         "fits": True,
     }.items() <= result.items()
     assert {"hbm_gib", "images_per_second", "compile_seconds"} <= set(result)
+    assert result["images_per_second_per_host"] == result["images_per_second"]
     memory = sum(result["memory_gib"].values())
     assert 0 < result["peak_hbm_gib"] == pytest.approx(memory)
     # 3 blocks of 4 D^2 + 2 D M, 5 tokens: the compiled program does the model's work,
@@ -191,6 +193,22 @@ def test_a_config_that_cannot_fit_says_what_may_help(monkeypatch, changes, per_c
     if not changes:
         assert "--config.accumulate=4" in text
         assert "batch 16 = 4 per device\n" in text
+
+
+def test_hosts_share_the_images(monkeypatch):
+    """v5e:8x8 as the compiler describes it, sixteen hosts with four chips each: B/16 at
+    51.0 ms needs 5,020 images/s of each."""
+    devices = [SimpleNamespace(process_index=i // 4) for i in range(64)]
+    assert plan.hosts(devices) == 16
+    two_slices = [SimpleNamespace(process_index=0, slice_index=i) for i in (0, 0, 1)]
+    assert plan.hosts(two_slices) == 2
+    cost = hlo.Cost()
+    cost.cycles = 0.051 * hardware.CHIPS["v5e"].clock
+    cfg = replace(TINY, batch=4096)
+    none = plan.Kernels(0.0, 0, 0)
+    found = plan.speed(cost, none, hardware.CHIPS["v5e"], 1.0, cfg, devices)
+    assert found["images_per_second"] == pytest.approx(80_314, rel=1e-4)
+    assert found["images_per_second_per_host"] == pytest.approx(5_020, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +263,7 @@ POD = [Chip64(i) for i in range(64)]
 BIG = replace(TINY, batch=4096, sharding="replicate", model__layers="loop")
 
 
-def found(cfg, devices, cost, limit=12):
+def found(cfg, devices, cost, limit=12, attention="pallas, which a run checks first"):
     """Search with ``cost(candidate) -> (milliseconds, GiB)`` for the compiler."""
     tried, told = [], []
 
@@ -256,6 +274,7 @@ def found(cfg, devices, cost, limit=12):
             "fits": gib <= 16,
             "step_ms": milliseconds if gib <= 16 else None,
             "peak_hbm_gib": gib,
+            "attention": attention,
             "hbm_gib": 16.0,
             "images_per_chip": c.batch // len(devices),
         }
@@ -317,6 +336,9 @@ def test_the_same_program_is_compiled_once():
     """On one chip a strategy changes nothing; on eight, () is (8,)."""
     _, tried, _ = found(BIG, POD[:1], lambda c: (1.0, 1.0), limit=100)
     assert {len(key) for key in tried} == {4}
+    assert "xla" in {key[-1] for key in tried}
+    _, tried, _ = found(BIG, POD[:1], lambda c: (1.0, 1.0), 100, "xla, because it is")
+    assert {key[-1] for key in tried} == {"auto"}, "which is xla there"
     _, tried, _ = found(BIG, POD[:8], lambda c: (1.0, 1.0), limit=100)
     assert ("zero", (8,), "scan", "full", 1, "auto") in tried
     assert all(key[1] for key in tried)
@@ -328,7 +350,12 @@ def test_no_candidate_is_begun_after_the_time(monkeypatch):
     pairs = search.search(
         BIG,
         POD,
-        lambda c: {"fits": True, "step_ms": 1.0, "peak_hbm_gib": 1.0},
+        lambda c: {
+            "fits": True,
+            "step_ms": 1.0,
+            "peak_hbm_gib": 1.0,
+            "attention": "xla",
+        },
         limit=100,
         minutes=10,
         tell=str,

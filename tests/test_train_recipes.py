@@ -218,6 +218,19 @@ def test_what_is_frozen_costs_no_backward_pass_and_has_no_part_in_the_norm():
     assert head_norm <= norm
 
 
+def test_lora_changes_plain_parameters_and_keeps_those_of_no_matrix():
+    """Also their average; nothing but the optimizer knows of factors."""
+    optim = dataclasses.replace(CFG.optim, name="adam", lora=2, polyak=0.5)
+    program, state, _ = steps(replace(CFG, optim=optim), count=3, devices=1)
+    start = program.init()
+    for old, new in ((start.params, state.params), (start.ema, state.ema)):
+        changed = jax.tree.map(lambda a, b: bool((a != b).any()), old, new)
+        for path, c in jax.tree_util.tree_leaves_with_path(changed):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            block = "encoderblock" in name and name.endswith("kernel")
+            assert c == (block or name.startswith("head/")), name
+
+
 # First-step losses with the real head
 
 

@@ -95,6 +95,13 @@ def test_folded_class_token_gives_the_same_logits(token, tmp_path):
     ].any()
 
 
+def test_axial_attention_is_recognised(tmp_path):
+    _, flat = small_model(head="gap", axial=True)
+    found = weights.read(save_npz(tmp_path / "x.npz", flat))
+    assert (found.cfg.axial, found.cfg.depth) == (True, 2)
+    assert_same(found.params, flat)
+
+
 def test_mean_pooling_of_big_vision(tmp_path):
     _, flat = small_model(head="gap")
     found = weights.read(

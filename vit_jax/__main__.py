@@ -13,6 +13,7 @@ COMMANDS = {
     "main": "train a model, or continue a run",
     "predict": "name what is in images",
     "embed": "write one vector per image",
+    "app": "look at a model in the browser: photo, classes, attention, nearest images",
     "evaluate": "measure a checkpoint with every evaluator of a config",
     "convert": "write a checkpoint in another layout, or share it",
     "export": "write a checkpoint as a program: StableHLO, SavedModel, TFLite, ONNX",

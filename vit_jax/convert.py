@@ -10,14 +10,19 @@ of, whoever uses them. The weights are the same bits in each.
     python -m vit_jax.convert RUN hf://OWNER/NAME --licence=apache-2.0
 
 uploads such a folder with a model card; ``--dry_run=DIR`` writes it there instead.
+
+    python -m vit_jax.convert SOURCE --space=DIR
+
+writes the page of ``vit-jax app`` as the files of a Hugging Face Space.
 """
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
 
-from vit_jax import cli, sharing, weights
+from vit_jax import cli, sharing, space, weights
 from vit_jax.errors import UserError
 from vit_jax.weights import export
 
@@ -32,36 +37,47 @@ def define_flags() -> None:
         "image_size", 0, "Resize the position embeddings; 0: keep them."
     )
     flags.DEFINE_string(
-        "licence", "", "hf://: of the weights, as the Hub calls it: apache-2.0, other."
+        "licence",
+        "",
+        "hf://, --space: of the weights, as the Hub calls it: apache-2.0, other.",
     )
     flags.DEFINE_string("figure", "", "hf://: an image for the model card.")
     flags.DEFINE_string("dry_run", "", "hf://: write to this folder; upload nothing.")
     flags.DEFINE_bool("private", False, "hf://: create a private repository.")
+    flags.DEFINE_string("space", "", "Folder to write a Space to, instead of DEST.")
     flags.DEFINE_bool("update", False, "hf://: the repository may exist already.")
     flags.FLAGS.set_gnu_getopt()  # flags may follow the paths
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 2:
-        raise UserError(
-            f"give SOURCE and DEST, not {len(arguments)} arguments: python -m "
-            "vit_jax.convert SOURCE DEST [--format=own|npz|timm|hf] [--image_size=N]"
-        )
-    source, dest = arguments
     f = flags.FLAGS
-    upload: dict[str, Any] = {
-        k: f[k].value for k in ("licence", "figure", "dry_run", "private", "update")
-    }
-    if dest.startswith("hf://"):
-        where, lines = sharing.share(source, dest, f.format, f.image_size, **upload)
-    elif given := [f"--{k}" for k, v in upload.items() if v]:
-        raise UserError(f"{' '.join(given)} is for DEST=hf://OWNER/NAME, not {dest}")
+    if len(arguments) != (1 if f.space else 2):
+        raise UserError(
+            f"give SOURCE and DEST, or SOURCE and --space, not {len(arguments)} arguments: "
+            "python -m vit_jax.convert SOURCE DEST [--format=own|npz|timm|hf] "
+            "[--image_size=N]"
+        )
+    source, dest = arguments[0], f.space or arguments[1]
+    upload = ("figure", "dry_run", "private", "update")
+    where = dest
+    if f.space:
+        _refuse(("format", *upload), "is of no use with --space")
+        lines = space.write(source, dest, f.image_size, f.licence)
+    elif dest.startswith("hf://"):
+        chosen: dict[str, Any] = {name: f[name].value for name in ("licence", *upload)}
+        where, lines = sharing.share(source, dest, f.format, f.image_size, **chosen)
     else:
-        where, lines = dest, convert(source, dest, f.format, f.image_size)
+        _refuse(("licence", *upload), f"is for DEST=hf://OWNER/NAME, not {dest}")
+        lines = convert(source, dest, f.format, f.image_size)
     for line in lines:
         print(line, file=sys.stderr)
     print(f"wrote {where}")
     return 0
+
+
+def _refuse(names: Sequence[str], why: str) -> None:
+    if given := [f"--{name}" for name in names if flags.FLAGS[name].value]:
+        raise UserError(f"{' '.join(given)} {why}")
 
 
 def convert(source: str, dest: str, layout: str = "", image_size: int = 0) -> list[str]:

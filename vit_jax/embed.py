@@ -124,7 +124,8 @@ def _run(
     rows = sharding.batch_sharding(predictor.mesh)
 
     def prepare(place: str) -> np.ndarray:
-        return photos.prepare(photos.read(place, found.cfg.channels), found)
+        image = photos.read(place, found.cfg.channels)
+        return photos.prepare(image, found.metadata, found.cfg.image_size)
 
     def vectors(images: np.ndarray) -> Any:
         return predictor(jax.device_put(images, rows))

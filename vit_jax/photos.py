@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax import weights
 from vit_jax.data import image_files
 from vit_jax.errors import UserError
 from vit_jax.weights import fetch, preprocessing
+from vit_jax.weights.contents import Metadata
 from vit_jax.weights.metadata import DEFAULT_TRANSFORMS
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
@@ -112,11 +112,10 @@ def read(place: str, channels: int = 3) -> np.ndarray:
         raise UserError(f"{place} cannot be read: {e}") from e
 
 
-def prepare(image: np.ndarray, found: weights.Checkpoint) -> np.ndarray:
-    """uint8 (H, W, C) -> float32 (*image_size, C) in [-1, 1], as the checkpoint says, or
-    as the official evaluation does where it says nothing."""
-    transforms = found.metadata.transforms or DEFAULT_TRANSFORMS
-    return preprocessing.prepare(image, transforms, found.cfg.image_size)
+def prepare(image: np.ndarray, about: Metadata, size: tuple[int, int]) -> np.ndarray:
+    """uint8 (H, W, C) -> float32 (*size, C) in [-1, 1], as the checkpoint says, or as the
+    official evaluation does where it says nothing."""
+    return preprocessing.prepare(image, about.transforms or DEFAULT_TRANSFORMS, size)
 
 
 def stream(

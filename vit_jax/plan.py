@@ -12,6 +12,7 @@ the strategy, mesh, remat policy and micro-batches that take the least time.
 import functools
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -61,6 +62,7 @@ def plan(cfg: Config, target: Topology) -> dict[str, Any]:
         "topology": target.name,
         "slices": len({getattr(d, "slice_index", 0) or 0 for d in target.devices}),
         "chips": chips,
+        "hosts": hosts(target.devices),
         "model": cfg.model.name,
         "parameters": sum(math.prod(x.shape) for x in params),
         "sharding": cfg.sharding,
@@ -90,6 +92,7 @@ def plan(cfg: Config, target: Topology) -> dict[str, Any]:
             "step_ms": None,
             "compute_ms": None,
             "images_per_second": None,
+            "images_per_second_per_host": None,
             "collectives": {},
         }
     else:
@@ -101,7 +104,7 @@ def plan(cfg: Config, target: Topology) -> dict[str, Any]:
         result |= {
             "program_gib": compiled.code / GIB,
             "compiled_tflops_per_chip": (cost.flops + found.flops) / 1e12,
-            **speed(cost, found, target.chip, model_flops, cfg, chips),
+            **speed(cost, found, target.chip, model_flops, cfg, target.devices),
         }
     result["memory_gib"] = {k: v / GIB for k, v in memory.items()}
     result["peak_hbm_gib"] = sum(result["memory_gib"].values())
@@ -137,6 +140,13 @@ def _tfds_classes(cfg: DataConfig) -> int:
     if not names:
         raise UserError(f"tfds set {cfg.name!r} has no class names")
     return max(len(names), cfg.num_classes)
+
+
+def hosts(devices: Sequence[Any]) -> int:
+    """How many feed these devices: each decodes its share of the images."""
+    slices = [getattr(d, "slice_index", 0) or 0 for d in devices]
+    processes = [d.process_index for d in devices]
+    return len(set(zip(slices, processes, strict=True)))
 
 
 def memory_of_state(state_shape: Any) -> dict[str, int]:
@@ -182,7 +192,7 @@ def speed(
     chip: Chip,
     model_flops: float,
     cfg: Config,
-    chips: int,
+    devices: Sequence[Any],
 ) -> dict[str, Any]:
     """Times of a step and of the run; ``model_flops`` per chip and step."""
     compute = cost.cycles / chip.clock + in_kernels.seconds
@@ -213,8 +223,9 @@ def speed(
         "mfu": model_flops / step / chip.flops,
         "mfu_without_network": model_flops / compute / chip.flops,
         "images_per_second": cfg.batch / step,
+        "images_per_second_per_host": cfg.batch / step / hosts(devices),
         "hours": cfg.steps * step / 3600,
-        "chip_hours": cfg.steps * step * chips / 3600,
+        "chip_hours": cfg.steps * step * len(devices) / 3600,
         "steps": cfg.steps,
         "collectives": collectives,
         "trust": TRUST,
@@ -258,6 +269,7 @@ def report(p: dict[str, Any]) -> str:
         f"model        {p['model'] or 'ViT'}, {p['parameters']:,} parameters",
         f"hardware     {p['slices']} x {p['topology']}, {p['chips']} chips; sharding {p['sharding']} over {mesh}",
         f"images       {sharding.batch_text(p['batch'], p['images_per_chip'], p['accumulate'])}",
+        f"attention    {p['attention']}",
         f"memory       {p['peak_hbm_gib']:.2f} of {p['hbm_gib']:.2f} GiB per chip: {memory}",
     ]
     if p["fits"]:
@@ -272,12 +284,15 @@ def report(p: dict[str, Any]) -> str:
             f"network      {'; '.join(traffic) or 'none'}",
             f"step         {p['step_ms']:.1f} ms: {parts}",
             f"speed        {p['images_per_second']:,.0f} images/s, MFU {100 * p['mfu']:.0f} %",
+            f"input        {p['images_per_second_per_host']:,.0f} images/s per host, of which there are {p['hosts']}; "
+            "vit-jax benchmark --what=data says what a core delivers",
             f"whole run    {p['steps']:,} steps: {p['hours']:,.1f} hours, {p['chip_hours']:,.0f} chip-hours",
             f"trust        {p['trust']}",
         ]
         if p["kernels_not_counted"]:
             lines.append(
-                f"             {p['kernels_not_counted']} custom kernels have no estimate and count as 0 ms"
+                f"             {p['kernels_not_counted']} calls of kernels count as 0 ms: they are not the attention kernel's, "
+                "or this libtpu wrote no schedule of it"
             )
     else:
         over = p["peak_hbm_gib"] - p["hbm_gib"]

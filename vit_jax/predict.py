@@ -103,7 +103,8 @@ def predict(
     predictor = inference.create(cfg, found.params, devices=jax.devices()[:1])
 
     def prepare(place: str) -> np.ndarray:
-        return photos.prepare(photos.read(place, cfg.channels), found)
+        image = photos.read(place, cfg.channels)
+        return photos.prepare(image, found.metadata, cfg.image_size)
 
     def probabilities(batch: np.ndarray) -> jax.Array:
         return activation(predictor(batch)["logits"])

@@ -75,15 +75,20 @@ def share(
 def _check(layout: str, licence: str, figure: str, dry_run: str) -> None:
     if layout not in ("hf", "timm"):
         raise UserError(f"--format={layout}: the Hub's layouts are hf and timm")
+    check_licence(licence)
+    if figure and not (_is_figure(figure) and Path(figure).is_file()):
+        raise UserError(f"--figure={figure} must be a file {' '.join(_FIGURES)}")
+    if dry_run and Path(dry_run).exists():
+        raise UserError(f"--dry_run={dry_run} exists: give a folder that does not")
+
+
+def check_licence(licence: str) -> None:
+    """Raises: UserError: the Hub knows no licence of such a name."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
         raise UserError(
             f"--licence={licence!r}: say under which licence others may use the weights, "
             "as the Hub calls it, for example apache-2.0, mit, cc-by-nc-4.0 or other"
         )
-    if figure and not (_is_figure(figure) and Path(figure).is_file()):
-        raise UserError(f"--figure={figure} must be a file {' '.join(_FIGURES)}")
-    if dry_run and Path(dry_run).exists():
-        raise UserError(f"--dry_run={dry_run} exists: give a folder that does not")
 
 
 def card(folder: Path, repo: str, source: str, licence: str) -> str:

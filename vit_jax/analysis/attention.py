@@ -25,6 +25,10 @@ from vit_jax.errors import UserError
 
 Array = jax.Array | np.ndarray
 
+# Maps are shown relative to this percentile of theirs: one artefact token can hold a
+# thousand times the attention of an object.
+PERCENTILE = 98.0
+
 
 def rollout(weights: Array | Sequence[Array], *, identity: bool = True) -> jax.Array:
     """Attention rollout (Abnar and Zuidema 2020, Appendix D.8): R_l = A_l' R_(l-1).
@@ -65,6 +69,14 @@ def token_map(
     rows = jnp.asarray(rows)
     row = rows[..., 0, :] if prefix and class_token else rows[..., prefix:, :].mean(-2)
     return row[..., -patches:].reshape(*row.shape[:-1], *grid)
+
+
+def bounded(maps: np.ndarray) -> np.ndarray:
+    """Maps (n, h, w) in [0, 1] for the eye: each divided by its ``PERCENTILE``, and
+    larger values clipped."""
+    top = np.percentile(maps, PERCENTILE, axis=(1, 2), keepdims=True)
+    top = np.where(top > 0, top, maps.max((1, 2), keepdims=True))
+    return np.clip(maps / np.maximum(top, 1e-30), 0, 1)
 
 
 def mean_distance(

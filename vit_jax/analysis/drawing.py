@@ -11,6 +11,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from PIL import Image
 
+from vit_jax.analysis import attention
+
 # Print quality, and the inches of a text column, which every figure fills.
 DPI = 300
 WIDTH = 7.0
@@ -26,9 +28,6 @@ STYLE: Any = {
 BLUE, ORANGE, GREY = "#2f6db3", "#d9822b", "#777777"
 COLORS = (BLUE, ORANGE, "#3a8f5c", "#a33f5f", "#6a51a3", GREY, "#b8a000", "#17a2b8")
 HEAT = "magma"
-# Maps are shown relative to this percentile of theirs: one artefact token can hold a
-# thousand times the attention of an object.
-PERCENTILE = 98.0
 
 
 class Drawing(NamedTuple):
@@ -69,21 +68,13 @@ def picture(axis: Any, image: np.ndarray) -> None:
     axis.imshow(shown, cmap="gray" if grey else None, vmin=0, vmax=top)
 
 
-def bounded(maps: np.ndarray) -> np.ndarray:
-    """Maps (n, h, w) in [0, 1] for the eye: each divided by its ``PERCENTILE``, and
-    larger values clipped."""
-    top = np.percentile(maps, PERCENTILE, axis=(1, 2), keepdims=True)
-    top = np.where(top > 0, top, maps.max((1, 2), keepdims=True))
-    return np.clip(maps / np.maximum(top, 1e-30), 0, 1)
-
-
 def clipping(maps: np.ndarray) -> str:
-    """What ``bounded`` clipped, in words."""
-    top = np.percentile(maps, PERCENTILE, axis=(1, 2), keepdims=True)
+    """What ``attention.bounded`` clipped, in words."""
+    top = np.percentile(maps, attention.PERCENTILE, axis=(1, 2), keepdims=True)
     share = (maps > top * (1 + 1e-6)).mean()
     factor = (maps.max((1, 2)) / np.maximum(top[:, 0, 0], 1e-30)).max()
     return (
-        f"each map divided by its {PERCENTILE:.0f}th percentile; "
+        f"each map divided by its {attention.PERCENTILE:.0f}th percentile; "
         f"{share:.1%} of the values are clipped, the largest at {factor:.3g}"
     )
 
@@ -109,7 +100,7 @@ def wrapped(name: Any, width: int) -> str:
 
 
 def relative_colorbar(figure: Figure, axes: Sequence[Any]) -> None:
-    """A colour bar from 0 to the ``PERCENTILE`` of each map."""
+    """A colour bar from 0 to the ``attention.PERCENTILE`` of each map."""
     heat = ScalarMappable(cmap=HEAT)
     bar = figure.colorbar(heat, ax=list(axes), shrink=0.7, aspect=40)
-    bar.set_ticks([0, 1], labels=["0", f"{PERCENTILE:.0f}th\npercentile"])
+    bar.set_ticks([0, 1], labels=["0", f"{attention.PERCENTILE:.0f}th\npercentile"])

@@ -95,7 +95,7 @@ def draw_rollout(
     height = rows * (2.1 / across + 0.1 * lines) + 0.7
     figure = Figure((WIDTH, height), layout="compressed")
     axes = drawing.panels(figure, rows, 3 * across)
-    scaled = drawing.bounded(maps)
+    scaled = attention.bounded(maps)
     both = drawing.heated(images, scaled)
     for i, image in enumerate(images):
         left, middle, right = axes[3 * i : 3 * i + 3]
@@ -126,7 +126,7 @@ def draw_grid(
     lines = max((n.count("\n") + 1 for n in names), default=0)
     figure = Figure((WIDTH, rows * (cell + 0.08 * lines) + 0.4), layout="compressed")
     axes = drawing.panels(figure, rows, 2 * pairs)
-    both = drawing.heated(images, drawing.bounded(maps))
+    both = drawing.heated(images, attention.bounded(maps))
     for i, image in enumerate(images):
         left, right = axes[2 * i : 2 * i + 2]
         drawing.picture(left, image)
@@ -166,7 +166,7 @@ def draw_heads(image: np.ndarray, maps: np.ndarray) -> Figure:
     axes = right.subplots(layers, count, squeeze=False)
     for layer in range(layers):
         # Each panel has its own scale: heads differ by orders of magnitude.
-        scaled = drawing.bounded(maps[layer])
+        scaled = attention.bounded(maps[layer])
         for head in range(count):
             axis = drawing.blank(axes[layer, head])
             axis.imshow(scaled[head], cmap=drawing.HEAT, vmin=0, vmax=1)

@@ -14,8 +14,6 @@ from vit_jax.analysis import attention
 from vit_jax.config import DataConfig
 from vit_jax.errors import UserError
 from vit_jax.inference import Batch
-from vit_jax.weights import preprocessing
-from vit_jax.weights.metadata import DEFAULT_TRANSFORMS
 
 # Images per step: one layer of B/16 attention is then 30 MB.
 BATCH = 16
@@ -99,10 +97,7 @@ class Subject:
     def _photo(self, place: str) -> np.ndarray:
         """uint8 pixels as the checkpoint's preprocessing cuts them."""
         image = photos.read(place, self.model.cfg.channels)
-        ops = self.about.transforms
-        return to_uint8(
-            preprocessing.prepare(image, ops or DEFAULT_TRANSFORMS, self.size)
-        )
+        return to_uint8(photos.prepare(image, self.about, self.size))
 
     def sees_grey(self) -> bool:
         """Whether the images, where there are any, are grey pictures in colour."""
@@ -147,7 +142,7 @@ class Subject:
             )
         return names
 
-    def probabilities(self, logits: jax.Array) -> np.ndarray:
+    def probabilities(self, logits: jax.Array | np.ndarray) -> np.ndarray:
         activation = jax.nn.sigmoid if self.about.multilabel else jax.nn.softmax
         return np.asarray(activation(logits.astype(np.float32)))
 

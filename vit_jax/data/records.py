@@ -41,10 +41,10 @@ from vit_jax.data.shards import (
     TFRECORD,
     Record,
     Shards,
-    is_remote,
     open_array_record,
     scan,
 )
+from vit_jax.data.storage import is_remote, keep_on_disk, names, whole
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 
@@ -62,12 +62,15 @@ def load(cfg: DataConfig) -> Dataset:
             "folder with .tfrecord or .array_record files"
         )
     root = cfg.path if "://" in cfg.path else os.path.expanduser(cfg.path)
-    if not tf.io.gfile.isdir(root):
+    found = names(root)
+    if not found and not os.path.isdir(root):
         raise UserError(
             f"config.data.path {cfg.path!r} is not a folder: it must hold .tfrecord or "
             ".array_record files, such as vit_jax.data.write_records makes"
         )
-    known = _splits(root)
+    known = _splits(root, found)
+    if cfg.disk_cache and is_remote(root):
+        keep_on_disk(root, cfg.disk_cache, cfg.disk_cache_gib)
     wanted = cfg.test_split
     candidates = (wanted,) if wanted not in ("", "test") else splits.TEST
     test_name = next((n for n in candidates if n in known), "")
@@ -128,20 +131,18 @@ def _read_split(
     if name not in known:
         raise UserError(f"unknown split {name!r}: {root} has {sorted(known)}")
     index_file = os.path.join(root, name + ".json")
-    if tf.io.gfile.exists(index_file):
-        index = read_index(index_file)
-        _check(index, index_file)
-    else:
+    content = whole(index_file)
+    if content is None:
         index = _without_index(cfg, known[name])
+    else:
+        index = read_index(index_file, content)
+        _check(index, index_file, known[name])
     shards = Shards(
         index.files, index.counts, index.format, index.fingerprints, index.offsets
     )
-    # Without sidecars the offsets are known only where there is no index either.
-    no_offsets = index.format == TFRECORD and not (
-        index.offsets or tf.io.gfile.exists(index.files[0] + ".npz")
-    )
+    chosen = bool(cfg.subset or cfg.holdout) or by_class
     in_sequence = cfg.access == "sequential" or (
-        cfg.access == "auto" and is_remote(root) and no_offsets
+        cfg.access == "auto" and is_remote(root) and not chosen
     )
     if in_sequence and (cfg.subset or cfg.holdout):
         raise UserError(
@@ -158,21 +159,19 @@ def _read_split(
     return index, split_of(shards, parse, cfg, in_sequence=in_sequence, labels=labels)
 
 
-def read_index(file: str) -> Index:
-    """Reads ``SPLIT.json``."""
-    with tf.io.gfile.GFile(file, "rb") as stream:
-        content = stream.read()
+def read_index(file: str, content: bytes) -> Index:
+    """Of what the ``SPLIT.json`` called ``file`` holds."""
     try:
         data = json.loads(content)
         shards = data["shards"]
         root = os.path.dirname(file)
-        names = check_class_names(data["class_names"], file)
+        class_names = check_class_names(data["class_names"], file)
         index = Index(
             format=data["format"],
             files=tuple(os.path.join(root, s["file"]) for s in shards),
             counts=tuple(int(s["examples"]) for s in shards),
             sizes=tuple(int(s["bytes"]) for s in shards),
-            class_names=names,
+            class_names=class_names,
             multilabel=bool(data["multilabel"]),
             image_key=data.get("image_key", IMAGE_KEY),
             label_key=data.get("label_key", LABEL_KEY),
@@ -195,14 +194,19 @@ def read_index(file: str) -> Index:
     return index
 
 
-def _check(index: Index, file: str) -> None:
-    """Refuses shards that are missing, cut short or not those of the index."""
+def _check(index: Index, file: str, present: list[str]) -> None:
+    """Refuses shards that are missing, cut short or not those of the index.
+
+    Of those in a bucket the sizes are not asked for: a request for each of 30,000 would
+    take minutes. What is wrong with one is said when it is read.
+    """
     if not index.files or not sum(index.counts):
         raise UserError(f"{file} lists no examples")
+    remote, listed = is_remote(file), set(present)
     for shard, size in zip(index.files, index.sizes, strict=True):
-        if not tf.io.gfile.exists(shard):
+        if not (shard in listed if remote else os.path.exists(shard)):
             raise UserError(f"{shard}, which {file} lists, does not exist")
-        found = tf.io.gfile.stat(shard).length
+        found = size if remote else os.stat(shard).st_size
         if found != size:
             what = "is cut short" if found < size else "is not the one that was indexed"
             raise UserError(
@@ -218,10 +222,9 @@ _SHARD = re.compile(
 )
 
 
-def _splits(root: str) -> dict[str, list[str]]:
+def _splits(root: str, names: list[str]) -> dict[str, list[str]]:
     """Split name -> its shard files, by file name (or by index, where there is one)."""
     found: dict[str, list[str]] = {}
-    names = sorted(tf.io.gfile.listdir(root))
     for name in names:
         match = _SHARD.match(name.rstrip("/"))
         if match and not name.endswith((".json", ".npz", ".tmp")):

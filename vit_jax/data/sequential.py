@@ -2,15 +2,18 @@
 """Shards that are read from front to back, shuffled in windows.
 
 A pod of 60,000 images/s would ask a bucket for as many byte ranges per second; from
-front to back it reads large pieces. Training is a function of (seed, step) all the same,
-on any number of processes that divides the number of streams.
+front to back it reads large pieces, and the next window while one is used. Training is a
+function of (seed, step) all the same, on any number of processes that divides the number
+of streams.
 """
 
+import dataclasses
 import itertools
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -28,10 +31,53 @@ STREAM_RECORDS = 256
 # Records that are shuffled together, over all processes, where the config leaves it open:
 # as many batches, and not fewer records.
 SHUFFLED_BATCHES, SHUFFLED_RECORDS = 16, 8192
+_EVALUATED = 1024  # records that are read together for evaluation
 
 Record = Any  # what ``Files.in_order`` yields
 Parse = Callable[[Record], tuple[Image, np.ndarray]]
 Numbered = tuple[int, Record]
+Ranges = list[tuple[int, int]]  # of numbers of records
+
+
+@dataclasses.dataclass(frozen=True)
+class Shuffle:
+    """How records that are read in sequence are shuffled, and how well."""
+
+    records: int
+    batch: int  # over all processes
+    streams: int
+    width: int  # records of a stream that are shuffled together
+
+    @classmethod
+    def of(cls, records: int, batch: int, buffer: int) -> "Shuffle":
+        """``buffer``: ``config.data.shuffle_buffer``."""
+        buffer = buffer or max(SHUFFLED_RECORDS, SHUFFLED_BATCHES * batch)
+        streams = math.gcd(batch, STREAMS)
+        while streams > max(1, records // STREAM_RECORDS):
+            streams //= 2
+        return cls(records, batch, streams, max(1, buffer // streams))
+
+    @property
+    def neighbours(self) -> float:
+        """Share of the neighbours in a file that meet in a batch: those of one window
+        do as often as its order is random."""
+        size, block = self.records // self.streams, self.batch // self.streams
+        width = min(self.width, size)
+        if block >= width:
+            return 1.0
+        together = 1 - 1 / width if width < size else 1.0
+        return together * (block - 1) / (width - 1)
+
+    @property
+    def uniform(self) -> float:
+        """The same share where all records are shuffled together."""
+        return min(1.0, (self.batch - 1) / max(1, self.records - 1))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.neighbours:.2%} of the neighbours in a file meet in a batch, "
+            f"{self.uniform:.2%} if all were shuffled (config.data.shuffle_buffer)"
+        )
 
 
 class TrainReader:
@@ -41,8 +87,8 @@ class TrainReader:
     v fills block v of every global batch, whichever process that belongs to. It passes
     over its own range again and again, each time in windows of ``buffer / streams``
     records that are shuffled. So any number of processes that divides ``streams`` sees
-    the same batches, and each opens only its own part. To resume, whole windows are
-    skipped by their headers.
+    the same batches, and each opens only its own part. To resume is to compute which
+    window it was.
 
     Args:
       buffer: records that are shuffled together over all processes; 0: 16 batches, but
@@ -60,11 +106,8 @@ class TrainReader:
     ):
         self.files, self.parse, self.batch, self.seed = files, parse, batch, seed
         self.local = rows
-        self.buffer = buffer or max(SHUFFLED_RECORDS, SHUFFLED_BATCHES * batch)
-        self.streams = math.gcd(batch, STREAMS)
-        while self.streams > max(1, len(files) // STREAM_RECORDS):
-            self.streams //= 2
-        self.block = batch // self.streams  # rows of a stream in a batch
+        self.shuffle = Shuffle.of(len(files), batch, buffer)
+        self.streams, self.block = self.shuffle.streams, batch // self.shuffle.streams
         if len(rows) % self.block:
             raise UserError(
                 f"a batch of {batch} of {len(files)} records is read in sequence as "
@@ -73,6 +116,8 @@ class TrainReader:
                 f"processes that divides {self.streams}, or set "
                 "config.data.access=random"
             )
+        count = len(rows) // self.block
+        self._pool = ThreadPoolExecutor(count, "vit_jax windows")
         self.next_step = -1
         self.iterators: list[Iterator[tuple[int, Record, list[Numbered]]]] = []
 
@@ -146,8 +191,9 @@ class TrainReader:
         held = sum(map(len, windows))
         log.info(
             "reading in sequence from step %d: %d streams here, %d records (%.2f GiB) "
-            "shuffled together, first batch after %.1f s",
+            "shuffled together and as many read ahead, first batch after %.1f s; %s",
             step, len(windows), held, held * np.mean(sizes or 0) / 2**30, seconds,
+            self.shuffle,
         )  # fmt: skip
         if all(len(s) > 7 and len({tuple(y) for _, y in s}) == 1 for s in samples):
             log.warning(
@@ -164,35 +210,36 @@ class TrainReader:
         self, v: int, position: int
     ) -> Iterator[tuple[int, Record, list[Numbered]]]:
         """(number, record, its window) from ``position`` of stream v on."""
+        windows, orders = itertools.tee(self._windows(v, position))
+        found = _read_ahead(self.files, (ranges for ranges, _ in windows), self._pool)
+        return (
+            (*window[i], window)
+            for window, (_, shuffled) in zip(found, orders, strict=True)
+            for i in shuffled
+        )
+
+    def _windows(self, v: int, position: int) -> Iterator[tuple[Ranges, np.ndarray]]:
+        """From ``position`` of stream v on: which records a window holds, and the order
+        in which those that are left of it are drawn."""
         low, high = self._bounds(v)
         size = high - low
-        width = max(1, min(size, self.buffer // self.streams))
+        width = min(size, self.shuffle.width)
         epoch, within = divmod(position, size)
-        skip = within // width
         while True:
             key = order.hash64(self.seed, 0x736571, v, epoch)
             # Each pass starts somewhere else, so that windows hold other neighbours.
             shift = int(key[0] % np.uint64(size))
-            records = self._range(low, high, shift, skip * width)
-            for w in range(skip, -(-size // width)):
-                window = list(itertools.islice(records, width))
-                count = len(window)
+            for w in range(within // width, -(-size // width)):
+                count = min(width, size - w * width)
+                begin = low + (shift + w * width) % size
+                over = max(0, begin + count - high)  # what goes on at the front
                 shuffled = order.permutation(
                     np.arange(count), count, order.hash64(key[0], w)
                 )
-                for i in shuffled[max(0, within - w * width) :]:
-                    yield (*window[i], window)
+                ranges = [(begin, begin + count - over), (low, low + over)]
+                yield ranges, shuffled[max(0, within - w * width) :]
                 within = 0
-            epoch, skip, within = epoch + 1, 0, 0
-
-    def _range(self, low: int, high: int, shift: int, skip: int) -> Iterator[Numbered]:
-        """Records [low, high) starting at low + shift and going round, less ``skip``."""
-        size = high - low
-        begin, left = (shift + skip) % size, size - skip
-        for a, b in ((low + begin, high), (low, low + begin)):
-            stop = min(b, a + left)
-            yield from in_sequence(self.files, a, stop)
-            left -= stop - a
+            epoch, within = epoch + 1, 0
 
 
 class EvalReader:
@@ -204,7 +251,11 @@ class EvalReader:
         total = len(files)
         self.low = process * total // processes
         self.high = (process + 1) * total // processes
-        self.records = in_sequence(files, self.low, self.high)
+        steps = range(self.low, self.high, _EVALUATED)
+        ranges = ([(a, min(a + _EVALUATED, self.high))] for a in steps)
+        pool = ThreadPoolExecutor(1, "vit_jax windows")
+        found = _read_ahead(files, ranges, pool)
+        self.records = itertools.chain.from_iterable(found)
 
     def draw(self, step: int, bad: Mapping[int, str]) -> Rows:
         index = self.low + step * self.count + np.arange(self.count)
@@ -232,8 +283,7 @@ def reader(
 
 
 def in_sequence(files: Files, low: int, high: int) -> Iterator[Numbered]:
-    """(number, record) for low <= number < high; what comes before is skipped by its
-    headers, not read."""
+    """(number, record) for low <= number < high."""
     while low < high:
         file = files.file_of(low)
         first, end = int(files.starts[file]), int(files.starts[file + 1])
@@ -241,6 +291,27 @@ def in_sequence(files: Files, low: int, high: int) -> Iterator[Numbered]:
         found = files.in_order(file, low - first, stop - first)
         yield from enumerate(found, low)
         low = stop
+
+
+def _read_ahead(
+    files: Files, windows: Iterator[Ranges], pool: ThreadPoolExecutor
+) -> Iterator[list[Numbered]]:
+    """The records of each window; the first is being read from now on, and each of the
+    others while the one before it is used."""
+
+    def read(ranges: Ranges) -> list[Numbered]:
+        return [r for low, high in ranges for r in in_sequence(files, low, high)]
+
+    def begin() -> list[Future[list[Numbered]]]:
+        return [pool.submit(read, ranges) for ranges in itertools.islice(windows, 1)]
+
+    def iterate(begun: list[Future[list[Numbered]]]) -> Iterator[list[Numbered]]:
+        while begun:
+            window = begun.pop().result()
+            begun = begin()
+            yield window
+
+    return iterate(begin())
 
 
 def _shuffled(index: int, size: int, key: np.ndarray) -> int:

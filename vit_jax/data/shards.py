@@ -7,8 +7,11 @@ a slow disk or a bucket is waited for once per batch, not once per record.
 """
 
 import abc
+import ast
 import bisect
+import contextlib
 import functools
+import io
 import os
 import struct
 import zipfile
@@ -18,9 +21,17 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-import tensorstore
 
 from vit_jax.data.examples import Labels, Unreadable
+from vit_jax.data.storage import (
+    again,
+    answer,
+    ask,
+    in_pieces,
+    is_remote,
+    tail,
+    whole,
+)
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 
@@ -29,8 +40,9 @@ FORMATS = (TFRECORD, ARRAY_RECORD)
 HEADER = 12  # bytes before a TFRecord's data: its length and the checksum of that
 FOOTER = 4  # bytes behind it: its checksum
 DAMAGED = Unreadable("the record is damaged")
-_TOGETHER = 32  # files read at the same time
-_OPEN = 4096  # shards whose offsets, or readers, are kept
+_TOGETHER = 32  # files whose index is read at the same time
+KEPT = 2**25  # records whose offsets are kept, in 256 MiB
+_CHOSEN = 2**24  # records among which some can be chosen by class, in 1 GiB
 
 Record = bytes | Unreadable
 
@@ -86,8 +98,11 @@ class Shards(Files):
         self._fingerprints = fingerprints or ("",) * len(files)
         self._scanned = offsets or {}
         self._pool = ThreadPoolExecutor(_TOGETHER, "vit_jax shards")
-        self._offsets = functools.lru_cache(maxsize=_OPEN)(self._load_offsets)
-        self._reader = functools.lru_cache(maxsize=256)(
+        # So many shards that what is kept of them does not grow with the data set.
+        kept = KEPT // max(counts, default=1) or 1
+        self._offsets = functools.lru_cache(maxsize=kept)(self._load_offsets)
+        self._first_offset = functools.cache(self._load_first_offset)
+        self._reader = functools.lru_cache(maxsize=min(kept, 256))(
             functools.partial(self.array_record, options=_AT_RANDOM)
         )
 
@@ -111,8 +126,10 @@ class Shards(Files):
                 result[row] = record
         if self.format == TFRECORD:
             return [
-                self._finish(int(shard), i, frame)
-                for shard, i, frame in zip(shards, numbers, result, strict=True)
+                self._checked(s, i, a, b, answer(str(self.files[s]), asked))
+                for s, i, (a, b, asked) in zip(
+                    shards.tolist(), numbers, result, strict=True
+                )
             ]
         return result
 
@@ -129,6 +146,13 @@ class Shards(Files):
         Raises:
           UserError: some are missing, or one does not belong to its shard.
         """
+        if len(self) > _CHOSEN:
+            raise UserError(
+                f"{os.path.dirname(self.files[0])} holds {len(self):,} records, and up "
+                f"to {_CHOSEN:,} can be told apart by class in the memory of a host: "
+                "write the splits that config.data.holdout, test_share and subset would "
+                "make as shards of their own"
+            )
         found = list(self._pool.map(self.sidecar, range(len(self.files))))
         missing = [f for f, s in zip(self.files, found, strict=True) if s is None]
         sidecars = [s for s in found if s is not None]
@@ -177,43 +201,62 @@ class Shards(Files):
             )
 
     def _tfrecords(self, shard: int, begin: int, stop: int) -> Iterator[Record]:
-        self.sidecar(shard)  # refuses a shard that is not the indexed one
-        file, count = self.files[shard], self.counts[shard]
-        with binary(file) as stream:
-            for number in range(stop):
-                header = stream.read(HEADER)
-                length = (
-                    struct.unpack("<Q", header[:8])[0] if len(header) == HEADER else -1
-                )
-                if length >= 0 and number < begin:
-                    stream.seek(stream.tell() + length + FOOTER)
-                    continue
-                data = stream.read(length + FOOTER) if length >= 0 else b""
-                if len(data) != length + FOOTER:
-                    raise UserError(
-                        f"{file} is cut short at record {number} of {count}: copy it again"
-                    )
-                yield verified(data)
-            if stop == count and stream.read(1):
-                raise UserError(
-                    f"{file} holds more than the {count} records that its index says: copy "
-                    "it again or write the records again"
-                )
+        offsets = self._offsets(shard)
+        pieces = in_pieces(self.files[shard], int(offsets[begin]), int(offsets[stop]))
+        held, at = b"", int(offsets[begin])  # bytes of the file from ``at`` on
+        for number in range(begin, stop):
+            first, end = int(offsets[number]), int(offsets[number + 1])
+            while at + len(held) < end and (piece := next(pieces, b"")):
+                held, at = held[first - at :] + piece, first
+            yield self._checked(shard, number, first, end, held[first - at : end - at])
 
     def _start(self, shard: int, within: list[int]) -> list[Any]:
-        """Asks for some TFRecords of a shard; returns what will hold their bytes."""
-        offsets, file = self._offsets(shard), self.files[shard]
-        return [ask(file, int(offsets[i]), int(offsets[i + 1])) for i in within]
+        """Asks for some TFRecords of a shard: where they lie and what will hold their
+        bytes."""
+        file = self.files[shard]
+        return [(a, b, ask(file, a, b)) for a, b in self._ranges(shard, within)]
 
-    def _finish(self, shard: int, number: int, reading: Any) -> Record:
-        frame = answer(self.files[shard], reading)
-        length = len(frame) - HEADER - FOOTER
-        if length < 0 or struct.unpack("<Q", frame[:8])[0] != length:
+    def _ranges(self, shard: int, within: list[int]) -> list[tuple[int, int]]:
+        """Where records begin and end."""
+        sidecar = self.files[shard] + ".npz"
+        begin = self._first_offset(shard) if len(self) > KEPT else 0
+        if not begin:
+            offsets = self._offsets(shard)
+            return [(int(offsets[i]), int(offsets[i + 1])) for i in within]
+        asked = [ask(sidecar, begin + 8 * i, begin + 8 * i + 16) for i in within]
+        return [struct.unpack("<2q", answer(sidecar, a)) for a in asked]
+
+    def _load_first_offset(self, shard: int) -> int:
+        """Where in a sidecar the offsets begin; 0: it has to be read as a whole."""
+        sidecar, expected = self.files[shard] + ".npz", self._fingerprints[shard]
+        # In a numpy array of text a character takes four bytes.
+        if not expected or expected.encode("utf-32-le") not in tail(sidecar, 2**16):
+            return 0
+        head = answer(sidecar, ask(sidecar, 0, 512))
+        name, extra = struct.unpack("<2H", head[26:30])
+        at = 30 + name + extra
+        stored = head[8:10] == b"\0\0" and head[30 : 30 + name] == b"offsets.npy"
+        if not stored or not head[at:].startswith(b"\x93NUMPY\1\0"):
+            return 0
+        length = 10 + struct.unpack("<H", head[at + 8 : at + 10])[0]
+        shape = ast.literal_eval(head[at + 10 : at + length].decode())["shape"]
+        self.check_count(shard, shape[0] - 1)
+        return at + length
+
+    def _checked(
+        self, shard: int, number: int, start: int, stop: int, frame: bytes
+    ) -> Record:
+        """The data of a TFRecord."""
+        file, record = self.files[shard], unframed(frame)
+        if not isinstance(record, bytes):
+            fresh = again(file, start, stop)
+            record = record if fresh is None else unframed(fresh)
+        if record is None:
             raise UserError(
-                f"{self.files[shard]} does not match its index at record {number}: it "
+                f"{file} does not match its index at record {number}: it "
                 "was cut short or replaced; copy it again or write the records again"
             )
-        return verified(frame[HEADER:])
+        return record
 
     def _array_records(self, shard: int, within: list[int]) -> list[Record]:
         reader = self._reader(shard)
@@ -245,10 +288,11 @@ def read_sidecar(file: str) -> dict[str, np.ndarray] | None:
       UserError: it is cut short or lacks one of them.
     """
     sidecar = file + ".npz"
-    if not tf.io.gfile.exists(sidecar):
+    content = whole(sidecar)
+    if content is None:
         return None
     try:
-        with tf.io.gfile.GFile(sidecar, "rb") as stream, np.load(stream) as data:
+        with np.load(io.BytesIO(content)) as data:
             return {k: data[k] for k in {*_SIDECAR, *data.files}}
     except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as e:
         raise UserError(
@@ -260,14 +304,15 @@ def read_sidecar(file: str) -> dict[str, np.ndarray] | None:
 def scan(file: str) -> np.ndarray:
     """Where the records of a TFRecord file begin, and where the last one ends.
 
-    Reads the 12-byte headers only.
+    Reads the 12-byte headers only; all of a remote file, in large pieces, because
+    waiting for one header after the other takes longer.
 
     Raises:
       UserError: the file ends in the middle of a record.
     """
     size = tf.io.gfile.stat(file).length
     offsets, at = [0], 0
-    with binary(file) as stream:
+    with _Pieces(file, size) if is_remote(file) else open(file, "rb") as stream:
         while at < size:
             stream.seek(at)
             header = stream.read(HEADER)
@@ -281,6 +326,25 @@ def scan(file: str) -> np.ndarray:
                 )
             offsets.append(at)
     return np.array(offsets, np.int64)
+
+
+class _Pieces(contextlib.nullcontext):
+    """A remote file, read from front to back."""
+
+    def __init__(self, file: str, size: int):
+        super().__init__(self)
+        self._pieces, self._held, self._at = in_pieces(file, 0, size), b"", 0
+
+    def seek(self, at: int) -> None:
+        while at > self._at + len(self._held):
+            self._at += len(self._held)
+            self._held = next(self._pieces)
+        self._held, self._at = self._held[at - self._at :], at
+
+    def read(self, count: int) -> bytes:
+        while len(self._held) < count and (piece := next(self._pieces, b"")):
+            self._held += piece
+        return self._held[:count]
 
 
 _AT_RANDOM = "readahead_buffer_size:0,max_parallelism:0"
@@ -309,51 +373,14 @@ def array_record(reader: Any, index: int) -> Record:
         return DAMAGED
 
 
-def verified(data: bytes) -> Record:
-    """The data of a TFRecord, less the masked CRC-32C at its end: without it, a flipped
-    bit in a label would go unnoticed."""
-    crc = google_crc32c.value(data[:-FOOTER])
+def unframed(frame: bytes) -> Record | None:
+    """The data of a TFRecord, if its masked CRC-32C is right: without it, a flipped bit
+    in a label would go unnoticed. None where the frame is not a whole record."""
+    length = len(frame) - HEADER - FOOTER
+    if length < 0 or struct.unpack("<Q", frame[:8])[0] != length:
+        return None
+    data = frame[HEADER:-FOOTER]
+    crc = google_crc32c.value(data)
     masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
-    stored = struct.unpack("<I", data[-FOOTER:])[0]
-    return data[:-FOOTER] if masked == stored else DAMAGED
-
-
-def is_remote(path: str) -> bool:
-    return "://" in path
-
-
-def binary(file: str) -> Any:
-    """A stream of bytes, local or remote."""
-    return tf.io.gfile.GFile(file, "rb") if is_remote(file) else open(file, "rb")
-
-
-def ask(file: str, start: int, stop: int) -> Any:
-    """Asks for a range of bytes; ``answer`` waits for them. Many can be under way."""
-    folder, name = os.path.split(file)
-    return _store(folder).read(name, byte_range=slice(start, stop))
-
-
-def answer(file: str, asked: Any) -> bytes:
-    """The bytes that were asked for; b"" where the file ends before them."""
-    try:
-        return asked.result().value
-    except Exception as e:  # of many kinds
-        if "OUT_OF_RANGE" in str(e):
-            return b""
-        text = str(e).splitlines()[0][:200]
-        raise UserError(f"{file} cannot be read: {text}") from e
-
-
-@functools.lru_cache(maxsize=64)
-def _store(folder: str) -> Any:
-    """What reads byte ranges of the files of a folder, many at a time."""
-    where: Any = {"driver": "file", "path": os.path.abspath(folder) + "/"}
-    try:
-        return tensorstore.KvStore.open(
-            folder + "/" if is_remote(folder) else where
-        ).result()
-    except ValueError as e:
-        raise UserError(
-            f"{folder} cannot be read at random ({str(e).splitlines()[0][:200]}): copy "
-            "the shards to a local disk or to gs://"
-        ) from e
+    stored = struct.unpack("<I", frame[-FOOTER:])[0]
+    return data if masked == stored else DAMAGED

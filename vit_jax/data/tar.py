@@ -19,7 +19,7 @@ import numpy as np
 from vit_jax.config import DataConfig
 from vit_jax.data import classes, imagenet, split_files, tar_index
 from vit_jax.data.examples import Dataset, Split
-from vit_jax.data.shards import answer, ask, binary
+from vit_jax.data.storage import answer, ask, binary
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 
@@ -31,8 +31,8 @@ _TOGETHER = 16  # files whose headers are read at the same time
 def load(cfg: DataConfig) -> Dataset:
     """The data set of the tar files under ``cfg.path``."""
     root, files = split_files.find(cfg, *_ENDINGS)
-    if imagenet.TRAIN in map(os.path.basename, files):
-        return _archives(cfg, root)
+    if archive := next((f for f in files if os.path.basename(f) == imagenet.TRAIN), ""):
+        return _archives(cfg, os.path.dirname(archive))
     known = split_files.by_split(root, files)
     opened = functools.cache(lambda name: Tars(known[name], tar_index.webdataset))
     train = opened(split_files.train_name(cfg, known, root))

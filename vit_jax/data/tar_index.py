@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.data import classes
-from vit_jax.data.shards import binary
+from vit_jax.data.storage import binary
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 from vit_jax.runtime import cache_folder

@@ -12,7 +12,8 @@ import numpy as np
 from vit_jax.config import DataConfig
 from vit_jax.data import records, splits
 from vit_jax.data.examples import Dataset, Labels, Split, listed
-from vit_jax.data.shards import ARRAY_RECORD, TFRECORD, Shards, is_remote
+from vit_jax.data.shards import ARRAY_RECORD, TFRECORD, Shards
+from vit_jax.data.storage import is_remote
 from vit_jax.errors import UserError
 
 import tensorflow_datasets as tfds  # isort: skip  (after tensorflow_cpu)

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranges of bytes of files, on a disk or in a bucket, many at a time.
+
+How many follows from Little's law: what is under way at a time is what arrives per
+second, times the seconds that one read takes. Those are measured on the first reads.
+"""
+
+import collections
+import functools
+import itertools
+import logging
+import math
+import os
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import tensorstore
+
+from vit_jax.data.disk_cache import PIECE, Answer, DiskCache
+from vit_jax.data.tensorflow_cpu import tf
+from vit_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# Reads per second and CPU: hardly any image is decoded faster.
+WANTED = 2_000
+_MEASURED = 4  # first reads, which go out one by one to be timed
+_MOST = 512  # reads at a time
+_AHEAD = 16  # pieces of one file that are asked for at a time
+
+_disks: dict[str, DiskCache] = {}  # folder in a bucket -> what keeps its bytes
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def binary(file: str) -> Any:
+    """A stream of bytes, local or remote."""
+    return tf.io.gfile.GFile(file, "rb") if is_remote(file) else open(file, "rb")
+
+
+def names(folder: str) -> list[str]:
+    """The names in a folder, sorted; empty where it does not exist."""
+    if is_remote(folder):
+        found = _called(folder, _store(folder).kv.list())
+        # A bucket knows no folders, and lists what lies below them as well.
+        return sorted({key.decode().split("/")[0] for key in found})
+    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+
+
+def whole(file: str) -> bytes | None:
+    """All bytes of a file; None where it does not exist."""
+    if is_remote(file):
+        folder, name = os.path.split(file)
+        found = _called(file, _store(folder).kv.read(name))
+        return None if found.state == "missing" else found.value
+    if not os.path.exists(file):
+        return None
+    with open(file, "rb") as stream:
+        return stream.read()
+
+
+def tail(file: str, count: int) -> bytes:
+    """The last bytes of a file; b"" where it does not exist."""
+    if not is_remote(file):
+        return (whole(file) or b"")[-count:]
+    folder, name = os.path.split(file)
+    try:
+        return (
+            _store(folder).kv.read(name, byte_range=slice(-count, None)).result().value
+        )
+    except ValueError:  # there are fewer
+        return whole(file) or b""
+
+
+def keep_on_disk(root: str, folder: str, gib: float) -> None:
+    """Keeps what is read of the files below ``root``, a folder in a bucket, on disk.
+
+    Raises:
+      UserError: ``gib`` is too small to keep anything.
+    """
+    if root not in _disks or not _disks[root].same(folder, gib):
+        _disks[root] = DiskCache(folder, gib)
+
+
+def ask(file: str, start: int, stop: int) -> Answer:
+    """Asks for a range of bytes; ``answer`` waits for them. Many can be under way."""
+    folder, name = os.path.split(file)
+    store = _store(folder)
+    for root, disk in _disks.items():
+        if folder.startswith(root):
+            try:
+                return disk.read(store.read, folder, name, start, stop)
+            except ValueError as e:  # of the bucket, which was asked for the version
+                raise _failed(file, e) from e
+    return store.read(name, slice(start, stop))
+
+
+def answer(file: str, asked: Answer) -> bytes:
+    """The bytes that were asked for; b"" where the file ends before them."""
+    try:
+        return asked.result().value
+    except Exception as e:  # of many kinds
+        if "OUT_OF_RANGE" in str(e):
+            return b""
+        raise _failed(file, e) from e
+
+
+def again(file: str, start: int, stop: int) -> bytes | None:
+    """The bytes as the bucket has them, where a disk may have spoilt them; None where
+    none can have."""
+    folder, name = os.path.split(file)
+    if not any(folder.startswith(root) for root in _disks):
+        return None
+    return answer(file, _store(folder).read(name, slice(start, stop)))
+
+
+def in_pieces(file: str, start: int, stop: int) -> Iterator[bytes]:
+    """A long range, in large pieces that are asked for ahead of their use."""
+    cuts = [start, *range(start - start % PIECE + PIECE, stop, PIECE), stop]
+    coming = itertools.pairwise(cuts)
+    asked = collections.deque(
+        ask(file, a, b) for a, b in itertools.islice(coming, _AHEAD)
+    )
+    while asked:
+        yield answer(file, asked.popleft())
+        asked.extend(ask(file, a, b) for a, b in itertools.islice(coming, 1))
+
+
+class _Store:
+    """Reads of the files of one folder."""
+
+    def __init__(self, folder: str):
+        self.folder, self._lock = folder, threading.Lock()
+        self._seconds: list[float] = []
+        self.kv = self._open(0)
+
+    def read(self, name: str, byte_range: slice) -> Answer:
+        if len(self._seconds) < _MEASURED:
+            with self._lock:
+                if len(self._seconds) < _MEASURED:
+                    return self._timed(name, byte_range)
+        return self.kv.read(name, byte_range=byte_range)
+
+    def _timed(self, name: str, byte_range: slice) -> Answer:
+        started = time.perf_counter()
+        reading = self.kv.read(name, byte_range=byte_range)
+        if reading.exception() is None:
+            self._seconds.append(time.perf_counter() - started)
+        if len(self._seconds) == _MEASURED:
+            seconds = statistics.median(self._seconds)
+            count = at_a_time(seconds)
+            log.info(
+                "a read from %s takes %.1f ms: up to %d go out at a time",
+                self.folder, 1e3 * seconds, count,
+            )  # fmt: skip
+            self.kv = self._open(count)
+        return reading
+
+    def _open(self, count: int) -> Any:
+        """``count``: reads at a time; 0: tensorstore's own number."""
+        kinds = ("file_io", "gcs_request", "http_request", "s3_request")
+        limits = {f"{k}_concurrency": {"limit": count} for k in kinds if count}
+        path = os.path.abspath(self.folder) + "/"
+        local = {"driver": "file", "path": path}
+        spec: Any = self.folder + "/" if is_remote(self.folder) else local
+        try:
+            context = tensorstore.Context(limits)
+            return tensorstore.KvStore.open(spec, context=context).result()
+        except ValueError as e:
+            raise UserError(
+                f"{self.folder} cannot be read at random ({str(e).splitlines()[0][:200]}): "
+                "copy the shards to a local disk or to gs://"
+            ) from e
+
+
+def at_a_time(seconds: float) -> int:
+    """Reads under way at a time that keep the CPUs of this host busy where one takes so
+    many seconds."""
+    cpus = os.cpu_count() or 1
+    return min(max(math.ceil(WANTED * cpus * seconds), cpus, 4), _MOST)
+
+
+@functools.lru_cache(maxsize=64)
+def _store(folder: str) -> _Store:
+    return _Store(folder)
+
+
+def _called(where: str, asked: Any) -> Any:
+    try:
+        return asked.result()
+    except Exception as e:  # of many kinds
+        raise _failed(where, e) from e
+
+
+def _failed(where: str, error: Exception) -> UserError:
+    return UserError(f"{where} cannot be read: {str(error).splitlines()[0][:200]}")
