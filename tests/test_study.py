@@ -271,6 +271,7 @@ def test_every_row_of_every_study_is_a_possible_model(scale, root):
             models.resolve(cfg)
         for row in made.rows.values():
             config.checked(row.cfg)
+            assert 16 <= row.cfg.data.image_size <= 512
 
 
 @pytest.mark.slow

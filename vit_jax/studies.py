@@ -358,7 +358,6 @@ def compute(scale: Scale) -> Study:
     """Inference on this machine: images/s, and the largest batch that its memory, or
     16 GiB where it has none of its own, would hold."""
     models, sizes = FIGURE12[scale.name]
-    sizes = [int(scale.subset(size)) for size in SUBSETS[scale.name]]
     rows = {}
     for model in models:
         for size in sizes:
