@@ -25,8 +25,13 @@ def test_files_that_are_not_good_jpegs_are_left_out(tmp_path, caplog):
     assert "left out 4 files that are not good JPEGs" in caplog.text
     # Ratios by CPU time first: those by wall time tell of the other programs.
     ratios = [k for k in found if k.startswith(("times", "share"))]
-    assert [k.endswith("_cpu") for k in ratios] == [True, True, False, False]
+    assert [k.endswith("_cpu") for k in ratios] == [True] * 3 + [False] * 3
     assert min(found["images_per_second"].values()) > 0
+    # Every kind of storage is timed, and compared with the files.
+    stored = ["tfrecord", "array_record", "shrunk_256_90", "shrunk_320_95"]
+    assert list(found["times_files_cpu"]) == list(found["times_files"]) == stored
+    every = ["obvious", "decode_only", "files", *stored]
+    assert list(found["images_per_second"]) == every
 
 
 def test_a_folder_without_classes_will_do(tmp_path):

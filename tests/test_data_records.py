@@ -15,7 +15,15 @@ from tiny import TINY
 
 from vit_jax import data, train
 from vit_jax.config import DataConfig, replace
-from vit_jax.data import records, sequential, shards, sources, storage, write_records
+from vit_jax.data import (
+    records,
+    sequential,
+    shard_writer,
+    shards,
+    sources,
+    storage,
+    write_records,
+)
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 from vit_jax.workdir import read_metrics
@@ -148,7 +156,7 @@ def test_shards_of_two_runs_are_never_read_together(tmp_path, format, monkeypatc
     before = (dest / "train.json").read_text()
     (photos / "train/cat").rename(photos / "train/wildcat")
     (photos / "test/cat").rename(photos / "test/wildcat")
-    real, begun = write_records._write_shard, []
+    real, begun = shard_writer._write_shard, []
 
     def killed(*args):
         begun.append(args)
@@ -156,7 +164,7 @@ def test_shards_of_two_runs_are_never_read_together(tmp_path, format, monkeypatc
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(write_records, "_write_shard", killed)
+    monkeypatch.setattr(shard_writer, "_write_shard", killed)
     with pytest.raises(KeyboardInterrupt):
         write()
     with pytest.raises(UserError, match="has no index"):

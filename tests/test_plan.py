@@ -263,7 +263,7 @@ POD = [Chip64(i) for i in range(64)]
 BIG = replace(TINY, batch=4096, sharding="replicate", model__layers="loop")
 
 
-def found(cfg, devices, cost, limit=12):
+def found(cfg, devices, cost, limit=12, attention="pallas, which a run checks first"):
     """Search with ``cost(candidate) -> (milliseconds, GiB)`` for the compiler."""
     tried, told = [], []
 
@@ -274,6 +274,7 @@ def found(cfg, devices, cost, limit=12):
             "fits": gib <= 16,
             "step_ms": milliseconds if gib <= 16 else None,
             "peak_hbm_gib": gib,
+            "attention": attention,
             "hbm_gib": 16.0,
             "images_per_chip": c.batch // len(devices),
         }
@@ -335,6 +336,9 @@ def test_the_same_program_is_compiled_once():
     """On one chip a strategy changes nothing; on eight, () is (8,)."""
     _, tried, _ = found(BIG, POD[:1], lambda c: (1.0, 1.0), limit=100)
     assert {len(key) for key in tried} == {4}
+    assert "xla" in {key[-1] for key in tried}
+    _, tried, _ = found(BIG, POD[:1], lambda c: (1.0, 1.0), 100, "xla, because it is")
+    assert {key[-1] for key in tried} == {"auto"}, "which is xla there"
     _, tried, _ = found(BIG, POD[:8], lambda c: (1.0, 1.0), limit=100)
     assert ("zero", (8,), "scan", "full", 1, "auto") in tried
     assert all(key[1] for key in tried)
@@ -346,7 +350,12 @@ def test_no_candidate_is_begun_after_the_time(monkeypatch):
     pairs = search.search(
         BIG,
         POD,
-        lambda c: {"fits": True, "step_ms": 1.0, "peak_hbm_gib": 1.0},
+        lambda c: {
+            "fits": True,
+            "step_ms": 1.0,
+            "peak_hbm_gib": 1.0,
+            "attention": "xla",
+        },
         limit=100,
         minutes=10,
         tell=str,

@@ -115,8 +115,9 @@ class ModelConfig:
     parallel: bool = False  # z + MSA(LN(z)) + MLP(LN(z)) with one LN (2302.05442)
     # Each block becomes two: patches attend along rows, then along columns (Section D.6).
     axial: bool = False
-    # "swiglu": silu(gate) times value, so three projections (2002.05202).
-    mlp: Literal["gelu", "swiglu"] = "gelu"
+    # "swiglu": silu(gate) times value, "geglu": GELU(gate) times value, so three
+    # projections (2002.05202).
+    mlp: Literal["gelu", "swiglu", "geglu"] = "gelu"
     mlp_norm: bool = False  # a norm before the second projection of the MLP (EVA-02)
     # "exact" (erf) is what most torch checkpoints were trained with; "quick" is
     # x sigmoid(1.702 x) (OpenAI's CLIP).

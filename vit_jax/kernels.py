@@ -186,7 +186,9 @@ def choose(cfg: Config, mesh: Mesh) -> tuple[Attend | None, str]:
             fits = {"pallas": "TPUs", "cudnn": "GPUs"}[wanted]
             problem = f"it is for {fits}, and this is {device.device_kind}"
         if problem:
-            raise UserError(f"config.model.attention={wanted}: {problem}")
+            raise UserError(
+                f"config.model.attention={wanted}: {problem}; auto and xla always work"
+            )
         return attend, f"{wanted}, as config.model.attention has it"
     if problem:
         return None, f"xla, because {problem}"

@@ -269,6 +269,7 @@ def report(p: dict[str, Any]) -> str:
         f"model        {p['model'] or 'ViT'}, {p['parameters']:,} parameters",
         f"hardware     {p['slices']} x {p['topology']}, {p['chips']} chips; sharding {p['sharding']} over {mesh}",
         f"images       {sharding.batch_text(p['batch'], p['images_per_chip'], p['accumulate'])}",
+        f"attention    {p['attention']}",
         f"memory       {p['peak_hbm_gib']:.2f} of {p['hbm_gib']:.2f} GiB per chip: {memory}",
     ]
     if p["fits"]:
@@ -290,7 +291,8 @@ def report(p: dict[str, Any]) -> str:
         ]
         if p["kernels_not_counted"]:
             lines.append(
-                f"             {p['kernels_not_counted']} custom kernels have no estimate and count as 0 ms"
+                f"             {p['kernels_not_counted']} calls of kernels count as 0 ms: they are not the attention kernel's, "
+                "or this libtpu wrote no schedule of it"
             )
     else:
         over = p["peak_hbm_gib"] - p["hbm_gib"]

@@ -97,7 +97,9 @@ def neighbours(cfg: Config, plan: Plan, devices: Sequence[Any]) -> Iterator[Conf
         yield from meshes(cfg)
         yield from others
         yield from blocks
-        yield change(model__attention="xla")
+        # Where no kernel is taken that is the same program.
+        if plan["attention"].startswith("pallas"):
+            yield change(model__attention="xla")
         return
     yield change(model__layers="scan", model__remat="full")
     yield from (c for c in others if c.sharding != "replicate")

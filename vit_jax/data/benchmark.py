@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast images reach the model, beside the obvious pipeline and the floor.
 
-Three pipelines over the same JPEG files and as many threads, timed in turns in one run:
+Pipelines over the same photographs and as many threads, timed in turns in one run:
 
-    obvious      decode, random crop, resize, flip, scale to [-1, 1]: four lines of tf.data
-    decode_only  what any pipeline must do: decode the crop, and nothing after it
-    ours         what training uses
+    obvious        decode, random crop, resize, flip, scale to [-1, 1]: a little tf.data
+    decode_only    what any pipeline must do: decode the crop, and nothing after it
+    files          what training does with the JPEG files
+    tfrecord ...   what training does where the same files lie in shards
+    shrunk_S_Q     the same, in shards made with --shorter_side=S --quality=Q
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -22,13 +25,23 @@ from typing import Any
 import numpy as np
 
 from vit_jax.config import DataConfig
-from vit_jax.data import decode, graph, order, pipeline, sources, transforms
+from vit_jax.data import (
+    decode,
+    graph,
+    order,
+    pipeline,
+    sources,
+    transforms,
+    write_records,
+)
+from vit_jax.data.shards import FORMATS
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-MOST = 10_000  # images of a folder that are used
+MOST = 1_000  # images of a folder that are used
+SHRUNK = ((256, 90), (320, 95))  # (shorter side, quality)
 
 
 def run(
@@ -39,7 +52,7 @@ def run(
     steps: int = 20,
     photos: int = 256,
 ) -> dict[str, Any]:
-    """Times the three pipelines and compares pixels.
+    """Times the pipelines and compares pixels.
 
     Args:
       cfg: ``image_size``, ``train_transforms`` and ``decode`` are used, and with source
@@ -51,8 +64,9 @@ def run(
 
     Returns:
       Ratios that the targets are about, by CPU time first because other programs weigh
-      on those by wall time; ``cpu_ms_per_image`` and ``images_per_second`` of each
-      pipeline, and the ``pixel_difference`` to the exact path.
+      on those by wall time: "files" to the obvious pipeline and to decoding alone, and
+      each of the others to "files"; ``cpu_ms_per_image`` and ``images_per_second`` of
+      every pipeline, and the ``pixel_difference`` to the exact path.
 
     Raises:
       UserError: the folder holds no JPEG file, or the config is wrong.
@@ -65,43 +79,49 @@ def run(
         else:
             paths = write_photos(Path(scratch), photos)
         size = float(np.mean([Path(p).stat().st_size for p in paths]))
+        ours = _stored(cfg, paths, Path(scratch))
         makers = {
             "obvious": lambda: _obvious(paths, cfg.image_size, batch, crop),
             "decode_only": lambda: _decode_only(paths, batch, crop),
-            "ours": lambda: _ours(cfg, paths, batch, Path(scratch)),
+        } | {
+            name: functools.partial(pipeline.train_batches, one, batch=batch, seed=0)
+            for name, one in ours.items()
         }
         speed = _timed(makers, batch, rounds, steps)
-        difference = pixel_difference(cfg, paths[:64], Path(scratch))
+        difference = pixel_difference(ours["files"], min(64, len(paths)))
     rate, cpu = speed["rate"], speed["cpu"]
+    slowness = {k: [1 / r for r in v] for k, v in rate.items()}
 
-    def ratio(of: list[float], to: list[float]) -> float:
-        return round(statistics.median(a / b for a, b in zip(of, to, strict=True)), 3)
+    def times(cost: dict[str, list[float]], faster: str, slower: str) -> float:
+        pairs = zip(cost[faster], cost[slower], strict=True)
+        return round(statistics.median(b / a for a, b in pairs), 3)
 
     def medians(of: dict[str, list[float]], scale: float) -> dict[str, float]:
         return {k: round(scale * statistics.median(v), 3) for k, v in of.items()}
 
+    others = [name for name in ours if name != "files"]
     return {
         "images": len(paths),
         "kilobytes_per_image": round(size / 1000, 1),
         "image_size": cfg.image_size,
-        "times_obvious_cpu": ratio(cpu["obvious"], cpu["ours"]),
-        "share_of_decode_only_cpu": ratio(cpu["decode_only"], cpu["ours"]),
-        "times_obvious": ratio(rate["ours"], rate["obvious"]),
-        "share_of_decode_only": ratio(rate["ours"], rate["decode_only"]),
+        "times_obvious_cpu": times(cpu, "files", "obvious"),
+        "share_of_decode_only_cpu": times(cpu, "files", "decode_only"),
+        "times_files_cpu": {k: times(cpu, k, "files") for k in others},
+        "times_obvious": times(slowness, "files", "obvious"),
+        "share_of_decode_only": times(slowness, "files", "decode_only"),
+        "times_files": {k: times(slowness, k, "files") for k in others},
         "cpu_ms_per_image": medians(cpu, 1e3),
         "images_per_second": medians(rate, 1),
         "pixel_difference": difference,
     }
 
 
-def pixel_difference(
-    cfg: DataConfig, paths: list[str], scratch: Path
-) -> dict[str, float]:
-    """|fast - exact| of the training images, in steps of 0 to 255, same crops."""
+def pixel_difference(cfg: DataConfig, batch: int) -> dict[str, float]:
+    """|fast - exact| of a batch of training images, in steps of 0 to 255, same crops."""
     images = []
     for choice in ("fast", "exact"):
         one = dataclasses.replace(cfg, decode=choice)
-        batches = _ours(one, paths, len(paths), scratch)
+        batches = pipeline.train_batches(one, batch=batch, seed=0)
         images.append(next(batches)["image"].astype(np.float32))
     difference = np.abs(images[0] - images[1])
     return {
@@ -243,19 +263,31 @@ def _decode_only(paths: list[str], batch: int, crop: dict[str, Any]) -> Iterator
     return dataset.batch(batch).prefetch(2).as_numpy_iterator()
 
 
-def _ours(
-    cfg: DataConfig, paths: list[str], batch: int, scratch: Path
-) -> Iterator[Any]:
-    """Training on a manifest of these files, in one class."""
-    whole = map(os.path.abspath, paths)
-    rows = [{"image": p, "label": 0, "split": "train"} for p in whole]
+def _stored(cfg: DataConfig, paths: list[str], scratch: Path) -> dict[str, DataConfig]:
+    """The files, in one class, as training reads them from every kind of storage."""
+    rows = [{"image": os.path.abspath(p), "label": 0, "split": "train"} for p in paths]
     rows.append(rows[0] | {"split": "test"})
     manifest = scratch / "images.jsonl"
     manifest.write_text("\n".join(json.dumps(row) for row in rows))
-    listed = dataclasses.replace(
-        DataConfig(source="folder", path=str(manifest), cache_gib=0.0),
+    files = DataConfig(
+        source="folder",
+        path=str(manifest),
+        cache_gib=0.0,
         image_size=cfg.image_size,
         train_transforms=cfg.train_transforms,
         decode=cfg.decode,
     )
-    return pipeline.train_batches(listed, batch=batch, seed=0)
+    stored = {"files": files}
+
+    def write(name: str, **options: Any) -> None:
+        path = str(scratch / name)
+        write_records.write(str(manifest), path, split="train", **options)
+        stored[name] = dataclasses.replace(
+            files, source="records", path=path, test_split="train"
+        )
+
+    for format in FORMATS:
+        write(format, format=format)
+    for side, quality in SHRUNK:
+        write(f"shrunk_{side}_{quality}", shorter_side=side, quality=quality)
+    return stored

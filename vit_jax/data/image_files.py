@@ -67,7 +67,7 @@ def header(data: bytes) -> tuple[int, int, int]:
         start = next(frames, 0)
         height, width = struct.unpack_from(">HH", data, start + 1) if start else (0, 0)
     else:
-        with _opened(io.BytesIO(data)) as image:
+        with opened(io.BytesIO(data)) as image:
             width, height = image.size
     _check_sides(height, width, len(data))
     return height, width, _orientation(data)
@@ -79,7 +79,7 @@ def check(file: BinaryIO) -> None:
     Raises:
       ImageFileError: certainly not an image, or one that claims too many pixels.
     """
-    with _opened(file) as image:
+    with opened(file) as image:
         _check_sides(image.height, image.width, file.seek(0, io.SEEK_END))
 
 
@@ -90,7 +90,7 @@ def read(data: bytes, channels: int = 3) -> np.ndarray:
     Raises:
       ImageFileError: see ``header``; also a file that is damaged or cut short.
     """
-    with _opened(io.BytesIO(data)) as image:
+    with opened(io.BytesIO(data)) as image:
         _check_sides(image.height, image.width, len(data))
         try:
             if image.mode.startswith("I"):
@@ -122,7 +122,7 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels[:: -1 if rows else 1, :: -1 if columns else 1])
 
 
-def _opened(file: BinaryIO) -> Image.Image:
+def opened(file: BinaryIO) -> Image.Image:
     start = file.read(8)
     file.seek(0)
     opener = next((o for magic, o in _OPENERS.items() if start.startswith(magic)), None)
