@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. A part (a file or folder of vit_jax/) imports from its own line and the
 # lines above.
 TIERS = """
-errors fields vtab_tasks config matrices runtime preemption peers distributed progress feed config_file cli
+errors hub fields vtab_tasks config matrices runtime preemption peers distributed progress feed config_file cli
 models data optim sharding checkpoint hlo hardware tpu search recipes demos scales studies
 kernels kernel_schedule
 objectives workdir trackers measure weights inference photos pixels
