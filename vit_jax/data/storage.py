@@ -160,7 +160,8 @@ class _Store:
             count = at_a_time(seconds)
             arriving = math.ceil(_LINK * seconds / PIECE)
             self.ahead = min(max(arriving, _AHEAD[0]), _AHEAD[1])
-            log.info(
+            say = log.info if is_remote(self.folder) else log.debug
+            say(
                 "a read from %s takes %.1f ms: up to %d go out at a time, or %d large "
                 "pieces of a file",
                 self.folder, 1e3 * seconds, count, self.ahead,
