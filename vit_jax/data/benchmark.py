@@ -12,10 +12,12 @@ Pipelines over the same photographs and as many threads, timed in turns in one r
 
 import dataclasses
 import functools
+import io
 import json
 import logging
 import os
 import statistics
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -279,15 +281,30 @@ def _stored(cfg: DataConfig, paths: list[str], scratch: Path) -> dict[str, DataC
     )
     stored = {"files": files}
 
-    def write(name: str, **options: Any) -> None:
-        path = str(scratch / name)
-        write_records.write(str(manifest), path, split="train", **options)
+    def add(name: str, source: Any) -> str:
+        (scratch / name).mkdir()
         stored[name] = dataclasses.replace(
-            files, source="records", path=path, test_split="train"
+            files, source=source, path=str(scratch / name), test_split="train"
         )
+        return stored[name].path
 
     for format in FORMATS:
-        write(format, format=format)
+        folder = add(format, "records")
+        write_records.write(str(manifest), folder, split="train", format=format)
+    _write_tar(paths, os.path.join(add("tar", "tar"), "train.tar"))
     for side, quality in SHRUNK:
-        write(f"shrunk_{side}_{quality}", shorter_side=side, quality=quality)
+        folder = add(f"shrunk_{side}_{quality}", "records")
+        write_records.write(
+            str(manifest), folder, split="train", shorter_side=side, quality=quality
+        )
     return stored
+
+
+def _write_tar(paths: list[str], file: str) -> None:
+    """The files as a shard of WebDataset."""
+    with tarfile.open(file, "w") as tar:
+        for i, path in enumerate(paths):
+            tar.add(path, f"{i:06d}.jpg")
+            label = tarfile.TarInfo(f"{i:06d}.cls")
+            label.size = 1
+            tar.addfile(label, io.BytesIO(b"0"))
