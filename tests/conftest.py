@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight fake CPU devices, and rules that turn silent mistakes into errors."""
 
+import importlib.util
 import logging
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from fast import FAST_COMPILE
@@ -29,6 +33,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -51,3 +56,28 @@ def shared() -> Path:
 def command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Command:
     """Calls a command in this process."""
     return Command(capsys, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def reference() -> Callable[..., np.ndarray]:
+    """Logits of ``images`` by a model in the real transformers or timm; see
+    ``reference_torch.py``."""
+    python = os.environ.get("VIT_JAX_REFERENCE_PYTHON", "")
+    if not python and importlib.util.find_spec("torch") is None:
+        pytest.skip("needs torch; or set VIT_JAX_REFERENCE_PYTHON")
+
+    def run(kind, model, images, folder):
+        np.savez(folder / "io.npz", images=images)
+        command = [
+            python or sys.executable,
+            str(Path(__file__).parent / "reference_torch.py"),
+            kind,
+            str(model),
+            str(folder / "io.npz"),
+            str(folder / "out.npz"),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return np.load(folder / "out.npz")["logits"]
+
+    return run

@@ -2,6 +2,7 @@
 """Small image files and folders for the data tests."""
 
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -73,4 +74,40 @@ def write_tars(photos: Path, dest: Path, shards: int = 3) -> Path:
                 text = f'{{"label": "{label}"}}' if kind == ".json" else f"{label}\n"
                 members |= {f"{name}.jpg": content, name + kind: text.encode()}
             write_tar(dest / f"{split}-{i:06d}.tar", members)
+    return dest
+
+
+def hub_schema(names=(), **types):
+    """A schema with what the library datasets writes beside it."""
+    import pyarrow as pa
+
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    types = {"image": image, "label": pa.int64()} | types
+    label = {"names": [*names], "_type": "ClassLabel"} if names else {"_type": "Value"}
+    features = {"image": {"_type": "Image"}, "label": label}
+    about = json.dumps({"info": {"features": features}})
+    return pa.schema([*types.items()], metadata={"huggingface": about})
+
+
+def write_parquet(file: Path, rows: list[dict], schema=None, row_group_size=5) -> Path:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist(rows, schema=schema)
+    parquet.write_table(table, file, row_group_size=row_group_size)
+    return file
+
+
+def write_parquets(photos: Path, dest: Path, shards: int = 3) -> Path:
+    """The photos of ``write_folder`` as the Hub has them."""
+    for split, images in listing(photos).items():
+        names = sorted({label for _, label, _ in images})
+        for i in range(shards):
+            rows = [
+                {"image": {"bytes": content, "path": name}, "label": names.index(label)}
+                for name, label, content in images[i::shards]
+            ]
+            file = dest / f"data/{split}-{i:05d}-of-{shards:05d}.parquet"
+            write_parquet(file, rows, hub_schema(names))
     return dest

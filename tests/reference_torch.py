@@ -28,7 +28,7 @@ class _Anything(type):
 
 
 class _Stub(types.ModuleType):
-    """timm imports torchvision for its data loaders, which nothing here uses."""
+    """timm and transformers import torchvision for images, which nothing here uses."""
 
     __path__ = ()
 
@@ -72,11 +72,6 @@ def hf(model):
 
 
 def timm(model):
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError):  # RuntimeError: it is for another torch
-        sys.modules.pop("torchvision", None)
-        sys.meta_path.insert(0, _Finder())
     from safetensors.torch import load_file
     from timm import create_model
 
@@ -89,6 +84,11 @@ def timm(model):
 
 
 def main(kind, model, io, out):
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError):  # RuntimeError: it is for another torch
+        sys.modules.pop("torchvision", None)
+        sys.meta_path.insert(0, _Finder())
     net = {"hf": hf, "timm": timm}[kind](model).eval()
     images = torch.from_numpy(np.load(io)["images"].transpose(0, 3, 1, 2).copy())
     with torch.no_grad():

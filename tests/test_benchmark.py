@@ -38,6 +38,15 @@ def test_standard_output_is_one_strict_json_document():
     speeds = infer["images_per_second_by_batch"]
     assert list(map(int, speeds)) == [8, 16], "of 8 devices"
     assert infer["images_per_second"] == max(speeds.values())
+    ours = ("eager", "jitted", "exported")
+    for name in ours:
+        times, speeds = infer["latency_ms"][name], infer["speed"][name]
+        assert 0 < times["median"] <= times["p99"]
+        assert list(map(int, speeds)) == [1, 2], "images of one device"
+        assert speeds["1"] == pytest.approx(1e3 / times["median"])
+    for name in ("timm", "transformers"):
+        assert (name in infer["latency_ms"]) != (name in infer["left_out"])
+    assert "infer/latency_ms/exported/p99" in done.stderr
 
 
 @pytest.mark.process

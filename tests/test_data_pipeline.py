@@ -11,7 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_files import encoded, picture, take, write_folder, write_tars
+from data_files import (
+    encoded,
+    picture,
+    take,
+    write_folder,
+    write_parquets,
+    write_tars,
+)
 from PIL import Image
 
 from vit_jax import data
@@ -47,15 +54,19 @@ def configs(photos, tmp_path_factory):
         )
     tars = write_tars(photos, tmp_path_factory.mktemp("tar"))
     found["tar"] = dataclasses.replace(found["folder"], source="tar", path=str(tars))
-    for kind in ("tfrecord", "tar"):
+    files = write_parquets(photos, tmp_path_factory.mktemp("parquet"))
+    found["parquet"] = dataclasses.replace(
+        found["folder"], source="parquet", path=str(files)
+    )
+    for kind in ("tfrecord", "tar", "parquet"):
         found[f"{kind} in sequence"] = dataclasses.replace(
             found[kind], access="sequential", shuffle_buffer=16
         )
     return found
 
 
-AT_RANDOM = ("folder", "tfrecord", "array_record", "tar")
-IN_SEQUENCE = ("tfrecord in sequence", "tar in sequence")
+AT_RANDOM = ("folder", "tfrecord", "array_record", "tar", "parquet")
+IN_SEQUENCE = ("tfrecord in sequence", "tar in sequence", "parquet in sequence")
 KINDS = (*AT_RANDOM, "cached", *IN_SEQUENCE)
 
 

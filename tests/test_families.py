@@ -2,6 +2,7 @@
 """Every family of checkpoints: the outputs of independent implementations, at the sizes
 that they were computed for, and the same bits after a way out and back."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -153,7 +154,8 @@ def test_figures_leave_the_other_tokens_out(case):
 def _inner(ours, theirs):
     """Our arrays by their name in the other file, which may be longer in front."""
     for name, value in ours.items():
-        (full, *_) = [n for n in (f"visual.{name}", f"vit.{name}", name) if n in theirs]
+        towers = ("visual.trunk.", "visual.", "vit.", "")
+        full = next(t + name for t in towers if t + name in theirs)
         yield full, value
 
 
@@ -179,6 +181,44 @@ def test_own_layout_and_back(case, tmp_path):
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], name)
+
+
+def test_a_bias_table_for_all_blocks(tmp_path):
+    arrays = safetensors.load_file(HERE / "timm_beit_a" / "model.safetensors")
+    names = [n for n in arrays if n.endswith("relative_position_bias_table")]
+    first = arrays[names[0]]
+    safetensors.save_file(
+        arrays | dict.fromkeys(names, first), tmp_path / "each.safetensors"
+    )
+    rest = {n: a for n, a in arrays.items() if n not in names}
+    shared = {"rel_pos_bias.relative_position_bias_table": first}
+    safetensors.save_file(rest | shared, tmp_path / "shared.safetensors")
+    each, one = (
+        weights.read(tmp_path / f"{name}.safetensors", heads=3)
+        for name in ("each", "shared")
+    )
+    assert each.cfg == one.cfg
+    jax.tree.map(np.testing.assert_array_equal, each.params, one.params)
+
+
+@pytest.mark.parametrize("name", ["beitv2_base", "deit_small"])
+def test_what_only_a_file_name_tells(name, tmp_path):
+    """DeiT's arrays are those of any ViT, and BEiT v2's those of BEiT."""
+    source = HERE / "timm_beit_a" / "model.safetensors"
+    arrays = safetensors.load_file(source)
+    if name.startswith("deit"):
+        found = weights.read(HERE / "timm_beit_a")
+        plain = models.resolve(
+            dataclasses.replace(found.cfg, relative_bias=False, positions="learned",
+                                final_norm="tokens", head="token", class_token=False)
+        )  # fmt: skip
+        source = tmp_path / "plain.safetensors"
+        weights.save(source, plain, fit.initial(plain))
+        arrays = safetensors.load_file(source)
+    for file, mean in ((name, (0.485, 0.456, 0.406)), ("model", ())):
+        path = tmp_path / f"{file}.safetensors"
+        safetensors.save_file(arrays, path)
+        assert weights.read(path, heads=3).cfg.image_mean == mean
 
 
 @pytest.mark.parametrize("size", ["224x224", "518x518", "196x322"])

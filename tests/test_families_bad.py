@@ -92,6 +92,14 @@ def test_positions_that_no_rule_fits(folder):
     refused(path, match, image_size=64)
 
 
+def test_a_part_that_only_the_name_of_an_architecture_tells(folder):
+    path, _ = folder
+    config = {"architecture": "eva02_enormous_patch14_clip_224", "pretrained_cfg": {}}
+    (path / "config.json").write_text(json.dumps(config))
+    save_file(load_file(BEIT / "model.safetensors"), path / "model.safetensors")
+    refused(path, "eva02_enormous_patch14_clip_224 has norms of what attention")
+
+
 def test_two_families_in_one_folder(folder):
     path, arrays = folder
     other = load_file(BEIT / "model.safetensors")

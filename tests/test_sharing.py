@@ -3,6 +3,7 @@
 
 import base64
 import json
+import os
 import shutil
 
 import numpy as np
@@ -148,6 +149,24 @@ def test_up_and_down_are_the_same_bits(hub, monkeypatch, layout, large):
     ]
     np.testing.assert_array_equal(*logits)
     assert np.asarray(logits).any()
+
+
+@pytest.mark.reference
+@pytest.mark.process
+def test_transformers_downloads_what_was_uploaded(
+    hub, reference, monkeypatch, tmp_path
+):
+    """By the real huggingface_hub, into an empty cache."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    run = os.environ.get("VIT_JAX_REFERENCE_RUN") or trained_workdir()
+    sharing.share(run, "hf://me/tiny", licence="mit")
+    model, params = vit_jax.load(run)
+    size = (4, *model.cfg.image_size, model.cfg.channels)
+    images = np.random.default_rng(0).uniform(-1, 1, size).astype(np.float32)
+    ours = np.asarray(model.apply({"params": params}, images))
+    theirs = reference("hf", "me/tiny", images, tmp_path)
+    assert ours.std() > 1e-3
+    np.testing.assert_allclose(theirs, ours, atol=1e-5 * np.abs(ours).max())
 
 
 def test_command_writes_the_folder(hub, command, tmp_path):

@@ -55,7 +55,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data) - start))
         if "/resolve/" in path:  # of the Hub
             version = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
-            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("X-Repo-Commit", path.split("/resolve/")[1][:40])
         for key, value in version.items():
             self.send_header(key, value)
         self.end_headers()

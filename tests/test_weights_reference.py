@@ -5,12 +5,7 @@ Needs an interpreter with torch, transformers and timm: this one, or the one tha
 ``VIT_JAX_REFERENCE_PYTHON`` names (it needs no JAX).
 """
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,29 +15,6 @@ from vit_jax import weights
 from vit_jax.weights import fit
 
 pytestmark = [pytest.mark.reference, pytest.mark.process]
-
-
-@pytest.fixture(scope="module")
-def reference():
-    python = os.environ.get("VIT_JAX_REFERENCE_PYTHON", "")
-    if not python and importlib.util.find_spec("torch") is None:
-        pytest.skip("needs torch; or set VIT_JAX_REFERENCE_PYTHON")
-
-    def run(kind, model, images, folder):
-        np.savez(folder / "io.npz", images=images)
-        command = [
-            python or sys.executable,
-            str(Path(__file__).parent / "reference_torch.py"),
-            kind,
-            str(model),
-            str(folder / "io.npz"),
-            str(folder / "out.npz"),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return np.load(folder / "out.npz")["logits"]
-
-    return run
 
 
 def random_model(**fields):

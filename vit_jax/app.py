@@ -95,16 +95,22 @@ class Viewer:
     """
 
     def __init__(self, source: str, images: str = ""):
-        self._subject = Subject(source)
-        cfg = self._subject.model.cfg
+        self._subject = subject = Subject(source)
+        cfg = subject.model.cfg
         try:
-            self._names = self._subject.class_names
+            self._names = subject.class_names
         except UserError:
             self._names = ()
         self._gallery = gallery(source, images)
         found = self._gallery.vectors.shape
         self._lock = threading.Lock()
-        blank = np.zeros((1, *self._subject.size, cfg.channels), np.float32)
+        model, params, self._attends = subject.model, subject.params, True
+        try:
+            model, params = attention.unrolled(model, params)
+        except UserError:  # there is none between all patches
+            self._attends = False
+        self._model, self._params = model, jax.device_put(params, jax.devices()[0])
+        blank = np.zeros((1, *subject.size, cfg.channels), np.float32)
         features = self._forward(blank)["features"]  # compiles
         if len(self._gallery.places) and found[1:] != features.shape:
             raise UserError(
@@ -115,7 +121,7 @@ class Viewer:
     def about(self) -> dict[str, Any]:
         """What the page says before it has a photo."""
         cfg = self._subject.model.cfg
-        layers, heads = (0, 0) if models.is_resnet(cfg) else (cfg.depth, cfg.heads)
+        layers, heads = (cfg.depth, cfg.heads) if self._attends else (0, 0)
         return {
             "model": self._subject.name,
             "source": Path(self._subject.source).name,
@@ -177,18 +183,17 @@ class Viewer:
 
     def _forward(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Of one image, without the axis of the batch."""
-        model, params = self._subject.model, self._subject.params
-        if not models.is_resnet(model.cfg):
-            model, params = attention.unrolled(model, params)
         with self._lock:
-            found = _look(model, params, images)
+            found = _look(self._model, self._attends, self._params, images)
         return {name: np.asarray(value[0]) for name, value in found.items()}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _look(model: Any, params: Any, images: jax.Array) -> dict[str, jax.Array]:
-    """Logits and features (B, ...); of a Transformer also how much each patch counts for
-    the class token: rollout (B, h, w), and each head (B, layers, heads, h, w)."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _look(
+    model: Any, attends: bool, params: Any, images: jax.Array
+) -> dict[str, jax.Array]:
+    """Logits and features (B, ...); where the model ``attends`` also how much each patch
+    counts for the class token: rollout (B, h, w), and heads (B, layers, heads, h, w)."""
     found: Any = model.apply(
         {"params": params},
         inference.normalize(images),
@@ -197,7 +202,7 @@ def _look(model: Any, params: Any, images: jax.Array) -> dict[str, jax.Array]:
     )
     (logits, out), state = found
     answer = {"logits": logits, "features": out["pre_logits"].astype(jnp.float32)}
-    if models.is_resnet(model.cfg):
+    if not attends:
         return answer
     height, width = images.shape[1:3]
     grid, _ = attention.geometry(model, (height, width))

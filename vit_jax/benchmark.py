@@ -10,7 +10,9 @@ because machines are noisy:
 
 * train: the training loop (data, logging, dispatch) against its compiled step called on
   one resident batch.
-* infer: images/s of the forward pass over batch sizes.
+* infer: images/s of the forward pass over batch sizes; and on one device (``latency.py``)
+  one image alone and batches through the model op by op, jitted and exported, beside timm
+  and transformers where they are installed.
 * data:  the input pipeline against the obvious one and against decoding alone
   (``data/benchmark.py``).
 """
@@ -20,14 +22,15 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 from absl import flags
 from jax.experimental import multihost_utils
 
-from vit_jax import cli, config, data, hardware, models, sharding
+from vit_jax import cli, config, data, hardware, latency, models, sharding
 from vit_jax import train as training
 from vit_jax.config import Config
 from vit_jax.errors import UserError
@@ -116,11 +119,17 @@ def infer(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
             times.append(time.perf_counter() - start)
         speeds[batch] = batch * (steps or 10) / statistics.median(times)
     best = max(speeds.values())
-    return {
+    found = {
         "images_per_second": best,
         "images_per_second_by_batch": speeds,
         **utilisation(2 * models.macs(program.cfg.model) * best),
     }
+    if jax.process_count() == 1:
+        sizes = batches(1, max(cfg.batch // jax.device_count(), 1))
+        model, params = program.cfg.model, jax.device_get(params)
+        with tempfile.TemporaryDirectory() as folder:
+            found |= latency.measure(model, params, sizes, rounds, steps, Path(folder))
+    return found
 
 
 def _batch(program: Program) -> dict[str, jax.Array]:
@@ -209,12 +218,19 @@ def main(argv: list[str]) -> None:
             results[what] = run(cfg, f.rounds, f.round_steps)
         if jax.process_index():
             return
-        for name, value in results.items():
-            numbers = value.items() if isinstance(value, dict) else [("", value)]
-            for key, number in numbers:
-                print(f"{f'{name}/{key}'.rstrip('/'):<34} {_text(number)}")
+        for name, value in _flat("", results):
+            print(f"{name:<34} {_text(value)}")
     if f.json:
         cli.print_json(results)
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Names joined by ``/``, and what they stand for."""
+    if not isinstance(value, dict):
+        yield name.removeprefix("/"), value
+        return
+    for key, inner in value.items():
+        yield from _flat(f"{name}/{key}", inner)
 
 
 def _text(value: Any) -> str:

@@ -115,8 +115,9 @@ class ModelConfig:
     parallel: bool = False  # z + MSA(LN(z)) + MLP(LN(z)) with one LN (2302.05442)
     # Each block becomes two: patches attend along rows, then along columns (Section D.6).
     axial: bool = False
-    # "swiglu": silu(gate) times value, so three projections (2002.05202).
-    mlp: Literal["gelu", "swiglu"] = "gelu"
+    # "swiglu": silu(gate) times value, "geglu": GELU(gate) times value, so three
+    # projections (2002.05202).
+    mlp: Literal["gelu", "swiglu", "geglu"] = "gelu"
     mlp_norm: bool = False  # a norm before the second projection of the MLP (EVA-02)
     # "exact" (erf) is what most torch checkpoints were trained with; "quick" is
     # x sigmoid(1.702 x) (OpenAI's CLIP).
@@ -141,11 +142,15 @@ class ModelConfig:
 class DataConfig:
     """Which images, and what happens to them on the way to the device."""
 
-    source: Literal["digits", "folder", "tfds", "records", "tar", "synthetic"] = "tfds"
-    name: str = ""  # tfds: data set name, for example "cifar10"; vtab tasks: "vtab/dtd"
+    source: Literal[
+        "digits", "folder", "tfds", "records", "parquet", "tar", "synthetic"
+    ] = "tfds"
+    # tfds: data set name, for example "cifar10"; vtab tasks: "vtab/dtd"; parquet: a
+    # configuration of the data set.
+    name: str = ""
     # folder: class folders (layouts in data/folders.py) or a .csv or .jsonl table (columns
-    # in data/manifest.py); records: folder of the shards; tar: a folder of shards, or one;
-    # tfds: data_dir.
+    # in data/manifest.py); records: folder of the shards; parquet, tar: a folder of
+    # files, or one; parquet also hf://OWNER/NAME; tfds: data_dir.
     path: str = ""
     # Side of the square images that reach the model, in pixels; 0: as the checkpoint that
     # config.pretrained names has it.
@@ -179,8 +184,8 @@ class DataConfig:
     cache_gib: Amount = 1.0
     # Of training images; "fast": coarser JPEG decoding and resizing.
     decode: Literal["fast", "exact"] = "fast"
-    # Of records; "auto" reads in sequence only remote shards, of which none are chosen by
-    # subset, holdout or test_share.
+    # Of shards; "auto" reads in sequence only remote ones, and Parquet files that memory
+    # cannot hold, of which none are chosen by subset, holdout or test_share.
     access: Literal["auto", "random", "sequential"] = "auto"
     # Examples shuffled at a time where the source is read in sequence; 0: those of 16
     # batches, and at least 8192.

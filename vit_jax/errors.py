@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one exception that a user may cause, and how a command reports it."""
+"""The one exception that a user may cause, and how it is reported."""
 
 # Exit status (EX_TEMPFAIL): a checkpoint was saved, or a peer was lost. Start the same
 # command again.
@@ -13,6 +13,12 @@ class UserError(ValueError):
     as one line without a traceback and exit with status 2; library callers may catch it
     as a ``ValueError``.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """What a foreign library says, as part of a message: its first line, printable."""
+    text = str(error).strip().partition("\n")[0] or type(error).__name__
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)[:300]
 
 
 class Diverged(UserError):

@@ -44,6 +44,10 @@ OUTPUTS = {
 }
 
 
+# Of the dialect; what tensorflow 2.21 reads.
+STABLEHLO = "1.13.0"
+
+
 class Program(NamedTuple):
     """What is exported."""
 
@@ -186,14 +190,13 @@ def _stablehlo(program: Program, path: Path, batch: int) -> None:
 
 def _saved_model(program: Program, path: Path, batch: int) -> None:
     """A SavedModel of tensorflow, with ``about.json`` among its assets."""
-    tf, jax2tf = _tensorflow()
-    shape = ", ".join(["b", *(str(n or "_") for n in program.shape)])
-    call = jax2tf.convert(
-        program.function,
-        polymorphic_shapes=[None, f"({shape})"],
-        native_serialization_platforms=("cpu", "cuda", "tpu"),
-        with_gradient=False,
+    from vit_jax.data.tensorflow_cpu import tf
+
+    shapes = jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), program.params
     )
+    x = jax.ShapeDtypeStruct(_symbolic(program), program.dtype)
+    call = _in_tensorflow(tf, program.function, ("cpu", "cuda", "tpu"), shapes, x)
     module = tf.Module()
     module.params = tf.nest.map_structure(tf.Variable, _plain(program.params))
     spec = tf.TensorSpec([None, *(n or None for n in program.shape)], _dtype(program))
@@ -214,12 +217,11 @@ def _tflite(program: Program, path: Path, batch: int) -> None:
             "a .tflite has images of one size: export with --inputs=images, or choose "
             ".stablehlo, .onnx or a folder for --inputs=pixels"
         )
-    tf, jax2tf = _tensorflow()
-    call = jax2tf.convert(
-        lambda x: program.function(program.params, x),
-        native_serialization_platforms=("cpu",),
-        with_gradient=False,
-    )
+    from vit_jax.data.tensorflow_cpu import tf
+
+    function = lambda x: program.function(program.params, x)
+    x = jax.ShapeDtypeStruct((batch, *program.shape), program.dtype)
+    call = _in_tensorflow(tf, function, ("cpu",), x)
     spec = tf.TensorSpec([batch, *program.shape], _dtype(program))
     f = tf.function(call, autograph=False, input_signature=[spec])
     converter = tf.lite.TFLiteConverter.from_concrete_functions(
@@ -287,12 +289,40 @@ def _symbolic(program: Program) -> Any:
     return jax.export.symbolic_shape(", ".join(["b", *sides]))
 
 
-def _tensorflow() -> tuple[Any, Any]:
-    from jax.experimental import jax2tf
+def _in_tensorflow(
+    tf: Any, function: Callable, platforms: tuple[str, ...], *specs: Any
+) -> Callable:
+    """A function of jax as one operation of tensorflow.
 
-    from vit_jax.data.tensorflow_cpu import tf
+    ``jax2tf`` does the same in the dialect of the jax that is installed, which may be
+    too new for the tensorflow beside it.
+    """
+    from jax.extend.mlir import ir
+    from jax.extend.mlir.dialects import stablehlo
+    from tensorflow.compiler.tf2xla.python.xla import call_module
 
-    return tf, jax2tf
+    exported = jax.export.export(jax.jit(function), platforms=platforms)(*specs)
+    with ir.Context() as context:
+        stablehlo.register_dialect(context)
+        module = stablehlo.deserialize_portable_artifact(
+            context, exported.mlir_module_serialized
+        )
+        portable = stablehlo.serialize_portable_artifact(module, STABLEHLO)
+    (out,) = exported.out_avals
+
+    def call(*args: Any) -> Any:
+        leaves = tf.nest.flatten(args)
+        results: Any = call_module(
+            [leaves[i] for i in exported.module_kept_var_idx],
+            version=exported.calling_convention_version,
+            module=portable,
+            Sout=[[n if isinstance(n, int) else None for n in out.shape]],
+            Tout=[tf.as_dtype(out.dtype)],
+            platforms=[name.upper() for name in exported.platforms],
+        )
+        return results[0]
+
+    return call
 
 
 def _dtype(program: Program) -> Any:

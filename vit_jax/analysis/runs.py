@@ -118,9 +118,7 @@ def measure(
       UserError: several labels per image, or more classes than there are names.
     """
     total: Any = None
-    most: list[Any] = []
-    least: list[Any] = []
-    serial = 0  # breaks ties, so that images are never compared
+    errors = _Errors(count)
     for batch in batches:
         label = batch["label"]
         if label.ndim != 1:
@@ -134,26 +132,10 @@ def measure(
         }
         part = jax.tree.map(np.asarray, part)
         total = part if total is None else jax.tree.map(np.add, total, part)
-        p, label = probabilities(found), np.asarray(label)
-        predicted, confidence = p.argmax(1), p.max(1)
-        valid = (np.asarray(batch["mask"]) > 0) & (label >= 0)
-        for i in np.flatnonzero(valid & (predicted != label)):
-            serial += 1
-            image = to_uint8(np.asarray(batch["image"][i]))
-            entry = (image, label[i], predicted[i], confidence[i])
-            for heap, key in ((most, confidence[i]), (least, -confidence[i])):
-                heapq.heappush(heap, (float(key), serial, entry))
-                if len(heap) > count:
-                    heapq.heappop(heap)
+        errors.add(batch, probabilities(found))
     if total is None:
         raise UserError("there are no test images")
-    # Few errors: no image is shown twice.
-    first = lambda heap, n: [e for *_, e in sorted(heap, reverse=True)[:n]]
-    chosen = first(most, min(count, -(-serial // 2))) + first(least, serial // 2)
     names = np.array(class_names)
-    shown, true, predicted, confidence = (
-        zip(*chosen, strict=True) if chosen else ((),) * 4
-    )
     filled = np.maximum(total["count"], 1)
     return Tested(
         {"confusion": total["confusion"].astype(np.int64), "class_names": names},
@@ -162,13 +144,51 @@ def measure(
             "confidence": total["confidence"] / filled,
             "accuracy": total["right"] / filled,
         },
-        {
+        errors.arrays(names),
+    )
+
+
+class _Errors:
+    """The ``count`` most and the ``count`` least confident errors met so far."""
+
+    def __init__(self, count: int):
+        self._count = count
+        self._met = 0
+        self._most: list[Any] = []
+        self._least: list[Any] = []
+
+    def add(self, batch: Batch, p: np.ndarray) -> None:
+        """``p``: probabilities (b, K)."""
+        label = np.asarray(batch["label"])
+        predicted, confidence = p.argmax(1), p.max(1)
+        valid = (np.asarray(batch["mask"]) > 0) & (label >= 0)
+        for i in np.flatnonzero(valid & (predicted != label)):
+            self._met += 1
+            image = to_uint8(np.asarray(batch["image"][i]))
+            entry = (image, label[i], predicted[i], confidence[i])
+            for heap, key in (
+                (self._most, confidence[i]),
+                (self._least, -confidence[i]),
+            ):
+                # The number breaks ties, so that images are never compared.
+                heapq.heappush(heap, (float(key), self._met, entry))
+                if len(heap) > self._count:
+                    heapq.heappop(heap)
+
+    def arrays(self, names: np.ndarray) -> dict[str, np.ndarray]:
+        """Of few errors, half and half, so that no image is shown twice."""
+        first = lambda heap, n: [e for *_, e in sorted(heap, reverse=True)[:n]]
+        chosen = first(self._most, min(self._count, -(-self._met // 2)))
+        chosen += first(self._least, self._met // 2)
+        shown, true, predicted, confidence = (
+            zip(*chosen, strict=True) if chosen else ((),) * 4
+        )
+        return {
             "images": np.array(shown),
             "confidence": np.array(confidence),
             "true": names[list(true)],
             "predicted": names[list(predicted)],
-        },
-    )
+        }
 
 
 @functools.lru_cache(1)

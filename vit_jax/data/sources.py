@@ -16,6 +16,7 @@ from vit_jax.errors import UserError
 SOURCES = {
     "digits": "vit_jax.data.digits",
     "folder": "vit_jax.data.folders",
+    "parquet": "vit_jax.data.parquet",
     "records": "vit_jax.data.records",
     "synthetic": "vit_jax.data.synthetic",
     "tar": "vit_jax.data.tar",

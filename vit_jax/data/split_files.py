@@ -31,8 +31,8 @@ _OF = re.compile(r"[-_]of[-_](\d+)")
 
 
 def find(cfg: DataConfig, *suffixes: str) -> tuple[str, list[str]]:
-    """(folder, files below it that end in one of ``suffixes``, in order) of ``cfg.path``,
-    which may also be one of the files.
+    """(``cfg.path``, files below it that end in one of ``suffixes``, in order); it may
+    also be one of the files.
 
     Raises:
       UserError: there is none.
@@ -50,22 +50,19 @@ def find(cfg: DataConfig, *suffixes: str) -> tuple[str, list[str]]:
                 f"config.data.path {cfg.path!r} does not exist: it must be a folder with "
                 f"{suffixes[0]} files, or one of them"
             )
-        if not tf.io.gfile.isdir(path):
-            found, root = [path], os.path.dirname(path)
-        else:
-            found, root = _below(path), path
+        found = _below(path) if tf.io.gfile.isdir(path) else [path]
     except tf.errors.OpError as e:
         raise UserError(
             f"config.data.path {cfg.path!r} cannot be read: {e.message}"
         ) from e
     files = [f for f in found if f.lower().endswith(suffixes)]
     if not files:
-        there = splits.some([os.path.relpath(f, root) for f in found])
+        there = splits.some([os.path.relpath(f, path) for f in found])
         raise UserError(
             f"config.data.path {cfg.path!r} has no {suffixes[0]} files, but {there}: "
             f"config.data.source={cfg.source} reads nothing else"
         )
-    return root, files
+    return path, files
 
 
 def _below(root: str) -> list[str]:
@@ -80,11 +77,14 @@ def _below(root: str) -> list[str]:
 
 
 def by_split(root: str, files: Iterable[str]) -> dict[str, list[str]]:
-    """Split -> its files, as the names of files and folders say.
+    """Split -> its files, as the names of files and folders say; of one that was named
+    itself, for training.
 
     Raises:
       UserError: some of the files that the names count are missing.
     """
+    if (files := [*files]) == [root]:
+        return {splits.TRAIN[0]: files}
     found: dict[str, list[str]] = {}
     for file in files:
         found.setdefault(_split_of(os.path.relpath(file, root)), []).append(file)

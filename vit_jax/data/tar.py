@@ -31,8 +31,8 @@ _TOGETHER = 16  # files whose headers are read at the same time
 def load(cfg: DataConfig) -> Dataset:
     """The data set of the tar files under ``cfg.path``."""
     root, files = split_files.find(cfg, *_ENDINGS)
-    if imagenet.TRAIN in map(os.path.basename, files):
-        return _archives(cfg, root)
+    if archive := next((f for f in files if os.path.basename(f) == imagenet.TRAIN), ""):
+        return _archives(cfg, os.path.dirname(archive))
     known = split_files.by_split(root, files)
     opened = functools.cache(lambda name: Tars(known[name], tar_index.webdataset))
     train = opened(split_files.train_name(cfg, known, root))

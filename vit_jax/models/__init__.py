@@ -24,7 +24,7 @@ attention_norm      there: ``norm`` (k, D_h)
 parallel            no ``LayerNorm_2``
 axial               every block twice: within it, ``rows`` and ``columns``
 mlp "swiglu"        in every ``MlpBlock_3``: ``gate`` (D, M) beside ``Dense_0`` (D, M),
-                    the value, and ``Dense_1`` (M, D)
+                    the value, and ``Dense_1`` (M, D); "geglu" the same
 mlp_norm            there: ``norm`` (M)
 head "token_gap"    ``head`` has the kernel (2D, K)
 map_heads, ...      shapes within ``MAPHead_0``, whose MLP is always a plain one

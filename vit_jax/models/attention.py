@@ -149,10 +149,11 @@ class MlpBlock(nn.Module):
             nn.Dense, dtype=c.dtype, kernel_init=_XAVIER, bias_init=bias_init
         )
         y = materialize(dense(c.mlp_dim, name="Dense_0")(z))
-        if c.mlp == "swiglu":
-            y = nn.silu(materialize(dense(c.mlp_dim, name="gate")(z))) * y
+        activation = nn.silu if c.mlp == "swiglu" else GELUS[c.gelu]
+        if c.mlp == "gelu":
+            y = activation(y)
         else:
-            y = GELUS[c.gelu](y)
+            y = activation(materialize(dense(c.mlp_dim, name="gate")(z))) * y
         y = nn.Dropout(c.dropout, deterministic=not self.train)(y)
         if c.mlp_norm:
             y = norm(c, "norm")(y)

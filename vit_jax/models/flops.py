@@ -34,7 +34,7 @@ def macs(cfg: ModelConfig) -> int:
     d, m = cfg.width, cfg.mlp_dim
     s = n + prefix_tokens(cfg)
     embedding = n * cfg.patch**2 * channels * d
-    dense = 3 if cfg.mlp == "swiglu" else 2
+    dense = 2 if cfg.mlp == "gelu" else 3
     halves, keys = (2, rows + columns) if cfg.axial else (1, s)
     layer = halves * (4 * s * d * d + dense * s * d * m) + 2 * s * keys * d
     blocks = cfg.depth * layer

@@ -40,7 +40,12 @@ from vit_jax.weights import (
 )
 from vit_jax.weights.contents import Metadata
 from vit_jax.weights.report import Report
-from vit_jax.weights.understand import PATCHES_ONLY, metadata_of, understand
+from vit_jax.weights.understand import (
+    OF_REGISTERS,
+    PATCHES_ONLY,
+    metadata_of,
+    understand,
+)
 
 __all__ = [
     "Checkpoint",
@@ -296,9 +301,10 @@ def _read(
             resize=resize or about.resize,
             convert=convert,
         )
-    lacks_rows = infer.extra_rows(stored, arrays) < infer.positioned_tokens(stored)
-    if about.family and lacks_rows and PATCHES_ONLY not in about.arrays:
-        about = dataclasses.replace(about, arrays=(*about.arrays, PATCHES_ONLY))
+    rows = infer.extra_rows(stored, arrays) - infer.positioned_tokens(stored)
+    if about.family and rows and not {PATCHES_ONLY, OF_REGISTERS} & {*about.arrays}:
+        table = PATCHES_ONLY if rows < 0 else OF_REGISTERS
+        about = dataclasses.replace(about, arrays=(*about.arrays, table))
     resized = preprocessing.rescaled(
         about.transforms, stored.image_size, wanted.image_size
     )

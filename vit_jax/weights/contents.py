@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, one_line
 
 
 class Array(NamedTuple):
@@ -85,12 +85,6 @@ def parsing(what: str) -> Iterator[None]:
         raise Damaged(
             f"{what} is truncated or damaged ({one_line(e)}): download or copy it again"
         ) from e
-
-
-def one_line(error: BaseException) -> str:
-    """What a foreign library says, as part of a message: its first line, printable."""
-    text = str(error).strip().partition("\n")[0] or type(error).__name__
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)[:300]
 
 
 def count_up(numbers: Iterable[int], first: int, what: str) -> int:

@@ -92,16 +92,17 @@ def _of_transformers(
     if mlp_dim := _mlp_dim(inner, gated, get):
         model["mlp_dim"] = mlp_dim
     act = str(inner.get("hidden_act", "gelu" if "hidden_act" in inner else ""))
-    if gated:
-        if act not in ("silu", "swish", "") and "use_swiglu_ffn" not in inner:
-            raise UserError(
-                f"{where_config}: hidden_act is {act!r}: a gated MLP here has 'silu'"
-            )
-    elif act:
+    if act and not (gated and (act in ("silu", "swish") or "use_swiglu_ffn" in inner)):
         model["gelu"] = config.choose(
             f"hidden_act in {where_config}", act, entries.GELU
         )
-    plain = all(str(x).endswith("Model") for x in values.get("architectures") or [""])
+        model |= {"mlp": "geglu"} if gated else {}
+    if inner.get("is_native") is True:
+        raise UserError(
+            f"{where_config}: is_native=true (AIMv2 of any size) is not covered"
+        )
+    architectures = values.get("architectures") or [""]
+    plain = all(str(x).endswith("Model") for x in architectures)
     if plain and inner.get("pooler_act", "tanh") != "tanh":
         raise UserError(
             f"{where_config}: pooler_act is {inner['pooler_act']!r}, not 'tanh'"
@@ -110,6 +111,8 @@ def _of_transformers(
         model["rope_theta"] = get("rope_theta", 100.0, entries.positive)
     if kind in ("ijepa",):
         model["head"] = "gap"
+    if kind.startswith(("clip", "metaclip")) and "ForImage" in str(architectures):
+        model |= {"head": "gap", "final_norm": "none"}
     transforms: tuple[dict[str, Any], ...] = ()
     if processor:
         transforms, norm = _of_processor(processor, f"{where}/preprocessor_config.json")
@@ -236,7 +239,7 @@ def to_transformers(
 
 def _extra(cfg: config.ModelConfig, family: Family) -> dict[str, Any]:
     """What only some families have in their config.json."""
-    gated, kind = cfg.mlp == "swiglu", family.hub.kinds[0] if family.hub else ""
+    gated, kind = cfg.mlp != "gelu", family.hub.kinds[0] if family.hub else ""
     if kind.startswith("dinov2"):
         ratio = (cfg.mlp_dim * 1.5 if gated else cfg.mlp_dim) / cfg.width
         extra: dict[str, Any] = {
@@ -256,7 +259,7 @@ def _extra(cfg: config.ModelConfig, family: Family) -> dict[str, Any]:
             "key_bias": False,
             "pos_embed_rescale": 2.0,
         }
-        return extra | ({"hidden_act": "silu"} if gated else {})
+        return extra | ({"hidden_act": "silu"} if cfg.mlp == "swiglu" else {})
     if kind == "beit":
         return {
             "use_relative_position_bias": cfg.relative_bias,
@@ -271,7 +274,7 @@ def _extra(cfg: config.ModelConfig, family: Family) -> dict[str, Any]:
         return {"vision_use_head": cfg.head == "map"}
     if kind == "aimv2_vision_model":
         return {
-            "hidden_act": "silu",
+            **({"hidden_act": "silu"} if cfg.mlp == "swiglu" else {}),
             "use_head": False,
             "qkv_bias": False,
             "mlp_bias": False,
@@ -324,6 +327,12 @@ def _of_open_clip(values: dict[str, Any], where: str) -> Metadata:
         about, key, default, convert, where
     )
     model: dict[str, Any] = {"gelu": "quick" if outer.get("quick_gelu") else "exact"}
+    if tower := vision.get("timm_model_name"):
+        model = timm_config.known_by(str(tower), where)
+        if pool := vision.get("timm_pool"):
+            model["head"] = config.choose(
+                f"timm_pool in {where}", str(pool), timm_config.POOLS
+            )
     for key, ours, convert in (
         ("width", "width", entries.count),
         ("layers", "depth", entries.count),

@@ -28,7 +28,7 @@ from vit_jax.weights.contents import Contents, Metadata, in_memory
 from vit_jax.weights.families import BY_NAME, FAMILIES, Family
 from vit_jax.weights.layout import POSITIONS, STACKED
 from vit_jax.weights.report import Report
-from vit_jax.weights.understand import PATCHES_ONLY, understand
+from vit_jax.weights.understand import OF_REGISTERS, PATCHES_ONLY, understand
 
 LAYOUTS = ("npz", "timm", "hf", "own")
 
@@ -112,15 +112,19 @@ class _Layout:
         names = _first(family, present)
         tower = family.tower if cfg.num_classes or family.inside else ""
         flat, self.cfg = _with_table(flat, cfg, self.reasons)
-        if PATCHES_ONLY in present or (family.timm and cfg.registers):
-            flat = _without_rows(flat, infer.positioned_tokens(cfg))
+        rows = infer.positioned_tokens(cfg)
+        if OF_REGISTERS in present:
+            zeros = np.zeros((1, cfg.registers, cfg.width), np.float32)
+            flat[POSITIONS] = np.insert(flat[POSITIONS], [rows], zeros, axis=1)
+        elif PATCHES_ONLY in present or (family.timm and cfg.registers):
+            flat = _without_rows(flat, rows)
         patch_bias = flat.get("embedding/bias")
         if family.timm and cfg.norm_pre and not np.any(patch_bias):
             # Where a norm follows, timm's patch embedding has no bias.
             flat = {k: v for k, v in flat.items() if v is not patch_bias}
         stages = tuple(cfg.resnet) if cfg.resnet_width and family.timm else None
         sizes = roles.Sizes(cfg.depth, cfg.width, cfg.heads, cfg.map_heads, stages)
-        if cfg.mlp == "swiglu":
+        if cfg.mlp != "gelu":
             names = _gated(family, names, present if own else frozenset())
         self.names = names
         arrays, homeless = roles.write(flat, names, family.kinds, sizes, present)
@@ -155,8 +159,9 @@ class _Layout:
             self.family.name, arrays, about, torch=True, files=self.files
         )
         try:
-            taken = recognise.recognise(arrays, self.family.timm, "it").family.name
-            self.itself = taken == self.family.name
+            name, timm = self.family.name, self.family.timm
+            taken = recognise.recognise(arrays, timm, name).family.name
+            self.itself = taken == name
             if not self.itself:
                 self.reasons.append(f"it would be taken for {taken}")
                 return
@@ -263,6 +268,8 @@ def _first(family: Family, present: frozenset[str]) -> dict[str, str]:
     names = {}
     for role, spellings in family.names.items():
         options = spellings.split("|")
+        # What a file has once for all blocks is written for each.
+        options = [o for o in options if ("{i}" in o) == ("{i}" in options[0])]
         tails = ("", ".weight", "weight")
         known = [o for o in options if any(o.strip("/") + t in present for t in tails)]
         names[role] = (known or options)[0]

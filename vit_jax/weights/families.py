@@ -42,6 +42,7 @@ class Family:
     names: roles.Names  # role -> name in the file
     has: tuple[str, ...] = ()  # roles that betray the family ...
     lacks: tuple[str, ...] = ()  # ... and roles that it does not have
+    called: str = ""  # pattern of file names, where no array betrays it
     kinds: dict[str, str] = dataclasses.field(default_factory=dict)  # see roles.read
     tower: str = ""  # written before all names but "/...", where there is a head
     inside: str = ""  # what a part of the path to the tower is called
@@ -57,6 +58,12 @@ class Family:
 
 
 _AIM = {**CLIP, "layer_norm_eps": 1e-5}
+_PE = {
+    **{**HALF, "gelu": "exact", "layer_norm_eps": 1e-5, "map_heads": 8},
+    **{"rope": "pe", "rope_offset": 1.0},
+}
+# What a plain ViT with the names of timm has not.
+_SPECIAL = ("scale1", "registers", "norm_pre", "probe", "relative", "gate", "q_bias")
 
 # The first row that fits a file is its family.
 FAMILIES = (
@@ -115,7 +122,7 @@ FAMILIES = (
         model={**HALF, "gelu": "exact", "layer_norm_eps": 1e-12},
         resize="bilinear",
         hub=Hub(
-            ("beit",),
+            ("beit", "data2vec-vision"),
             "BeitModel",
             "BeitForImageClassification",
             "BeitImageProcessor",
@@ -219,6 +226,23 @@ FAMILIES = (
     ),
     # --- the authors' own files, mostly with the names that timm took over ---------------
     Family(
+        "perception encoder",
+        spellings.CLIP_ORIGINAL,
+        has=("norm_pre", "probe"),
+        kinds={"cls": "vector", "positions": "rows"},
+        model=_PE,
+        crop=1.0,
+    ),
+    Family(
+        "perception encoder, spatial or language",
+        spellings.CLIP_ORIGINAL,
+        has=("norm_pre", "norm1"),
+        lacks=("norm",),
+        kinds={"cls": "vector", "positions": "rows"},
+        model=_PE,
+        crop=1.0,
+    ),
+    Family(
         "clip",
         spellings.CLIP_ORIGINAL,
         has=("norm_pre", "norm1"),
@@ -280,11 +304,17 @@ FAMILIES = (
         crop=1.0,
     ),
     Family(
+        "beitv2",
+        spellings.TIMM,
+        has=("relative",),
+        called="beit_?v2",
+        model={**IMAGENET, **EXACT},
+    ),
+    Family(
         "beit",
         spellings.TIMM,
         has=("relative",),
         model={**HALF, **EXACT},
-        resize="bicubic",
     ),
     Family(
         "deit3",
@@ -301,10 +331,41 @@ FAMILIES = (
         model={**IMAGENET, **EXACT},
     ),
     Family(
-        "mae or dino",
+        "dino",
         spellings.TIMM,
         has=("norm1", "cls", "qkv", "positions"),
-        lacks=("head", "scale1", "registers", "norm_pre", "probe"),
+        lacks=("head", *_SPECIAL),
+        called="dino",
+        model={**IMAGENET, **EXACT},
+        resize="bicubic_offset",
+    ),
+    Family(
+        "mae",
+        spellings.TIMM,
+        has=("norm1", "cls", "qkv", "positions"),
+        lacks=("head", *_SPECIAL),
+        model={**IMAGENET, **EXACT},
+    ),
+    Family(
+        "mae, fine-tuned",
+        spellings.TIMM,
+        has=("fc_norm", "cls", "head", "positions"),
+        lacks=("norm", *_SPECIAL),
+        model={**IMAGENET, **EXACT},
+    ),
+    Family(
+        "deit",
+        spellings.TIMM,
+        has=("norm1", "cls", "head", "positions"),
+        lacks=_SPECIAL,
+        called="deit",
+        model={**IMAGENET, **EXACT},
+    ),
+    Family(
+        "ijepa",
+        spellings.TIMM,
+        has=("norm1", "qkv", "positions", "norm"),
+        lacks=("cls", "head", *_SPECIAL),
         model={**IMAGENET, **EXACT},
     ),
     Family(

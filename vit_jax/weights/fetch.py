@@ -24,9 +24,8 @@ from typing import IO, Any
 
 from tqdm.auto import tqdm
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, one_line
 from vit_jax.runtime import cache_folder
-from vit_jax.weights.contents import one_line
 
 GS_ENDPOINT = "https://storage.googleapis.com"
 _CHUNK = 1 << 20

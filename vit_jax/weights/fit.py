@@ -73,6 +73,7 @@ def fit(
     Raises:
       UserError: naming everything that does not fit.
     """
+    arrays = _registers_folded(arrays, stored, report)
     plan = _Plan(arrays, stored, wanted, report, new_head, resize)
     tree = flatten(_shapes(wanted))
     sources = {path: plan.source(path, spec.shape) for path, spec in tree.items()}
@@ -94,6 +95,24 @@ def fit(
         result[path] = convert(values)
     report.check()
     return unflatten(result)
+
+
+def _registers_folded(
+    arrays: dict[str, Array], stored: ModelConfig, report: Report
+) -> dict[str, Array]:
+    """Rows of the table of positions that belong to registers become part of these."""
+    first, rows = positioned_tokens(stored), extra_rows(stored, arrays)
+    if not stored.registers or rows != first + stored.registers:
+        return arrays
+    table, registers = arrays[POSITIONS], arrays["registers"]
+    report.change(f"folded: {stored.registers} rows of {table.name} into the registers")
+    kept = (1, table.shape[1] - stored.registers, table.shape[2])
+    return arrays | {
+        "registers": registers.map(
+            registers.shape, lambda x: x + table.read()[:, first:rows]
+        ),
+        POSITIONS: table.map(kept, lambda x: np.delete(x, np.s_[first:rows], axis=1)),
+    }
 
 
 def initial(cfg: ModelConfig) -> Params:

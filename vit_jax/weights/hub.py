@@ -1,25 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``hf://owner/name[@revision][/file or folder]``, through huggingface_hub.
+"""Models of the Hub: downloads of what is needed of a repository, and uploads."""
 
-The cache is the one that transformers uses. HF_TOKEN, HF_ENDPOINT, HF_HOME,
-HF_HUB_CACHE and HF_HUB_OFFLINE mean what they mean there; downloads resume, and what is
-cached is used where the Hub cannot be reached.
-"""
-
-import functools
-import glob
-import os
-import re
-import urllib.parse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from tqdm.auto import tqdm
-
-from vit_jax.errors import UserError
-from vit_jax.weights.contents import one_line
+from vit_jax import hub
+from vit_jax.errors import UserError, one_line
 
 # What is known about a model besides its weights, in its folder.
 _BESIDE = (
@@ -45,13 +31,13 @@ def download(
       UserError: there is no such thing, it may not be read, or the Hub cannot be
         reached and it is not in the cache.
     """
-    repo, revision, inside = _parsed(url)
-    with _explained(url):
-        api, get = _hub(repo)
+    repo, revision, inside = hub.parsed(url)
+    with hub.explained(url):
+        api, get = hub.repository(repo)
         beside = [_join(d, n) for d in (inside, _parent(inside)) for n in _BESIDE]
         beside.append(str(PurePosixPath(inside).with_suffix(".json")) if inside else "")
-        root = Path(get(revision=revision or None, allow_patterns=_exactly(beside)))
-        names = _names(api, repo, root)
+        root = Path(get(revision=revision or None, allow_patterns=hub.exactly(beside)))
+        names = hub.names(api, repo, root)
         if inside in names:
             wanted = [inside]
         else:
@@ -63,7 +49,7 @@ def download(
             wanted = [_join(inside, n) for n in choose(root / inside, under)]
         if weights:
             # By the commit: between two requests the branch may move.
-            get(revision=root.name, allow_patterns=_exactly(wanted))
+            get(revision=root.name, allow_patterns=hub.exactly(wanted))
     return root / inside
 
 
@@ -86,7 +72,7 @@ def upload(url: str, folder: Path, private: bool = False, update: bool = False) 
         raise UserError(
             f"{url} needs a token that may write: set HF_TOKEN, or run `hf auth login`"
         )
-    api, created = _api(), False
+    api, created = hub.api(), False
     try:
         page = api.create_repo(repo, private=private or None, exist_ok=update)
         created = True
@@ -104,7 +90,7 @@ def upload(url: str, folder: Path, private: bool = False, update: bool = False) 
 def new_repository(url: str) -> str:
     """The owner/name that can be uploaded to. Raises: UserError: ``url`` is no whole
     repository."""
-    repo, revision, inside = _parsed(url)
+    repo, revision, inside = hub.parsed(url)
     if revision or inside:
         raise UserError(f"{url}: a whole repository is uploaded: write hf://{repo}")
     return repo
@@ -121,88 +107,10 @@ def in_cache(url: str) -> bool:
     """Whether weights of ``url`` were downloaded before."""
     from huggingface_hub import try_to_load_from_cache
 
-    repo, revision, inside = _parsed(url)
+    repo, revision, inside = hub.parsed(url)
     file = inside or "model.safetensors"
-    found = try_to_load_from_cache(repo, file, _cache(), revision or None)
+    found = try_to_load_from_cache(repo, file, hub.cache(), revision or None)
     return isinstance(found, str)
-
-
-def _parsed(url: str) -> tuple[str, str, str]:
-    match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.*?))?/?", url)
-    if not match:
-        raise UserError(f"{url}: write hf://OWNER/NAME or hf://OWNER/NAME/FILE")
-    repo, revision, inside = match.groups(default="")
-    return repo, urllib.parse.unquote(revision), inside
-
-
-def _hub(repo: str) -> tuple[Any, Callable[..., str]]:
-    """The API, and ``snapshot_download`` of one repository."""
-    api = _api()
-    get = functools.partial(
-        api.snapshot_download, repo, cache_dir=_cache(), tqdm_class=_Bar
-    )
-    return api, get
-
-
-def _api() -> Any:
-    from huggingface_hub import HfApi
-
-    # None: what it has read from the environment when it was imported.
-    return HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="vit_jax")
-
-
-class _Bar(tqdm):
-    """Progress on a terminal only."""
-
-    def __init__(self, *args: Any, **settings: Any):
-        settings.pop("name", None)
-        super().__init__(*args, **{**settings, "disable": None})
-
-
-def _cache() -> str | None:
-    return os.environ.get("HF_HUB_CACHE")
-
-
-def _names(api: Any, repo: str, root: Path) -> list[str]:
-    """All files of the commit; those in the cache if the Hub cannot be asked."""
-    try:
-        return sorted(api.list_repo_files(repo, revision=root.name))
-    except Exception:  # of the network, in whichever library carries it
-        files = (p for p in root.rglob("*") if p.is_file())
-        return sorted(str(PurePosixPath(p.relative_to(root))) for p in files)
-
-
-@contextmanager
-def _explained(url: str) -> Iterator[None]:
-    """Errors of the Hub as one line that says what to do."""
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except UserError:
-        raise
-    except errors.GatedRepoError as e:
-        why = "ask for access on its page, and set HF_TOKEN"
-        raise UserError(f"{url} is gated: {why}") from e
-    except errors.RepositoryNotFoundError as e:
-        raise UserError(
-            f"{url}: there is no such repository, or it is private: check the spelling, "
-            "or set HF_TOKEN if your account may read it"
-        ) from e
-    except errors.RevisionNotFoundError as e:
-        raise UserError(f"{url}: the repository has no such revision") from e
-    except errors.LocalEntryNotFoundError as e:
-        why = one_line(e.__cause__ if isinstance(e.__cause__, Exception) else e)
-        raise UserError(
-            f"{url} is not in the cache and cannot be downloaded ({why}): is there a "
-            "network? Alternatives: a local path, or an https:// URL of a mirror"
-        ) from e
-    except Exception as e:  # of the network, in whichever library carries it
-        raise UserError(f"{url} cannot be downloaded: {one_line(e)}") from e
-
-
-def _exactly(names: list[str]) -> list[str]:
-    return [glob.escape(name) for name in names if name]
 
 
 def _parent(inside: str) -> str:

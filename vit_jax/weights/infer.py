@@ -148,6 +148,8 @@ def infer(
         raise UserError(f"{report.where} has a ResNet root but nothing that follows it")
     else:
         shown["patch"] = 1
+    if shown.get("mlp") == "swiglu" and facts.stated.get("mlp") == "geglu":
+        shown["mlp"] = "geglu"  # of the same arrays
     for field, value in shown.items():
         facts.settle(field, value)
     if "depth" in shown:
@@ -456,7 +458,8 @@ def _table(
 
     def of_rows(rows: int, columns: int) -> list[tuple[int, int]]:
         found = []
-        for extra in extras:
+        # Rows of registers are too rare to be looked for without a size.
+        for extra in [*extras, *[first + cfg.registers] * bool(rows)]:
             patches = shape[1] - extra
             side = int(max(patches, 0) ** 0.5)
             grid = (rows, columns) if rows else (side, side)

@@ -3,6 +3,7 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import PurePath
 from typing import NamedTuple
 
 from vit_jax.errors import UserError
@@ -25,6 +26,7 @@ _PREFERRED = (
 _UNUSED = {
     r"(^|\.)decoder": "the decoder of pre-training",
     r"(^|\.)(dino_head|ibot_head|predictor|projectors)\.": "the head of pre-training",
+    r"(^|\.)head\.(mlp|last_layer)\.": "the head of pre-training",
     r"(^|\.)lm_head\.": "the head of masked image modelling",
     r"base_encoder\.head\.\d": "the head of pre-training",
     r"(^|\.)local_cls_norm\.": "the norm of local crops in pre-training",
@@ -76,6 +78,8 @@ def recognise(arrays: dict[str, Array], timm: bool, where: str) -> Found:
     """
     for family in FAMILIES:
         if timm and not family.timm:
+            continue
+        if not re.search(family.called, PurePath(where).name.lower()):
             continue
         fits = []
         for prefix in _prefixes(arrays, family):
@@ -177,7 +181,7 @@ def convert(
 
     What is not explained stays under its own name, which is an error later on.
     """
-    left = dict(arrays)
+    left = {name: array for name, array in arrays.items() if 0 not in array.shape}
     names = found.names
     if "head" in names and "pooler" in names.get("pre_logits", ""):
         name = names["pre_logits"]

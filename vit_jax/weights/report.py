@@ -43,7 +43,8 @@ class Report:
 
     def problem(self, line: str) -> None:
         """Makes :meth:`check` fail, together with every other problem."""
-        self.problems.append(line)
+        if line not in self.problems:
+            self.problems.append(line)
 
     def check(self) -> None:
         """Raises: UserError: names every problem found so far."""

@@ -171,6 +171,7 @@ FOLDED = {
     "scale2": tuple(Part((f"{_MLP}/Dense_1/{x}",), "same") for x in ("kernel", "bias")),
     "bias_mask": (Part(tuple(f"{x}/bias" for x in _QKV), "heads_bias"),),
 }
+FOLDED["scale"] = FOLDED["scale1"] + FOLDED["scale2"]  # of parallel blocks
 
 
 def templates(
@@ -247,11 +248,17 @@ def read(
     for role, template, part in templates(names, sizes.stages):
         k = sizes.pool_heads if role.startswith("pool_") else heads
         kind = _kind(role, part, kinds)
-        for i in range(depth if "{i}" in template else 1):
-            if array := arrays.pop(template.replace("{i}", str(i)), None):
+        used = set()
+        # What is written once may be of every block.
+        for i in range(depth if "{i}" in template + part.ours[0] else 1):
+            name = template.replace("{i}", str(i))
+            if array := arrays.get(name):
+                used.add(name)
                 ours = tuple(name.replace("{i}", str(i)) for name in part.ours)
                 result |= _split(array, ours, kind, k, sizes.width, where)
-                found += [template] * (not found or found[-1] != template)
+        found += [template] * bool(used)
+        for name in used:
+            del arrays[name]
     if "mask" in names and arrays.pop(names["mask"], None):
         found.append(names["mask"])
     for role in FOLDED.keys() & names.keys():
@@ -382,7 +389,7 @@ def write(
                 for name in ours:
                     del left[name]
     width = flat["embedding/kernel"].shape[-1]
-    for role in ("scale1", "scale2"):
+    for role in ("scale1", "scale2", "scale"):
         if names.get(role) in present:
             ones = lambda: np.ones(width, np.float32)
             scale = [names[role].replace("{i}", str(i)) for i in range(depth)]

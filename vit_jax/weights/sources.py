@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, one_line
 from vit_jax.weights import (
     fetch,
     hub,
@@ -29,7 +29,6 @@ from vit_jax.weights.contents import (
     Metadata,
     in_memory,
     is_weight,
-    one_line,
     parsing,
 )
 

@@ -27,7 +27,8 @@ TIMM: Names = {
     "bias_mask": "blocks.{i}.attn.qkv.bias_mask",
     "q_norm": "blocks.{i}.attn.q_norm",
     "k_norm": "blocks.{i}.attn.k_norm",
-    "relative": "blocks.{i}.attn.relative_position_bias_table",
+    "relative": "blocks.{i}.attn.relative_position_bias_table"
+    "|rel_pos_bias.relative_position_bias_table",
     "attention_norm": "blocks.{i}.attn.norm|blocks.{i}.attn.inner_attn_ln",
     "out": "blocks.{i}.attn.proj",
     "scale1": "blocks.{i}.ls1.gamma|blocks.{i}.gamma_1",
@@ -51,16 +52,16 @@ TIMM: Names = {
     "head_dist": "head_dist",
 }
 TIMM_PARALLEL = {
-    **{role: TIMM[role] for role in ("cls", "positions", "patch", "norm_pre", "norm")},
+    **{role: TIMM[role] for role in ("cls", "registers", "positions")},
+    **{role: TIMM[role] for role in ("patch", "norm_pre", "norm")},
     "norm1": "blocks.{i}.in_norm",
     "up_qkv": "blocks.{i}.in_proj",
     "up_bias": "blocks.{i}.mlp_bias",
     "q_norm": "blocks.{i}.q_norm",
     "k_norm": "blocks.{i}.k_norm",
     "out": "blocks.{i}.attn_out_proj",
-    "scale1": "blocks.{i}.ls1.gamma",
     "down": "blocks.{i}.mlp_out_proj",
-    "scale2": "blocks.{i}.ls2.gamma",
+    "scale": "blocks.{i}.ls.gamma",
     "fc_norm": "fc_norm",
     "head": "head",
 }
@@ -127,9 +128,11 @@ HF_VIT: Names = {
 _RELATIVE = "relative_position_bias.relative_position_bias_table"
 HF_BEIT = {
     **HF_VIT,
-    "relative": _old_and_new(f"attention.attention.{_RELATIVE}", _RELATIVE),
+    "relative": _old_and_new(f"attention.attention.{_RELATIVE}", _RELATIVE)
+    + f"|encoder.{_RELATIVE}|{_RELATIVE}",
     "scale1": _old_and_new("lambda_1", "lambda_1"),
     "scale2": _old_and_new("lambda_2", "lambda_2"),
+    "norm": "layernorm|/layernorm",
     "fc_norm": "pooler.layernorm",
 }
 HF_DINOV2 = {

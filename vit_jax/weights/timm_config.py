@@ -19,7 +19,7 @@ def is_timm(values: Mapping[str, Any]) -> bool:
 
 
 # What the images of timm's models are pooled with, as heads of ours.
-_POOLS = {"": "none", "token": "token", "avg": "gap", "map": "map"}
+POOLS = {"": "none", "token": "token", "avg": "gap", "map": "map"}
 
 # What timm's architectures are known by alone: every row that fits a name counts.
 _ARCHITECTURES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -29,7 +29,7 @@ _ARCHITECTURES: tuple[tuple[str, dict[str, Any]], ...] = (
         {"gelu": "tanh"},
     ),
     (r"quickgelu", {"gelu": "quick"}),
-    (r"^vit_.*_clip_|dinov3|lingbot|^vit_pe_|^aimv2", {"layer_norm_eps": 1e-5}),
+    (r"^vit_.*_clip_|dinov3|lingbot|^vit_pe_|^aimv2|^beit3", {"layer_norm_eps": 1e-5}),
     (r"dinov3|lingbot", {"rope": "dinov3"}),
     (r"dinov3_|_dinov3$|lingbot", {"rope_theta": 100.0}),
     (r"^eva02_|_rope_reg\d_gap", {"rope": "eva02", "rope_grid": (16, 16)}),
@@ -40,6 +40,11 @@ _ARCHITECTURES: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"^vit_pe_\w+_gigantic", {"rope_offset": 0.0}),
     (r"^vit_pe_core", {"map_heads": 8}),
 )
+# Parts that no array shows and no model here has.
+_UNKNOWN = (
+    (r"^eva02_enormous|_rpn_", "norms of what attention and MLP return"),
+    (r"_reg\d_map_", "attention pooling that leaves the registers out"),
+)
 # Heads that do not follow from the width, where config.json does not give them.
 _HEADS = (
     (r"vit_base_patch16_gap_224|^vit_pe_\w+_gigantic|giantopt|so400m", 16),
@@ -47,6 +52,25 @@ _HEADS = (
     (r"^vit_giant_.*(dinov2|tipsv2)", 24),
     (r"^vit_7b", 32),
 )
+
+
+def known_by(architecture: str, where: str) -> dict[str, Any]:
+    """What the name of an architecture of timm says about its model.
+
+    Raises:
+      UserError: it has a part that no model here has.
+    """
+    for pattern, part in _UNKNOWN:
+        if re.search(pattern, architecture):
+            raise UserError(f"{where}: {architecture} has {part}, which is not covered")
+    model: dict[str, Any] = {}
+    for pattern, known in _ARCHITECTURES:
+        if re.search(pattern, architecture):
+            model |= known
+    for pattern, heads in _HEADS:
+        if re.search(pattern, architecture):
+            model["heads"] = heads
+    return model
 
 
 def read(values: dict[str, Any], where: str) -> Metadata:
@@ -59,13 +83,9 @@ def read(values: dict[str, Any], where: str) -> Metadata:
     given = lambda key, default, convert: entries.field(
         arguments, key, default, convert, where
     )
-    model: dict[str, Any] = {}
-    for pattern, known in _ARCHITECTURES:
-        if re.search(pattern, architecture):
-            model |= known
-    for pattern, heads in _HEADS:
-        if re.search(pattern, architecture) and "embed_dim" not in arguments:
-            model["heads"] = heads
+    model = known_by(architecture, where)
+    if "embed_dim" in arguments:
+        model.pop("heads", 0)  # of the published width
     for key, ours, convert in (
         ("num_heads", "heads", entries.count),
         ("embed_dim", "width", entries.count),
@@ -73,6 +93,9 @@ def read(values: dict[str, Any], where: str) -> Metadata:
         ("patch_size", "patch", entries.square),
         ("in_chans", "channels", entries.count),
         ("attn_pool_num_heads", "map_heads", entries.count),
+        ("rope_temperature", "rope_theta", entries.positive),
+        ("rope_grid_offset", "rope_offset", entries.positive),
+        ("ref_feat_shape", "rope_grid", entries.pair),
     ):
         if value := given(key, None, convert):
             model[ours] = value
@@ -87,7 +110,7 @@ def read(values: dict[str, Any], where: str) -> Metadata:
         )
     pool = arguments.get("global_pool", values.get("global_pool"))
     if pool is not None:
-        model["head"] = config.choose("global_pool in config.json", str(pool), _POOLS)
+        model["head"] = config.choose("global_pool in config.json", str(pool), POOLS)
     if arguments.get("pos_embed") == "none":
         model["positions"] = "none"
     labels = get("label_names", (), entries.names) or entries.field(
@@ -153,7 +176,7 @@ def write(
     Raises:
       UserError: no architecture of timm is such a model.
     """
-    pools = {head: pool for pool, head in _POOLS.items()}
+    pools = {head: pool for pool, head in POOLS.items()}
     if cfg.head not in pools or cfg.pre_logits:
         what = "pre_logits" if cfg.pre_logits else f"head {cfg.head!r}"
         raise UserError(f"model.head: timm builds no model with {what}")

@@ -22,6 +22,8 @@ from vit_jax.weights.report import Report
 # Stands among the names of a file's arrays where its position table has no row for the
 # class token.
 PATCHES_ONLY = "positions of patches only"
+# And where it has rows for the registers, which are folded into them.
+OF_REGISTERS = "positions of registers too"
 
 
 def understand(
@@ -52,6 +54,12 @@ def understand(
         facts.stated["gelu"] = "quick"  # only OpenAI's own files have these numbers
     sizes = _sizes(found, contents, facts, report)
     arrays, names = recognise.convert(found, contents.arrays, sizes, report)
+    if facts.stated.get("final_norm") == "none":  # though the file may have one
+        last = [name for name in arrays if "encoder_norm" in name]
+        for name in last:
+            report.change(
+                f"ignored: {arrays.pop(name).name} (the head does not read it)"
+            )
     about = dataclasses.replace(
         about,
         transforms=about.transforms or timm_config.crops(None, family.crop),
