@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,14 @@ def save(
         raise UserError("model.image_size is (0, 0): say which images the model takes")
     flat = dict(unstacked(params))
     cfg = dataclasses.replace(cfg, layers="loop")
+    new = not path.exists()
     try:
         if layout == "npz" or (layout == "own" and about.family not in BY_NAME):
             return _npz(path, cfg, flat, about)
         return _torch(path, cfg, flat, about, layout)
     except OSError as e:
+        if new:  # no half of a folder; files appear when they are complete
+            shutil.rmtree(path, ignore_errors=True)
         raise UserError(f"{path} cannot be written: {e.strerror or e}") from e
 
 
