@@ -45,6 +45,7 @@ from vit_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 MOST = 1_000  # images of a folder that are used
+CORES = (8, 24, 112, 224)  # of a workstation, and of hosts with 1, 4 and 8 v5e chips
 SHRUNK = ((256, 90), (320, 95))  # (shorter side, quality)
 
 
@@ -70,7 +71,10 @@ def run(
       Ratios that the targets are about, by CPU time first because other programs weigh
       on those by wall time: "files" to the obvious pipeline and to decoding alone, and
       each of the others to "files"; ``cpu_ms_per_image`` and ``images_per_second`` of
-      every pipeline, and the ``pixel_difference`` to the exact path.
+      every pipeline; what hosts of more cores would deliver by that CPU time
+      (``images_per_second_by_cores``), up to what the one thread that draws examples
+      and labels lets through (``images_per_second_at_most``); and the
+      ``pixel_difference`` to the exact path.
 
     Raises:
       UserError: the folder holds no JPEG file, or the config is wrong.
@@ -92,6 +96,7 @@ def run(
             for name, one in ours.items()
         }
         speed = _timed(makers, batch, rounds, steps)
+        most = {name: 1 / _drawing(one, batch, steps) for name, one in ours.items()}
         difference = pixel_difference(ours["files"], min(64, len(paths)))
     rate, cpu = speed["rate"], speed["cpu"]
     slowness = {k: [1 / r for r in v] for k, v in rate.items()}
@@ -116,8 +121,30 @@ def run(
         "times_files": {k: times(slowness, k, "files") for k in others},
         "cpu_ms_per_image": medians(cpu, 1e3),
         "images_per_second": medians(rate, 1),
+        "images_per_second_by_cores": {
+            name: by_cores(statistics.median(cpu[name]), most[name]) for name in ours
+        },
+        "images_per_second_at_most": {k: round(v) for k, v in most.items()},
         "pixel_difference": difference,
     }
+
+
+def by_cores(cpu: float, most: float) -> dict[str, int]:
+    """Images per second of hosts with so many idle cores, at ``cpu`` seconds per
+    image."""
+    return {str(cores): round(min(cores / cpu, most)) for cores in CORES}
+
+
+def _drawing(cfg: DataConfig, batch: int, steps: int) -> float:
+    """CPU seconds per image of the thread that draws, which no other shares."""
+    split = sources.training_split(cfg, sources.load(cfg))
+    drawn = order.train_indices(np.arange((steps + 1) * batch), len(split), 0)
+    first, *rest = np.split(drawn, steps + 1)
+    split.read(first)
+    started = time.thread_time()
+    for index in rest:
+        split.read(index)
+    return (time.thread_time() - started) / (steps * batch)
 
 
 def pixel_difference(cfg: DataConfig, batch: int) -> dict[str, float]:
