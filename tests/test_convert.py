@@ -331,12 +331,15 @@ def test_own_format_of_a_folder_is_no_file(command, tmp_path):
     assert not dest.exists()
 
 
-def test_folder_of_timm_needs_an_architecture_of_that_size(command, tmp_path):
-    """BEiT is a class of its own, which timm builds by name only."""
+def test_folder_of_timm_names_an_architecture_and_its_sizes(command, tmp_path):
+    """BEiT is a class of its own, which timm builds by name, in any size."""
     source, dest = FAMILIES / "timm_beit_a", tmp_path / "x"
-    done = command(source, dest, "--format=timm", module="vit_jax.convert")
-    assert "no architecture of timm has these sizes" in done.error
-    assert not dest.exists()
+    command(source, dest, "--format=timm", module="vit_jax.convert")
+    config = json.loads((dest / "config.json").read_text())
+    assert config["architecture"].startswith("beit_")
+    sizes = {"embed_dim": 48, "depth": 2, "num_heads": 3, "patch_size": 8}
+    assert config["model_args"].items() >= sizes.items()
+    assert vit_jax.load(dest)[0] == vit_jax.load(source)[0]
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,9 @@ class _Layout:
         self.itself = False  # whether reading would find this family
         own = about.family == family.name
         present = frozenset(about.arrays if own else _usual(family, cfg))
+        if family.hub and family.hub.kinds[0] in ("vit", "deit"):
+            # Their classes have a mask token only if the caller asks for it.
+            present = frozenset(n for n in present if not n.endswith("mask_token"))
         names = _first(family, present)
         tower = family.tower if cfg.num_classes or family.inside else ""
         flat, self.cfg = _with_table(flat, cfg, self.reasons)
@@ -142,7 +145,8 @@ class _Layout:
         ]
         self.files: dict[str, dict[str, Any]] = {}
         if family.hub:
-            written = documents.to_transformers(self.cfg, about, family)
+            names = [name for name, _, _ in self.arrays]
+            written = documents.to_transformers(self.cfg, about, family, names)
             self.files = dict(
                 zip(("config.json", "preprocessor_config.json"), written, strict=True)
             )
