@@ -144,11 +144,11 @@ def _run(
     begun = time.perf_counter()
     size = batch * predictor.mesh.size
     todo = photos.stream(images.names[start:], prepare, ahead=4 * size)
-    for name, vector in photos.apply(vectors, todo, size):
-        parts.add(name, vector)
-        bar.update()
-    parts.flush()
-    bar.close()
+    with bar:  # whose line ends before that of an error
+        for name, vector in photos.apply(vectors, todo, size):
+            parts.add(name, vector)
+            bar.update()
+        parts.flush()
     seconds = max(time.perf_counter() - begun, 1e-9)
     written = sum(len(names) for names, _ in parts.read())
     return Summary(written, parts.failed(), (len(images.names) - start) / seconds)
