@@ -144,15 +144,11 @@ def main() -> int:
                 if not python:
                     continue
                 found = {"logits": logits_differ(kind, python, source, model, params)}
-                if kind != ".tflite":
+                if kind != ".tflite":  # which has no images of any size
                     found["pixels"] = probabilities_differ(kind, python, source)
                 bad |= found["logits"] > 1e-5 or found.get("pixels", 0) > 1e-4
-                print(
-                    name,
-                    kind,
-                    json.dumps({k: f"{v:.1e}" for k, v in found.items()}),
-                    flush=True,
-                )
+                numbers = json.dumps({k: f"{v:.1e}" for k, v in found.items()})
+                print(name, kind, numbers, flush=True)
     return bad
 
 

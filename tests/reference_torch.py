@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs an exported model in PyTorch.
 
-    python reference_torch.py hf|timm MODEL IO OUT
+    python reference_torch.py hf|timm|own MODEL IO OUT
 
 A program of its own, because an environment with both PyTorch and JAX is rare.
 ``MODEL`` is a folder for hf, a folder or
 ``FILE,ARCHITECTURE,JSON of arguments`` for timm; ``IO``
-an npz with ``images`` (B, H, W, C); ``OUT`` receives ``logits``.
+an npz with ``images`` (B, H, W, C); ``OUT`` receives ``logits``. For own, ``MODEL`` is a
+folder of such folders, each with an ``io.npz``; ``OUT`` receives ``NAME/logits`` or, of a
+model without classes, ``NAME/tokens`` and what else it returns.
 """
 
 import enum
@@ -15,6 +17,7 @@ import importlib.machinery
 import json
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -83,12 +86,68 @@ def timm(model):
     return net
 
 
+def own(folder):
+    """Outputs of a model by the class and the arguments in its config.json alone."""
+    import timm
+    import transformers
+
+    config = json.loads((folder / "config.json").read_text())
+    images = np.load(folder / "io.npz")["images"]
+    images = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+    if "architecture" in config:
+        net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        tokens = net.forward_features(images)
+        features = net.forward_head(tokens, pre_logits=True)
+        return {"features": features} | (
+            {"logits": net(images)} if config["num_classes"] else {}
+        )
+    (name,) = config["architectures"]
+    read = getattr(transformers, name).from_pretrained
+    # What no config.json can say.
+    plain = {"add_pooling_layer": False} if name == "ViTModel" else {}
+    net, info = read(folder, output_loading_info=True, **plain)
+    if plain and "pooler.dense.weight" in info["unexpected_keys"]:
+        net, info = read(folder, output_loading_info=True)
+    assert not any(info.values()), (folder.name, info)
+    inputs = {"pixel_values": images}
+    if name.startswith("Siglip2"):
+        b, c, h, w = images.shape
+        side = config["patch_size"]
+        cut = images.reshape(b, c, h // side, side, w // side, side)
+        cut = cut.permute(0, 2, 4, 3, 5, 1).reshape(b, -1, side * side * c)
+        inputs = {
+            "pixel_values": cut,
+            "pixel_attention_mask": torch.ones(cut.shape[:2], dtype=torch.long),
+            "spatial_shapes": torch.tensor([[h // side, w // side]] * b),
+        }
+    found = net.eval()(**inputs)
+    wanted = {
+        "logits": "logits",
+        "image_embeds": "image_embeds",
+        "pooler_output": "features",
+        "last_hidden_state": "tokens",
+    }
+    return {
+        ours: getattr(found, theirs)
+        for theirs, ours in wanted.items()
+        if getattr(found, theirs, None) is not None
+    }
+
+
 def main(kind, model, io, out):
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError):  # RuntimeError: it is for another torch
         sys.modules.pop("torchvision", None)
         sys.meta_path.insert(0, _Finder())
+    if kind == "own":
+        with torch.no_grad():
+            outputs = {
+                f"{folder.name}/{name}": values.numpy()
+                for folder in sorted(Path(model).iterdir())
+                for name, values in own(folder).items()
+            }
+        return np.savez(out, **outputs)
     net = {"hf": hf, "timm": timm}[kind](model).eval()
     images = torch.from_numpy(np.load(io)["images"].transpose(0, 3, 1, 2).copy())
     with torch.no_grad():

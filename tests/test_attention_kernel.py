@@ -461,6 +461,17 @@ def test_one_process_that_disagrees_decides_for_all(proof, monkeypatch, others, 
     assert prove(2.1, 4e-3).startswith(line)
 
 
+def test_a_compiler_that_does_not_know_the_options_of_the_kernel(monkeypatch):
+    """It would end the run at its first step."""
+    monkeypatch.setattr(kernels.tpu, "cached", lambda key, find_out: find_out())
+    options = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
+    monkeypatch.setattr(Attend, "compiler_options", options)
+    model = models.resolve(replace(SMALL, model__image_size=(16, 16)).model)
+    attend = Attend("pallas", vmem=V5E, interpret=True)
+    line = kernels.prove(attend, model, 2)
+    assert line.startswith("xla, because pallas failed: JaxRuntimeError: INVALID_ARGUMENT: No such compile option")  # fmt: skip
+
+
 def test_images_that_do_not_divide_are_left_to_einsums():
     """Such as a single one on eight devices."""
     attend = Attend("pallas", sharding.create_mesh(SMALL), vmem=V5E, interpret=True)

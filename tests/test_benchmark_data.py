@@ -28,10 +28,26 @@ def test_files_that_are_not_good_jpegs_are_left_out(tmp_path, caplog):
     assert [k.endswith("_cpu") for k in ratios] == [True] * 3 + [False] * 3
     assert min(found["images_per_second"].values()) > 0
     # Every kind of storage is timed, and compared with the files.
-    stored = ["tfrecord", "array_record", "shrunk_256_90", "shrunk_320_95"]
+    stored = [
+        "tfrecord",
+        "array_record",
+        "tar",
+        "parquet",
+        "shrunk_256_90",
+        "shrunk_320_95",
+    ]
     assert list(found["times_files_cpu"]) == list(found["times_files"]) == stored
+    most = found["images_per_second_at_most"]
+    assert list(most) == ["files", *stored]
+    assert found["images_per_second_by_cores"]["files"]["224"] <= most["files"]
     every = ["obvious", "decode_only", "files", *stored]
     assert list(found["images_per_second"]) == every
+
+
+def test_more_cores_bring_more_up_to_what_one_thread_draws(tmp_path):
+    assert benchmark.by_cores(0.001, 50_000) == {
+        "8": 8_000, "24": 24_000, "112": 50_000, "224": 50_000
+    }  # fmt: skip
 
 
 def test_a_folder_without_classes_will_do(tmp_path):

@@ -17,7 +17,7 @@ import vit_jax
 from vit_jax import convert, weights
 from vit_jax.config import Config, DataConfig
 from vit_jax.errors import UserError
-from vit_jax.weights import fit
+from vit_jax.weights import export, fit
 from vit_jax.weights.contents import Metadata
 
 NAMES = Metadata(
@@ -211,11 +211,14 @@ def test_workdir_to_npz(tmp_path):
     [
         ("x.bin", "", r"none of \.npz"),
         ("x.npz", "tf", "unknown layout 'tf'"),
-        ("start.npz", "hf", "is a file"),
+        ("start.npz", "hf", "start.npz exists"),
+        ("full", "hf", "full exists"),
     ],
 )
 def test_destinations(tmp_path, dest, layout, message):
     file, _, _ = start(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
     with pytest.raises(UserError, match=message):
         convert.convert(str(file), str(tmp_path / dest), layout)
 
@@ -238,8 +241,27 @@ def test_file_of_a_stranger_is_not_replaced(tmp_path, text):
     assert (tmp_path / "x.json").read_text() == text
     assert not (tmp_path / "x.npz").exists()
     (tmp_path / "x.json").unlink()
-    for _ in range(2):  # our own is
+    convert.convert(str(file), str(tmp_path / "x.npz"))
+    before = (tmp_path / "x.npz").read_bytes()
+    with pytest.raises(UserError, match=r"x.npz exists"):
         convert.convert(str(file), str(tmp_path / "x.npz"))
+    assert (tmp_path / "x.npz").read_bytes() == before
+
+
+def test_full_disk_leaves_no_half_of_a_folder(tmp_path, monkeypatch):
+    file, _, _ = start(tmp_path)
+
+    def full(path, *args):
+        path.mkdir(exist_ok=True)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "_torch", full)
+    (tmp_path / "kept").mkdir()
+    for name in ("hf", "kept"):
+        with pytest.raises(UserError, match="No space left on device"):
+            convert.convert(str(file), str(tmp_path / name))
+    assert not (tmp_path / "hf").exists()
+    assert (tmp_path / "kept").exists()
 
 
 def test_failure_leaves_nothing(tmp_path):
@@ -309,12 +331,15 @@ def test_own_format_of_a_folder_is_no_file(command, tmp_path):
     assert not dest.exists()
 
 
-def test_folder_of_timm_needs_an_architecture_of_that_size(command, tmp_path):
-    """BEiT is a class of its own, which timm builds by name only."""
+def test_folder_of_timm_names_an_architecture_and_its_sizes(command, tmp_path):
+    """BEiT is a class of its own, which timm builds by name, in any size."""
     source, dest = FAMILIES / "timm_beit_a", tmp_path / "x"
-    done = command(source, dest, "--format=timm", module="vit_jax.convert")
-    assert "no architecture of timm has these sizes" in done.error
-    assert not dest.exists()
+    command(source, dest, "--format=timm", module="vit_jax.convert")
+    config = json.loads((dest / "config.json").read_text())
+    assert config["architecture"].startswith("beit_")
+    sizes = {"embed_dim": 48, "depth": 2, "num_heads": 3, "patch_size": 8}
+    assert config["model_args"].items() >= sizes.items()
+    assert vit_jax.load(dest)[0] == vit_jax.load(source)[0]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from data_files import encoded, picture, take, write_tar
 
 from vit_jax import data
 from vit_jax.config import DataConfig
-from vit_jax.data import sources, tar, tar_index
+from vit_jax.data import sources, storage, tar, tar_index
 from vit_jax.errors import UserError
 
 IMAGES = [encoded(picture(i)) for i in range(8)]
@@ -246,6 +246,22 @@ def test_a_file_that_changes_while_it_is_read(tmp_path):
             UserError, match=r"a.jpg is cut short: the file has changed"
         ):
             read()
+
+
+def test_any_range_is_read_in_order_in_pieces_of_any_size(tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    content = [random.bytes(random.integers(5_000)) for _ in range(40)]
+    members = {}
+    for i, image in enumerate(content):  # with something else between them
+        members |= {f"{i}.jpg": image, f"{i}.txt": b"x"}
+        members |= {f"{i}.bin": random.bytes(random.integers(5_000))}
+    file = write_tar(tmp_path / "x.tar", members)
+    images = tar.Tars([str(file)], tar_index.webdataset)
+    for size in (700, 3_000, 10**6):
+        monkeypatch.setattr(storage, "PIECE", size)
+        for begin, stop in ((0, 40), (5, 6), (7, 7), (23, 40)):
+            found = [image for _, image in images.in_order(0, begin, stop)]
+            assert found == content[begin:stop]
 
 
 def test_splits_by_the_names_of_files_and_folders(tmp_path):

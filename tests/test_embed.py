@@ -2,14 +2,18 @@
 """``python -m vit_jax.embed``: one vector per image, whatever happens meanwhile."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 from compiled import apply
+from data_files import write_folder, write_parquets, write_tars
 from PIL import Image
 from weights_files import small_model
 
 from vit_jax import embed, models, weights
+from vit_jax.config import DataConfig
+from vit_jax.data import sources, write_records
 from vit_jax.errors import UserError
 from vit_jax.weights import fit
 
@@ -177,3 +181,39 @@ def test_a_model_without_class_token_says_so(folder, tmp_path):
             str(tmp_path / "x.npz"),
             pooling="class",
         )
+
+
+def test_sources_of_data_give_the_vectors_of_their_images(
+    checkpoint, tmp_path, monkeypatch
+):
+    """In the order of the source, in several parts."""
+    monkeypatch.setattr(embed, "PART", 4)
+    photos = write_folder(tmp_path / "photos", {"a": 5, "b": 4}, ("train", "test"))
+    expected = {}
+    embed.embed(checkpoint[0], [str(photos / "train")], str(tmp_path / "x.npz"))
+    with np.load(tmp_path / "x.npz") as found:
+        for path, vector in zip(found["path"], found["vector"], strict=True):
+            expected[Path(path).read_bytes()] = vector
+    write_records.write(str(photos), str(tmp_path / "records"), shards=2)
+    places = {
+        "tar": str(write_tars(photos, tmp_path / "tar")),
+        "parquet": str(write_parquets(photos, tmp_path / "parquet")),
+        "records": str(tmp_path / "records"),
+        "folder": str(photos),
+    }
+    for kind, path in places.items():
+        out = str(tmp_path / f"{kind}.npz")
+        done = embed.embed(checkpoint[0], [f"{kind}:{path}"], out)
+        assert (done.written, done.failed) == (9, [])
+        cfg = DataConfig(source=kind, path=path, test_split="train", access="random")
+        split = sources.load(cfg).test
+        images, _ = split.read(np.arange(9))
+        with np.load(out) as found:
+            assert found["path"].tolist() == [split.name_of(i) for i in range(9)]
+            for image, vector in zip(images, found["vector"], strict=True):
+                content = (
+                    image if isinstance(image, bytes) else Path(image).read_bytes()
+                )
+                np.testing.assert_allclose(vector, expected[content], atol=1e-5)
+    with pytest.raises(UserError, match=r"'tset'"):
+        embed.embed(checkpoint[0], [f"tar:{places['tar']}"], "y.npz", split="tset")

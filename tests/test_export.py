@@ -257,3 +257,17 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left on device"):
         export.export(source, str(tmp_path / "x.stablehlo"))
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_tensorflow_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    tf = pytest.importorskip("tensorflow")
+    source, *_ = checkpoint(tmp_path)
+    before = sorted(tmp_path.iterdir())
+
+    def full(*args, **options):
+        raise tf.errors.ResourceExhaustedError(None, None, "x; No space left on device")
+
+    monkeypatch.setattr(tf.saved_model, "save", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        export.export(source, str(tmp_path / "saved"))
+    assert sorted(tmp_path.iterdir()) == before

@@ -6,26 +6,19 @@ import dataclasses
 import functools
 import json
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled import apply
+from family_cases import CASES, HERE
 from safetensors import numpy as safetensors
 
 import vit_jax
 from vit_jax import models, weights
 from vit_jax.analysis import attention
 from vit_jax.weights import fit
-
-HERE = Path(__file__).parent / "golden" / "families"
-SHARED = Path(__file__).parent.parent.parent / "shared"
-CASES = sorted(
-    {p.parent.name: p.parent for root in (SHARED / "golden" / "families", HERE)
-     for p in root.glob("*/meta.json")}.values()
-)  # fmt: skip
 
 
 def test_cases_beside_the_project(shared):

@@ -100,6 +100,24 @@ def test_a_part_that_only_the_name_of_an_architecture_tells(folder):
     refused(path, "eva02_enormous_patch14_clip_224 has norms of what attention")
 
 
+def test_names_of_more_classes_than_the_head_has(tmp_path):
+    shutil.copytree(BEIT, tmp_path / "beit")
+    config = json.loads((BEIT / "config.json").read_text())
+    config["pretrained_cfg"]["label_names"] = [f"class {i}" for i in range(9)]
+    (tmp_path / "beit" / "config.json").write_text(json.dumps(config))
+    refused(tmp_path / "beit", "9 class names for 5 classes")
+
+
+def test_heads_beside_the_name_of_a_file(tmp_path):
+    """As the commands take it: no array of this file shows them."""
+    file = BEIT.parent / "orig_openai_clip_a" / "model.safetensors"
+    refused(file, "pass heads= .FILE:heads=12 to a command")
+    found, same = weights.read(f"{file}:heads=3"), weights.read(file, heads=3)
+    assert found.cfg == same.cfg
+    assert found.cfg.heads == 3
+    refused(f"{file}:heads=5", "heads=5 does not divide")
+
+
 def test_two_families_in_one_folder(folder):
     path, arrays = folder
     other = load_file(BEIT / "model.safetensors")

@@ -271,6 +271,7 @@ def test_every_row_of_every_study_is_a_possible_model(scale, root):
             models.resolve(cfg)
         for row in made.rows.values():
             config.checked(row.cfg)
+            assert 16 <= row.cfg.data.image_size <= 512
 
 
 @pytest.mark.slow
@@ -303,6 +304,35 @@ def test_planning_builds_and_compiles_every_row(run, tmp_path, monkeypatch):
     assert "all rows, 1 seed 24 chip-hours on v5e:16x16" in end
     assert "all rows, 2 seeds 48 chip-hours on v5e:16x16" in end
     assert not list(tmp_path.rglob("result.json"))
+
+
+def test_speed_features_and_attention_are_measured(trained, tmp_path):
+    shots = ({"type": "fewshot", "shots": (2,)},)
+    source = str(trained / "runs/first/seed_0")
+    rows = {
+        "speed": Row(replace(QUICK, model__num_classes=5), measure="speed"),
+        "features": Row(
+            replace(QUICK, pretrained=source, eval__evaluators=shots),
+            measure="features",
+        ),
+        "distance": Row(QUICK, measure="distance"),
+    }
+    made = Study("", "test/accuracy", "bars", rows)
+    folder = study.Folder("all", made, Scale("tiny"), str(tmp_path))
+    found = {}
+    for name, row in rows.items():
+        run = folder.run(name, 1)
+        run.workdir.mkdir(parents=True)
+        found[name] = study.MEASURES[row.measure](run, made)
+    assert found["speed"]["speed/images_per_second"] > 0
+    # 16 GiB, less the parameters, over at least the bytes of an image.
+    assert 0 < found["speed"]["speed/largest_batch"] < 16 * 2**30 / (16 * 16 * 3)
+    assert 0 <= found["features"]["test/accuracy"] <= 1
+    heads = [v for k, v in found["distance"].items() if "/layer" in k]
+    assert len(heads) == QUICK.model.depth * QUICK.model.heads
+    assert min(heads) == found["distance"]["distance/nearest"]
+    # At initialisation attention is nearly uniform.
+    assert heads == pytest.approx([1] * len(heads), abs=0.2)
 
 
 def test_the_compute_of_a_row_includes_what_it_follows():

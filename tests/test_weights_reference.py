@@ -6,9 +6,11 @@ Needs an interpreter with torch, transformers and timm: this one, or the one tha
 """
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+from family_cases import CASES
 
 import vit_jax
 from vit_jax import weights
@@ -109,3 +111,28 @@ def test_timm_builds_the_model_from_a_folder(reference, tmp_path, fields):
         model.apply({"params": params}, images), theirs, atol=1e-5
     )
     assert np.abs(theirs).max() > 0.1
+
+
+def test_own_layouts_in_their_own_libraries(reference, tmp_path):
+    """What ``convert --format=own`` writes loads strictly, by its config.json alone."""
+    written = {}
+    for case in CASES:
+        if not (case / "config.json").exists() or case.name == "timm_xp_a":
+            continue  # a class of timm that no published architecture has
+        found = weights.read(case)
+        folder = tmp_path / "own" / case.name
+        weights.save(folder, found.cfg, found.params, found.metadata, "own")
+        shutil.copy(case / "io.npz", folder)
+        written[case.name] = found.cfg
+    theirs = reference("own", tmp_path / "own", np.zeros(0), tmp_path)
+    assert len(written) >= 4
+    for name, cfg in written.items():
+        io = np.load(tmp_path / "own" / name / "io.npz")
+        key = next(k for k in ("logits", "image_embeds", "features") if k in io.files)
+        if f"{name}/{key}" in theirs.files:
+            got = theirs[f"{name}/{key}"]
+        else:
+            tokens = theirs[f"{name}/tokens"]
+            got = tokens.mean(1) if cfg.head == "gap" else tokens[:, 0]
+        largest = max(1.0, np.abs(io[key]).max())
+        np.testing.assert_allclose(got, io[key], rtol=0, atol=1e-4 * largest)

@@ -18,6 +18,7 @@ writes the page of ``vit-jax app`` as the files of a Hugging Face Space.
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -84,15 +85,15 @@ def convert(source: str, dest: str, layout: str = "", image_size: int = 0) -> li
     """Writes ``source`` as ``dest``; returns what happened on the way, line by line.
 
     Raises:
-      UserError: what ``source`` holds does not fit, or ``dest``'s layout has no such
-        model.
+      UserError: ``dest`` exists, what ``source`` holds does not fit, or the layout of
+        ``dest`` has no such model.
     """
     if "://" in dest:
         raise UserError(f"{dest}: DEST is a local path, or hf://OWNER/NAME to upload")
-    if not layout:
-        from pathlib import Path
-
-        layout = export.layout_of(Path(dest))  # before anything is read
+    to = Path(dest)
+    if to.is_file() or (to.is_dir() and any(to.iterdir())):
+        raise UserError(f"{dest} exists: remove it, or choose another DEST")
+    layout = layout or export.layout_of(to)  # before anything is read
     found = weights.read(source, image_size or None)
     notes = weights.save(dest, found.cfg, found.params, found.metadata, layout)
     return [*found.report.changes, *found.report.warnings, *notes]

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from vit_jax import config, models, plan, program, tpu
+from vit_jax import config, hlo, models, plan, program, tpu
 from vit_jax.config import Config
 from vit_jax.scales import Row, Study
 
@@ -34,19 +34,26 @@ def check(study: Study) -> None:
     Raises:
       UserError: a row contradicts itself or its data.
     """
-    width = max(map(len, study.rows))
+    width, built = max(map(len, study.rows)), {}
     print(f"{'row':<{width}}  {'parameters':>13}  {'steps':>9}  {'batch':>6}  FLOPs")
     for name, row in study.rows.items():
         if row.measure == "features":
             continue
-        p = program.build(config.replace(row.cfg, pretrained=""), jax.devices()[:1])
-        params = sum(math.prod(x.shape) for x in jax.tree.leaves(p.state_shape.params))
+        # Rows that differ in what they read, or start from, are one program.
+        cfg = config.replace(row.cfg, pretrained="", data__subset=0.0)
+        key = config.to_json(cfg)
+        built[key] = built.get(key) or _parameters(cfg)
         steps = 0 if row.measure == "speed" else row.cfg.steps
         print(
-            f"{name:<{width}}  {params:>13,}  {steps:>9,}  {row.cfg.batch:>6,}  "
+            f"{name:<{width}}  {built[key]:>13,}  {steps:>9,}  {row.cfg.batch:>6,}  "
             f"{own_flops(row):.3g}",
             flush=True,
         )
+
+
+def _parameters(cfg: Config) -> int:
+    p = program.build(cfg, jax.devices()[:1])
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(p.state_shape.params))
 
 
 def chip_hours(study: Study, target: tpu.Topology, seeds: int) -> None:
@@ -56,7 +63,10 @@ def chip_hours(study: Study, target: tpu.Topology, seeds: int) -> None:
     """
     width, total, without = max(map(len, study.rows)), 0.0, 0
     for name, row in study.rows.items():
-        if row.measure in ("features", "speed"):
+        if row.measure == "features":
+            continue
+        if row.measure == "speed":
+            print(f"{name:<{width}}  {inference(row.cfg, target)}", flush=True)
             continue
         found = _plan(row.cfg, target)
         if found["fits"]:
@@ -70,7 +80,7 @@ def chip_hours(study: Study, target: tpu.Topology, seeds: int) -> None:
             need, have = found["peak_hbm_gib"], found["hbm_gib"]
             text = f"does not fit: {need:.1f} of {have:.1f} GiB"
         print(f"{name:<{width}}  {text}", flush=True)
-    for count in sorted({1, seeds}):
+    for count in sorted({1, seeds}) if total else ():
         seed = f"all rows, {count} seed{'s' * (count > 1)}"
         print(f"{seed:<{width}}  {count * total:>10,.0f} chip-hours on {target.name}")
     if without:
@@ -87,3 +97,24 @@ def _plan(cfg: Config, target: tpu.Topology) -> dict[str, Any]:
     if cfg.model.depth or "ViT" in cfg.model.name:
         smaller["model__layers"] = "scan"
     return plan.plan(config.replace(cfg, **smaller), target)
+
+
+def inference(cfg: Config, target: tpu.Topology) -> str:
+    """Images/s of the forward pass on one chip, by the compiler's own estimate."""
+    kind, chip = target.name.split(":")[0], target.chip
+    small = tpu.topology(f"{kind}:{chip.shapes[0]}")
+    chips = len(small.devices)
+    p = program.build(config.replace(cfg, batch=cfg.batch * chips), small.devices)
+    with jax.set_mesh(p.mesh):
+        lowered = p.forward.lower(p.state_shape.params, p.batch_shape["image"])
+        compiled = tpu.compile(lowered, small)
+    if compiled.problem:
+        return f"does not fit with {cfg.batch} images"
+    cost, model = hlo.cost(compiled.text, chips), p.model.cfg
+    kernels = plan.kernels(cost, chip, model.width // max(model.heads, 1))
+    seconds = cost.cycles / chip.clock + kernels.seconds
+    image = (compiled.arguments + compiled.temporaries) / cfg.batch
+    return (
+        f"{cfg.batch / seconds:>10,.0f} images/s on one chip, batch {cfg.batch}; "
+        f"{image / 2**20:.2f} MiB per image, parameters included"
+    )

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes one vector per image, the representation that a model has of it.
 
-    python -m vit_jax.embed SOURCE IMAGE|FOLDER|LIST|URL... --out=FILE.npz|FILE.parquet
-        [--pooling=head|class|mean|none] [--layer=N]
+    python -m vit_jax.embed SOURCE IMAGE|FOLDER|LIST|URL|KIND:PATH...
+        --out=FILE.npz|FILE.parquet [--pooling=head|class|mean|none] [--layer=N]
 
-SOURCE is anything that ``vit_jax.load`` takes. The file holds ``path`` (N,) and
+SOURCE is anything that ``vit_jax.load`` takes; KIND:PATH a split of a source of data, such
+as tar:shards/, parquet:hf://OWNER/NAME, records:DIR or tfds:cifar10, with --split. The file holds ``path`` (N,) and
 ``vector`` (N, D) float32, in the order of the images; ``--pooling=none`` keeps the token
 of each patch, (N, h, w, D). Finished parts wait in ``FILE.parts``, where the same command
 goes on after an interruption. An image that cannot be read is reported and left out; the
@@ -54,16 +55,18 @@ def embed(
     pooling: str = "head",
     batch: int = 8,
     image_size: int = 0,
+    split: str = "train",
 ) -> Summary:
     """Writes ``path`` and ``vector`` of images to ``out``.
 
     Args:
       source: of the weights.
-      places: what ``photos.find`` takes.
+      places: what ``photos.find`` takes, or "KIND:PATH" of a source of data.
       out: ``.npz`` or ``.parquet`` file, which must not exist.
       layer, pooling: see ``inference.vectors``.
       batch: images per device at a time.
       image_size: to resize the position embeddings to; 0: as stored.
+      split: of the sources of data.
 
     Raises:
       UserError: no image can be read, a layer or pooling that the model does not have, or
@@ -73,12 +76,12 @@ def embed(
     write = choose("suffix of --out", suffix, {".npz": _npz, ".parquet": _parquet})
     if Path(out).exists():
         raise UserError(f"--out={out} exists: delete it or name another file")
-    images = photos.readable(places)
+    images = photos.OfDatasets(places, split)
     found = weights.read(source, image_size or None)
     found.report.log()
     _check(found.cfg, layer, pooling)
     try:
-        parts = _Parts(out, [source, layer, pooling, image_size, images])
+        parts = _Parts(out, [source, layer, pooling, image_size, images.names])
         summary = _run(found, images, parts, layer, pooling, batch)
         if not summary.written:
             raise UserError("; ".join(summary.failed))
@@ -113,7 +116,7 @@ def _check(cfg: Any, layer: int, pooling: str) -> None:
 
 def _run(
     found: weights.Checkpoint,
-    images: Sequence[str],
+    images: photos.OfDatasets,
     parts: "_Parts",
     layer: int,
     pooling: str,
@@ -124,7 +127,7 @@ def _run(
     rows = sharding.batch_sharding(predictor.mesh)
 
     def prepare(place: str) -> np.ndarray:
-        image = photos.read(place, found.cfg.channels)
+        image = images.read(place, found.cfg.channels)
         return photos.prepare(image, found.metadata, found.cfg.image_size)
 
     def vectors(images: np.ndarray) -> Any:
@@ -132,19 +135,23 @@ def _run(
 
     start = parts.done()
     bar = tqdm(
-        total=len(images), initial=start, unit=" images", file=sys.stderr, mininterval=1
+        total=len(images.names),
+        initial=start,
+        unit=" images",
+        file=sys.stderr,
+        mininterval=1,
     )
     begun = time.perf_counter()
     size = batch * predictor.mesh.size
-    todo = photos.stream(images[start:], prepare, ahead=4 * size)
-    for name, vector in photos.apply(vectors, todo, size):
-        parts.add(name, vector)
-        bar.update()
-    parts.flush()
-    bar.close()
+    todo = photos.stream(images.names[start:], prepare, ahead=4 * size)
+    with bar:  # whose line ends before that of an error
+        for name, vector in photos.apply(vectors, todo, size):
+            parts.add(name, vector)
+            bar.update()
+        parts.flush()
     seconds = max(time.perf_counter() - begun, 1e-9)
     written = sum(len(names) for names, _ in parts.read())
-    return Summary(written, parts.failed(), (len(images) - start) / seconds)
+    return Summary(written, parts.failed(), (len(images.names) - start) / seconds)
 
 
 class _Parts:
@@ -278,6 +285,7 @@ def main(arguments: list[str]) -> int:
         pooling=options.pooling,
         batch=options.batch,
         image_size=options.image_size,
+        split=options.split,
     )
     for error in done.failed:
         print(f"error: {error}", file=sys.stderr)
@@ -301,6 +309,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "image_size", 0, "Resize the position embeddings; 0: keep them."
     )
+    flags.DEFINE_string("split", "train", "Of a source of data (KIND:PATH).")
     flags.FLAGS.set_gnu_getopt()  # flags may follow the paths
 
 

@@ -207,7 +207,10 @@ def _saved_model(program: Program, path: Path, batch: int) -> None:
         note = Path(folder, "about.json")
         note.write_text(_json(program))
         module.about = tf.saved_model.Asset(str(note))
-        tf.saved_model.save(module, str(path), signatures=module.f)
+        try:
+            tf.saved_model.save(module, str(path), signatures=module.f)
+        except tf.errors.OpError as e:  # of the file system
+            raise OSError(e.message) from e
 
 
 def _tflite(program: Program, path: Path, batch: int) -> None:

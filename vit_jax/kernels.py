@@ -289,7 +289,8 @@ def _compare(attend: Attend, model: ModelConfig, images: int) -> tuple[float, fl
     biases = [0.1 * jax.random.normal(next(draw), shape) for _ in range(3)]
 
     def run(how: Attend) -> tuple[list[np.ndarray], float]:
-        @jax.jit
+        # With the options of the step, which this compiler may not know.
+        @functools.partial(jax.jit, compiler_options=how.compiler_options or None)
         def both(tokens, kernels, biases, do):
             out, vjp = jax.vjp(how, tokens, kernels, biases)
             d_tokens, d_kernels, d_biases = vjp(do)

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data import image_files
+from vit_jax.data import image_files, sources
+from vit_jax.data.examples import Split, Unreadable
 from vit_jax.errors import UserError
 from vit_jax.weights import fetch, preprocessing
 from vit_jax.weights.contents import Metadata
@@ -110,6 +111,52 @@ def read(place: str, channels: int = 3) -> np.ndarray:
         return image_files.read(_download(place), channels)
     except image_files.ImageFileError as e:
         raise UserError(f"{place} cannot be read: {e}") from e
+
+
+class OfDatasets:
+    """The images of places, of which some may be sources of data (``sources.named``).
+
+    Args:
+      split: of the sources, all of which is meant.
+
+    Raises:
+      UserError: see ``readable`` and ``sources.load``.
+    """
+
+    def __init__(self, places: Iterable[str], split: str):
+        self.names: list[str] = []
+        self._held: dict[str, tuple[Split, int]] = {}
+        files = []
+        for place in places:
+            # A test split of its own, so that none is held out.
+            cfg = sources.named(place, test_split="train", access="random")
+            if cfg is None:
+                files.append(place)
+                continue
+            dataset = sources.load(cfg)
+            found = dataset.splits(split) if dataset.splits else dataset.train
+            names = [found.name_of(i) for i in range(len(found))]
+            self._held.update((name, (found, i)) for i, name in enumerate(names))
+            self.names += names
+        if files or not self.names:
+            self.names += readable(files)
+
+    def read(self, name: str, channels: int = 3) -> np.ndarray:
+        """As ``read``, of one of the names."""
+        if name not in self._held:
+            return read(name, channels)
+        split, number = self._held[name]
+        (image,), _ = split.read(np.array([number]))
+        if split.kind == "path":
+            return read(image, channels)
+        if split.kind == "pixels":
+            return image[..., :channels]
+        try:
+            if isinstance(image, Unreadable):
+                raise image_files.ImageFileError(image.reason)
+            return image_files.read(image, channels)
+        except image_files.ImageFileError as e:
+            raise UserError(f"{name} cannot be read: {e}") from e
 
 
 def prepare(image: np.ndarray, about: Metadata, size: tuple[int, int]) -> np.ndarray:

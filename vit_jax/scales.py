@@ -92,6 +92,41 @@ FEWSHOT = {"type": "fewshot", "datasets": ("imagenet",), "shots": (5,)}
 CLASSES = {"imagenet": 1000, "cifar10": 10, "cifar100": 100}
 
 
+# What the studies vary: training images, shapes around a base, pixels at fine-tuning, and
+# models and pixels of inference.
+SUBSETS = {
+    "tiny": (500, 2_000, 8_000),
+    "small": (1_000, 5_000, 50_000),
+    "paper": (9_000_000, 30_000_000, 90_000_000, 303_000_000),
+}
+SHAPES = {
+    "tiny": (
+        {"depth": 4, "width": 32, "mlp_dim": 64, "heads": 4, "patch": 4},
+        {"depth": (2, 8), "width": (16, 64), "mlp_dim": (32, 128), "patch": (8, 2)},
+    ),
+    "small": (
+        {"depth": 4, "width": 128, "mlp_dim": 256, "heads": 4, "patch": 8},
+        {"depth": (2, 8, 16), "width": (64, 256), "mlp_dim": (128, 512), "patch": (16, 4)},
+    ),
+    "paper": (
+        {"depth": 8, "width": 1024, "mlp_dim": 2048, "heads": 16, "patch": 32},
+        {
+            "depth": (2, 4, 16, 32, 64), "width": (256, 512, 2048),
+            "mlp_dim": (512, 1024, 4096, 8192), "patch": (64, 16, 8),
+        },
+    ),
+}  # fmt: skip
+RESOLUTIONS = {"tiny": (16, 24, 32), "small": (32, 48, 64), "paper": (224, 384, 512)}
+FIGURE12 = {
+    "tiny": (("R50x1", "ViT-b/32", "ViT-B/32", "ViT-L/32"), (16, 32, 64)),
+    "small": (("R50x1", "R152x2", "ViT-B/32", "ViT-L/32"), (32, 64, 128)),
+    "paper": (
+        ("R50x1", "R50x2", "R152x4", "ViT-B/32", "ViT-L/32", "ViT-B/16", "ViT-L/16", "ViT-H/14"),
+        (64, 128, 224, 384, 512),
+    ),
+}  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Scale:
     """Builds the configs of one scale.
@@ -151,9 +186,10 @@ class Scale:
         if self.paper:
             cfg = recipes.pretrain(model, images)
             large = "L/" in model or "H/" in model or "R152x2" in model
+            shards = self.root and cfg.data.source == "records"
             cfg = replace(
                 cfg,
-                data__path=os.path.join(self.root, images) if self.root else "",
+                data__path=os.path.join(self.root, images) if shards else self.root,
                 eval__evaluators=(FEWSHOT,),
                 eval__every=cfg.steps // 7,
                 **({"sharding": "zero", "model__remat": "full"} if large else {}),

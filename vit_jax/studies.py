@@ -6,21 +6,24 @@ end lists them all. Section, table and figure numbers are those of arXiv 2010.11
 where no other paper is named.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 from vit_jax import recipes
-from vit_jax.config import Config, ModelConfig, replace
-from vit_jax.scales import COMPUTE, Claim, Row, Scale, Study
+from vit_jax.config import Config, DataConfig, ModelConfig, replace
+from vit_jax.scales import (
+    COMPUTE,
+    FIGURE12,
+    RESOLUTIONS,
+    SHAPES,
+    SUBSETS,
+    Claim,
+    Row,
+    Scale,
+    Study,
+)  # fmt: skip
 from vit_jax.vtab_tasks import TASKS
 
 # 1. Data size: Figure 4 ----------------------------------------------------------------
-
-SUBSETS = {
-    "tiny": (500, 2_000, 8_000),
-    "small": (1_000, 5_000, 50_000),
-    "paper": (9_000_000, 30_000_000, 90_000_000, 303_000_000),
-}
 
 
 def data_size(scale: Scale) -> Study:
@@ -38,7 +41,13 @@ def data_size(scale: Scale) -> Study:
                 cfg = scale.pretrain("ViT-B/32", **HALF_B)
             else:
                 cfg = scale.pretrain(model)
-            cfg = replace(cfg, data__subset=float(size))
+            every = size == sizes[-1] and scale.name != "tiny"
+            cfg = replace(
+                cfg,
+                data__subset=0.0 if every else float(size),
+                # The labels of records are not known before they are read.
+                data__subset_balanced=not scale.paper,
+            )
             rows[f"{model}, {size:,}"] = Row(cfg, line=model, x=size)
     least, most = f"{sizes[0]:,}", f"{sizes[-1]:,}"
     claims = [
@@ -130,11 +139,11 @@ def positions(scale: Scale) -> Study:
         cfg = scale.pretrain(model__positions=kind, model__position_at=place)
         name = names[kind] + (f", {place}" if kind[:7] == "learned" else "")
         rows[name] = Row(cfg, paper=paper)
-    known = tuple(name for name in rows if name != "none")
+    kinds = {"1-D": "1-D, stem", "2-D": "2-D, stem", "relative": "relative"}
     return Study(
         "Position embeddings (Table 8)", scale.metric, "bars", rows,
         (
-            Claim("any kind of position is better than none", known, ("none",)),
+            *(Claim(f"{name} positions are better than none", (row,), ("none",)) for name, row in kinds.items()),
             Claim("in every layer is about as good as at the stem", ("1-D, every", "2-D, every"), ("1-D, stem", "2-D, stem"), equal=True),
             Claim("2-D is about as good as 1-D", ("2-D, stem",), ("1-D, stem",), equal=True),
         ),
@@ -222,24 +231,6 @@ def _target(scale: Scale, target: str) -> str:
 
 # 6. Model shape: Figure 8 --------------------------------------------------------------
 
-SHAPES = {
-    "tiny": (
-        {"depth": 4, "width": 32, "mlp_dim": 64, "heads": 4, "patch": 4},
-        {"depth": (2, 8), "width": (16, 64), "mlp_dim": (32, 128), "patch": (8, 2)},
-    ),
-    "small": (
-        {"depth": 4, "width": 128, "mlp_dim": 256, "heads": 4, "patch": 8},
-        {"depth": (2, 8, 16), "width": (64, 256), "mlp_dim": (128, 512), "patch": (16, 4)},
-    ),
-    "paper": (
-        {"depth": 8, "width": 1024, "mlp_dim": 2048, "heads": 16, "patch": 32},
-        {
-            "depth": (2, 4, 16, 32, 64), "width": (256, 512, 2048),
-            "mlp_dim": (512, 1024, 4096, 8192), "patch": (64, 16, 8),
-        },
-    ),
-}  # fmt: skip
-
 
 def shape(scale: Scale) -> Study:
     """One dimension at a time around a base, and all together once."""
@@ -298,8 +289,6 @@ def self_supervision(scale: Scale) -> Study:
 
 
 # 8. Resolution: Section 3.2 ------------------------------------------------------------
-
-RESOLUTIONS = {"tiny": (16, 24, 32), "small": (32, 48, 64), "paper": (224, 384, 512)}
 
 
 def resolution(scale: Scale) -> Study:
@@ -364,35 +353,22 @@ def augreg(scale: Scale) -> Study:
 
 # 10. Compute: Figure 12 ----------------------------------------------------------------
 
-FIGURE12 = {
-    "tiny": (("R50x1", "ViT-b/32", "ViT-B/32", "ViT-L/32"), (16, 32, 64)),
-    "small": (("R50x1", "R152x2", "ViT-B/32", "ViT-L/32"), (32, 64, 128)),
-    "paper": (
-        ("R50x1", "R50x2", "R152x4", "ViT-B/32", "ViT-L/32", "ViT-B/16", "ViT-L/16", "ViT-H/14"),
-        (64, 128, 224, 384, 512),
-    ),
-}  # fmt: skip
-
 
 def compute(scale: Scale) -> Study:
     """Inference on this machine: images/s, and the largest batch that its memory, or
     16 GiB where it has none of its own, would hold."""
     models, sizes = FIGURE12[scale.name]
-    sizes = [int(scale.subset(size)) for size in SUBSETS[scale.name]]
     rows = {}
     for model in models:
         for size in sizes:
             patch = int(model.split("/")[1]) if "/" in model else 1
             side = size - size % patch if scale.paper else size
-            base = scale.pretrain("ViT-B/32")
             fields = {"name": model} if scale.paper else {"name": "", **scale.model(model)}  # fmt: skip
-            cfg = replace(
-                base,
-                model=dataclasses.replace(ModelConfig(num_classes=1000), **fields),
-                data__source="synthetic",
-                data__image_size=side,
+            cfg = Config(
+                model=ModelConfig(**fields, dtype="bfloat16" if scale.paper else "float32"),
+                data=DataConfig(source="synthetic", image_size=side, num_classes=1000),
                 batch=64,
-            )
+            )  # fmt: skip
             rows[f"{model}, {size} px"] = Row(cfg, line=model, x=side, measure="speed")
     at = lambda model: tuple(f"{model}, {size} px" for size in sizes)
     return Study(
@@ -418,6 +394,31 @@ def distance(scale: Scale) -> Study:
             Claim("the hybrid has fewer local heads: its nearest head looks further", ("hybrid",), ("ViT",)),
             Claim("in the ViT, the distance grows with depth", ("ViT",), (), "distance/growth"),
         ),
+    )  # fmt: skip
+
+
+# 12. Axial attention: Section D.6, Figure 13 -------------------------------------------
+
+
+def axial(scale: Scale) -> Study:
+    """Of 2-D positions and the mean of the patches, with and without."""
+    rows = {}
+    for model in ("ViT-B/32", "ViT-B/16") if scale.paper else ("ViT-B/32",):
+        for name, wanted in ((model, False), (f"Axial{model}", True)):
+            cfg = scale.pretrain(
+                model,
+                model__head="gap",
+                model__pre_logits=False,
+                model__positions="learned2d",
+                model__axial=wanted,
+            )
+            rows[name] = Row(cfg, line="AxialViT" if wanted else "ViT")
+    axials = tuple(name for name in rows if name.startswith("Axial"))
+    plain = tuple(name.removeprefix("Axial") for name in axials)
+    return Study(
+        "Axial attention (Figure 13)", scale.metric, "lines", rows,
+        (Claim("axial attention is better than its ViT, for more compute", axials, plain),),
+        COMPUTE,
     )  # fmt: skip
 
 
@@ -468,6 +469,7 @@ def _frozen(scale: Scale, cfg: Config) -> Config:
         model=ModelConfig(),
         pretrained=scale.checkpoint,
         data__image_size=CHECKPOINT_SIZE,
+        data__eval_transforms=({"op": "resize"},),
         data__subset=1_400.0,  # from which every seed draws its examples
         eval__evaluators=({"type": "fewshot", "shots": (100,)},),
         eval__batch=50,
@@ -486,5 +488,6 @@ STUDIES: dict[str, Callable[[Scale], Study]] = {
     "augreg": augreg,
     "compute": compute,
     "distance": distance,
+    "axial": axial,
     "transfer": transfer,
 }

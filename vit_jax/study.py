@@ -196,7 +196,8 @@ def finish(folder: Folder, run: Run) -> bool:
     }
     run.workdir.mkdir(parents=True, exist_ok=True)
     write_whole(run.workdir / "result.json", json.dumps(result, indent=1) + "\n")
-    shown = "diverged" if done.diverged else f"{folder.study.metric} {value:.4f}"
+    number = f"{folder.study.metric} {value:.4f}" if math.isfinite(value) else "done"
+    shown = "diverged" if done.diverged else number
     print(
         f"{run.name}, seed {run.seed}: {shown}; {seconds:.0f} CPU seconds", flush=True
     )

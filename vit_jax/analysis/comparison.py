@@ -130,9 +130,10 @@ def draw_heads(names: Sequence[str], heads: Any) -> Figure:
         axis.plot(layers, means, color=ORANGE, lw=1.2)
         axis.axhline(1, color=GREY, lw=0.8, ls="--")
         axis.set_xticks(layers)
-        axis.set_ylim(bottom=0)
         axis.set_xlabel("layer")
         axis.set_title(f"{name}, {len(seeds)} seeds")
+    every = [d for seeds in heads for seed in seeds for _, d in seed]
+    axes[0].set_ylim(0, 1.05 * max([1, *every]))
     axes[0].set_ylabel("attention distance, uniform = 1")
     return figure
 

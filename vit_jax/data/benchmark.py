@@ -12,10 +12,14 @@ Pipelines over the same photographs and as many threads, timed in turns in one r
 
 import dataclasses
 import functools
+import importlib.util
+import io
 import json
 import logging
 import os
+import shutil
 import statistics
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +45,7 @@ from vit_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 MOST = 1_000  # images of a folder that are used
+CORES = (8, 24, 112, 224)  # of a workstation, and of hosts with 1, 4 and 8 v5e chips
 SHRUNK = ((256, 90), (320, 95))  # (shorter side, quality)
 
 
@@ -66,7 +71,10 @@ def run(
       Ratios that the targets are about, by CPU time first because other programs weigh
       on those by wall time: "files" to the obvious pipeline and to decoding alone, and
       each of the others to "files"; ``cpu_ms_per_image`` and ``images_per_second`` of
-      every pipeline, and the ``pixel_difference`` to the exact path.
+      every pipeline; what hosts of more cores would deliver by that CPU time
+      (``images_per_second_by_cores``), up to what the one thread that draws examples
+      and labels lets through (``images_per_second_at_most``); and the
+      ``pixel_difference`` to the exact path.
 
     Raises:
       UserError: the folder holds no JPEG file, or the config is wrong.
@@ -88,6 +96,7 @@ def run(
             for name, one in ours.items()
         }
         speed = _timed(makers, batch, rounds, steps)
+        most = {name: 1 / _drawing(one, batch, steps) for name, one in ours.items()}
         difference = pixel_difference(ours["files"], min(64, len(paths)))
     rate, cpu = speed["rate"], speed["cpu"]
     slowness = {k: [1 / r for r in v] for k, v in rate.items()}
@@ -112,8 +121,30 @@ def run(
         "times_files": {k: times(slowness, k, "files") for k in others},
         "cpu_ms_per_image": medians(cpu, 1e3),
         "images_per_second": medians(rate, 1),
+        "images_per_second_by_cores": {
+            name: by_cores(statistics.median(cpu[name]), most[name]) for name in ours
+        },
+        "images_per_second_at_most": {k: round(v) for k, v in most.items()},
         "pixel_difference": difference,
     }
+
+
+def by_cores(cpu: float, most: float) -> dict[str, int]:
+    """Images per second of hosts with so many idle cores, at ``cpu`` seconds per
+    image."""
+    return {str(cores): round(min(cores / cpu, most)) for cores in CORES}
+
+
+def _drawing(cfg: DataConfig, batch: int, steps: int) -> float:
+    """CPU seconds per image of the thread that draws, which no other shares."""
+    split = sources.training_split(cfg, sources.load(cfg))
+    drawn = order.train_indices(np.arange((steps + 1) * batch), len(split), 0)
+    first, *rest = np.split(drawn, steps + 1)
+    split.read(first)
+    started = time.thread_time()
+    for index in rest:
+        split.read(index)
+    return (time.thread_time() - started) / (steps * batch)
 
 
 def pixel_difference(cfg: DataConfig, batch: int) -> dict[str, float]:
@@ -266,7 +297,9 @@ def _decode_only(paths: list[str], batch: int, crop: dict[str, Any]) -> Iterator
 def _stored(cfg: DataConfig, paths: list[str], scratch: Path) -> dict[str, DataConfig]:
     """The files, in one class, as training reads them from every kind of storage."""
     rows = [{"image": os.path.abspath(p), "label": 0, "split": "train"} for p in paths]
-    rows.append(rows[0] | {"split": "test"})
+    # Another file: a test image that is trained on would be pointed out.
+    tested = shutil.copy(paths[0], str(scratch / "test.jpg"))
+    rows.append({"image": tested, "label": 0, "split": "test"})
     manifest = scratch / "images.jsonl"
     manifest.write_text("\n".join(json.dumps(row) for row in rows))
     files = DataConfig(
@@ -279,15 +312,42 @@ def _stored(cfg: DataConfig, paths: list[str], scratch: Path) -> dict[str, DataC
     )
     stored = {"files": files}
 
-    def write(name: str, **options: Any) -> None:
-        path = str(scratch / name)
-        write_records.write(str(manifest), path, split="train", **options)
+    def add(name: str, source: Any) -> str:
+        (scratch / name).mkdir()
         stored[name] = dataclasses.replace(
-            files, source="records", path=path, test_split="train"
+            files, source=source, path=str(scratch / name), test_split="train"
         )
+        return stored[name].path
 
     for format in FORMATS:
-        write(format, format=format)
+        folder = add(format, "records")
+        write_records.write(str(manifest), folder, split="train", format=format)
+    _write_tar(paths, os.path.join(add("tar", "tar"), "train.tar"))
+    if importlib.util.find_spec("pyarrow"):
+        _write_parquet(paths, os.path.join(add("parquet", "parquet"), "train.parquet"))
     for side, quality in SHRUNK:
-        write(f"shrunk_{side}_{quality}", shorter_side=side, quality=quality)
+        folder = add(f"shrunk_{side}_{quality}", "records")
+        write_records.write(
+            str(manifest), folder, split="train", shorter_side=side, quality=quality
+        )
     return stored
+
+
+def _write_tar(paths: list[str], file: str) -> None:
+    """The files as a shard of WebDataset."""
+    with tarfile.open(file, "w") as tar:
+        for i, path in enumerate(paths):
+            tar.add(path, f"{i:06d}.jpg")
+            label = tarfile.TarInfo(f"{i:06d}.cls")
+            label.size = 1
+            tar.addfile(label, io.BytesIO(b"0"))
+
+
+def _write_parquet(paths: list[str], file: str) -> None:
+    """The files as Hugging Face stores them."""
+    import pyarrow
+    from pyarrow import parquet
+
+    images = [{"bytes": Path(p).read_bytes(), "path": p} for p in paths]
+    table = pyarrow.table({"image": images, "label": [0] * len(paths)})
+    parquet.write_table(table, file, row_group_size=100)

@@ -2,7 +2,7 @@
 """Pieces of files in a bucket, kept on a local disk.
 
     FOLDER/size                       bytes of all pieces; locked by who adds to them
-    FOLDER/SET/SHARD-VERSION-PIECE    8 MiB of a shard, and a checksum
+    FOLDER/SET/SHARD-VERSION-PIECE    4 MiB of a shard, and a checksum
 
 A piece gets its name when it is complete, and its checksum is looked at before it is
 used, so that a process can be killed at any time. The version is the bucket's own of the
@@ -32,11 +32,11 @@ from vit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-PIECE = 8 * 2**20
+PIECE = 4 * 2**20
 _TRAILER = struct.Struct("<QI")  # bytes of the piece, their CRC-32C
-_LEAST = 8  # pieces that a cache must have room for
+_LEAST = 16  # pieces that a cache must have room for
 _RECORD = PIECE // 8  # bytes up to which a range is taken for a single record
-_STORING = 32  # pieces that are being fetched and stored at a time
+_STORING = 64  # pieces that are being fetched and stored at a time
 _ABANDONED = 600  # seconds after which a file that nobody completes is removed
 
 

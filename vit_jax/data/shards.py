@@ -44,7 +44,7 @@ _TOGETHER = 32  # files whose index is read at the same time
 KEPT = 2**25  # records whose offsets are kept, in 256 MiB
 _CHOSEN = 2**24  # records among which some can be chosen by class, in 1 GiB
 
-Record = bytes | Unreadable
+Record = bytes | memoryview | Unreadable
 
 
 class Files(abc.ABC):
@@ -208,7 +208,9 @@ class Shards(Files):
             first, end = int(offsets[number]), int(offsets[number + 1])
             while at + len(held) < end and (piece := next(pieces, b"")):
                 held, at = held[first - at :] + piece, first
-            yield self._checked(shard, number, first, end, held[first - at : end - at])
+            # A view: a record that is cut out of its piece takes memory of its own.
+            frame = memoryview(held)[first - at : end - at]
+            yield self._checked(shard, number, first, end, frame)
 
     def _start(self, shard: int, within: list[int]) -> list[Any]:
         """Asks for some TFRecords of a shard: where they lie and what will hold their
@@ -244,11 +246,11 @@ class Shards(Files):
         return at + length
 
     def _checked(
-        self, shard: int, number: int, start: int, stop: int, frame: bytes
+        self, shard: int, number: int, start: int, stop: int, frame: bytes | memoryview
     ) -> Record:
         """The data of a TFRecord."""
         file, record = self.files[shard], unframed(frame)
-        if not isinstance(record, bytes):
+        if record is None or isinstance(record, Unreadable):
             fresh = again(file, start, stop)
             record = record if fresh is None else unframed(fresh)
         if record is None:
@@ -373,14 +375,14 @@ def array_record(reader: Any, index: int) -> Record:
         return DAMAGED
 
 
-def unframed(frame: bytes) -> Record | None:
+def unframed(frame: bytes | memoryview) -> Record | None:
     """The data of a TFRecord, if its masked CRC-32C is right: without it, a flipped bit
     in a label would go unnoticed. None where the frame is not a whole record."""
     length = len(frame) - HEADER - FOOTER
     if length < 0 or struct.unpack("<Q", frame[:8])[0] != length:
         return None
     data = frame[HEADER:-FOOTER]
-    crc = google_crc32c.value(data)
+    crc = google_crc32c.value(bytes(data))
     masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
     stored = struct.unpack("<I", frame[-FOOTER:])[0]
     return data if masked == stored else DAMAGED

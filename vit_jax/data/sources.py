@@ -7,6 +7,7 @@ a module with ``load(cfg) -> Dataset`` and add its line to ``SOURCES``.
 
 import dataclasses
 import importlib
+from typing import Any
 
 from vit_jax.config import DataConfig, choose
 from vit_jax.data.examples import Dataset, Split, held_out, subset
@@ -46,6 +47,17 @@ def load(cfg: DataConfig) -> Dataset:
         extra = tuple(f"unused {i}" for i in range(len(names), cfg.num_classes))
         dataset = dataclasses.replace(dataset, class_names=names + extra)
     return dataset
+
+
+def named(place: str, **options: Any) -> DataConfig | None:
+    """What "KIND:PATH" names, such as ``tar:shards/`` or ``tfds:cifar10``; None where it
+    is not of that form."""
+    kind, _, rest = place.partition(":")
+    if kind not in SOURCES:
+        return None
+    where = "name" if kind == "tfds" else "path"
+    found: dict[str, Any] = {"source": kind, where: rest, **options}
+    return DataConfig(**found)
 
 
 def training_split(cfg: DataConfig, dataset: Dataset) -> Split:

@@ -20,6 +20,7 @@ from vit_jax.config import DataConfig
 from vit_jax.data import sequential, splits
 from vit_jax.data.examples import IGNORED, Dataset, Image, Labels, Split
 from vit_jax.data.shards import Files
+from vit_jax.data.storage import is_remote, keep_on_disk
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 
@@ -62,6 +63,8 @@ def find(cfg: DataConfig, *suffixes: str) -> tuple[str, list[str]]:
             f"config.data.path {cfg.path!r} has no {suffixes[0]} files, but {there}: "
             f"config.data.source={cfg.source} reads nothing else"
         )
+    if cfg.disk_cache and is_remote(path):
+        keep_on_disk(path, cfg.disk_cache, cfg.disk_cache_gib)
     return path, files
 
 
@@ -232,7 +235,7 @@ def split(
         return image, labels.of(np.array([number]))[0]
 
     sequence = None
-    if _in_sequence(cfg, choosing, too_large):
+    if _in_sequence(cfg, choosing, too_large or is_remote(images.files[0])):
         buffer = cfg.shuffle_buffer
         sequence = functools.partial(sequential.reader, images, parse, buffer)
     return Split(len(images), "encoded", fetch, images.name, labels, sequence)

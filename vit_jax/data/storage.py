@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 WANTED = 2_000
 _MEASURED = 4  # first reads, which go out one by one to be timed
 _MOST = 512  # reads at a time
-_AHEAD = 16  # pieces of one file that are asked for at a time
+_LINK = 1e9  # bytes per second of a file: hardly any link carries more for one
+_AHEAD = 2, 16  # pieces of a file that are asked for at a time, at least and at most
 
 _disks: dict[str, DiskCache] = {}  # folder in a bucket -> what keeps its bytes
 
@@ -120,11 +121,13 @@ def again(file: str, start: int, stop: int) -> bytes | None:
 
 
 def in_pieces(file: str, start: int, stop: int) -> Iterator[bytes]:
-    """A long range, in large pieces that are asked for ahead of their use."""
+    """A long range, in large pieces that are asked for ahead of their use: as many as
+    arrive while one is on its way."""
+    ahead = _store(os.path.dirname(file)).ahead
     cuts = [start, *range(start - start % PIECE + PIECE, stop, PIECE), stop]
     coming = itertools.pairwise(cuts)
     asked = collections.deque(
-        ask(file, a, b) for a, b in itertools.islice(coming, _AHEAD)
+        ask(file, a, b) for a, b in itertools.islice(coming, ahead)
     )
     while asked:
         yield answer(file, asked.popleft())
@@ -137,6 +140,7 @@ class _Store:
     def __init__(self, folder: str):
         self.folder, self._lock = folder, threading.Lock()
         self._seconds: list[float] = []
+        self.ahead = _AHEAD[0]  # pieces of a file that are asked for at a time
         self.kv = self._open(0)
 
     def read(self, name: str, byte_range: slice) -> Answer:
@@ -154,9 +158,13 @@ class _Store:
         if len(self._seconds) == _MEASURED:
             seconds = statistics.median(self._seconds)
             count = at_a_time(seconds)
-            log.info(
-                "a read from %s takes %.1f ms: up to %d go out at a time",
-                self.folder, 1e3 * seconds, count,
+            arriving = math.ceil(_LINK * seconds / PIECE)
+            self.ahead = min(max(arriving, _AHEAD[0]), _AHEAD[1])
+            say = log.info if is_remote(self.folder) else log.debug
+            say(
+                "a read from %s takes %.1f ms: up to %d go out at a time, or %d large "
+                "pieces of a file",
+                self.folder, 1e3 * seconds, count, self.ahead,
             )  # fmt: skip
             self.kv = self._open(count)
         return reading

@@ -19,7 +19,7 @@ import numpy as np
 from vit_jax.config import DataConfig
 from vit_jax.data import classes, imagenet, split_files, tar_index
 from vit_jax.data.examples import Dataset, Split
-from vit_jax.data.storage import answer, ask, binary
+from vit_jax.data.storage import answer, ask, binary, in_pieces
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 
@@ -116,10 +116,16 @@ class Tars(split_files.Listed):
         self, file: int, begin: int, stop: int
     ) -> Iterator[split_files.Numbered]:
         first = int(self.starts[file])
-        with binary(self.files[file]) as stream:
-            for i in range(first + begin, first + stop):
-                stream.seek(int(self._begin[i]))
-                yield i, self._checked(i, stream.read(int(self._size[i])))
+        chosen = slice(first + begin, first + stop)
+        start = self._begin[chosen].tolist()
+        end = (self._begin[chosen] + self._size[chosen]).tolist()
+        pieces = in_pieces(self.files[file], start[0], end[-1]) if start else iter(())
+        held, at = b"", start[0] if start else 0  # bytes of the file from ``at`` on
+        for i, (a, b) in enumerate(zip(start, end, strict=True), first + begin):
+            while at + len(held) < b and (piece := next(pieces, b"")):
+                cut = min(a - at, len(held))  # what lies between is not kept
+                held, at = held[cut:] + piece, at + cut
+            yield i, self._checked(i, held[a - at : b - at])
 
     def _ask(self, file: int, index: int) -> Any:
         start = int(self._begin[index])

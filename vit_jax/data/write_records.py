@@ -72,12 +72,7 @@ def write(
     """
     if format not in FORMATS:
         raise UserError(f"--format is {format!r}: choose one of {list(FORMATS)}")
-    kind, _, rest = source.partition(":")
-    if kind not in sources.SOURCES:
-        kind, rest = "folder", source
-    where = "name" if kind == "tfds" else "path"
-    options: dict[str, Any] = {"source": kind, where: rest}
-    cfg = DataConfig(**options)
+    cfg = sources.named(source) or DataConfig(source="folder", path=source)
     if workers < 0:
         raise UserError(f"--workers is {workers}: it must be at least 0 (one per CPU)")
     if not 0 <= process_id < num_processes:

@@ -94,7 +94,8 @@ def load(
 
     Args:
       source: npz, safetensors or msgpack file; Hugging Face folder; workdir or Orbax
-        checkpoint of this project; local or remote; ``file.npz:img`` names a subtree.
+        checkpoint of this project; local or remote; ``file.npz:img`` names a subtree,
+        ``file.pth:heads=12`` says what the arrays do not show.
       image_size: side, or (height, width), to resize the position embeddings to.
       resize: the rule for that, of ``positions.RULES``; "": the family's own.
       **overrides: of ``ModelConfig``, where they change no array: ``dtype``,
@@ -162,10 +163,10 @@ def load_for_training(source: str | Path, cfg: ModelConfig) -> dict[str, Any]:
       UserError: naming each field in which the file contradicts the config.
     """
     cfg = models.resolve(cfg)
-    opened = sources.open_source(catalogue.resolve(str(source)))
-    with opened as (contents, tree):
+    where, said = _parsed(source)
+    with sources.open_source(where) as (contents, tree):
         report = Report(contents.where)
-        asked = {field: getattr(cfg, field) for field in ("heads", "map_heads")}
+        asked = {field: getattr(cfg, field) for field in ("heads", "map_heads")} | said
         arrays, facts, about = understand(contents, tree, asked, report)
         stored = infer.infer(arrays, facts, (0, 0))
         for line in _contradictions(stored, cfg, facts):
@@ -220,8 +221,9 @@ def model_config(
     Raises:
       UserError: naming everything that is wrong with the file.
     """
-    overrides = _checked(overrides)
-    with sources.open_source(catalogue.resolve(str(source))) as (contents, tree):
+    where, said = _parsed(source)
+    overrides = _checked(said | overrides)
+    with sources.open_source(where) as (contents, tree):
         report = Report(contents.where)
         arrays, facts, _ = understand(contents, tree, overrides, report)
         stored = infer.infer(arrays, facts, _pair(image_size or 0))
@@ -236,7 +238,7 @@ def read(source: str | Path, image_size: Size = None, **overrides: Any) -> Check
 
 def read_metadata(source: str | Path) -> Metadata:
     """Class names and preprocessing, without the weights where they lie beside them."""
-    return metadata_of(catalogue.resolve(str(source)))
+    return metadata_of(_parsed(source)[0])
 
 
 def save(
@@ -279,13 +281,14 @@ def _read(
     size = _pair(
         image_size if image_size is not None else overrides.pop("image_size", 0)
     )
-    overrides = _checked(overrides)
+    where, said = _parsed(source)
+    overrides = _checked(said | overrides)
     if resize:
         config.choose("resize", resize, dict.fromkeys(positions.RULES))
     asked = {k: v for k, v in overrides.items() if k in infer.ASKABLE}
     if new_head:  # what belongs to the head may be another than in the file
         asked = {k: v for k, v in asked.items() if k in _TAKEN}
-    with sources.open_source(catalogue.resolve(str(source))) as (contents, tree):
+    with sources.open_source(where) as (contents, tree):
         report = Report(contents.where)
         arrays, facts, about = understand(contents, tree, asked, report)
         stored = infer.infer(arrays, facts, size)
@@ -312,11 +315,21 @@ def _read(
     if new_head:
         about = dataclasses.replace(about, class_names=())
     elif about.class_names and len(about.class_names) != wanted.num_classes:
-        report.warn(
-            f"ignored: {len(about.class_names)} class names for {wanted.num_classes} classes"
-        )
+        line = f"{len(about.class_names)} class names for {wanted.num_classes} classes"
+        if wanted.num_classes:
+            report.problem(line)
+            report.check()
+        report.warn(f"ignored: {line}")
         about = dataclasses.replace(about, class_names=())
     return Checkpoint(wanted, params, about, report)
+
+
+def _parsed(source: str | Path) -> tuple[str, dict[str, Any]]:
+    """Where a source is, and what is said beside it: ``clip.pt:heads=12``."""
+    name, _, heads = str(source).rpartition(":heads=")
+    if name and heads.isdecimal():
+        return catalogue.resolve(name), {"heads": int(heads)}
+    return catalogue.resolve(str(source)), {}
 
 
 def _checked(overrides: dict[str, Any]) -> dict[str, Any]:

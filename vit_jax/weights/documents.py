@@ -5,7 +5,7 @@ Only what is stated is returned: fields of ``ModelConfig``, class names, preproc
 What follows from the arrays or has to be assumed is not decided here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from vit_jax import config
@@ -201,16 +201,20 @@ def _edges(size: Any) -> dict[str, int]:
 
 
 def to_transformers(
-    cfg: config.ModelConfig, about: Metadata, family: Family
+    cfg: config.ModelConfig, about: Metadata, family: Family, names: Collection[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``config.json`` and ``preprocessor_config.json`` of a folder."""
+    """``config.json`` and ``preprocessor_config.json`` of a folder with arrays of these
+    names."""
     hub = family.hub
     assert hub is not None
+    architecture = hub.classifier if cfg.num_classes else hub.plain
+    if cfg.distillation == "head":
+        architecture += "WithTeacher"
     height, width = cfg.image_size
     size = height if height == width else [height, width]
     rms = "rms_norm_eps" if cfg.norm == "rms" else "layer_norm_eps"
     values: dict[str, Any] = {
-        "architectures": [hub.classifier if cfg.num_classes else hub.plain],
+        "architectures": [architecture],
         "model_type": hub.kinds[0],
         "dtype": "float32",
         "hidden_act": {"exact": "gelu", "tanh": "gelu_pytorch_tanh"}.get(
@@ -225,7 +229,10 @@ def to_transformers(
         "num_hidden_layers": cfg.depth,
         "patch_size": cfg.patch,
     }
-    values |= _extra(cfg, family)
+    values |= _extra(cfg, family, names)
+    if cfg.num_classes and hub.kinds[0].startswith("siglip"):  # has no flat config
+        outer = {"architectures": values.pop("architectures"), "dtype": "float32"}
+        values = {**outer, "model_type": hub.kinds[1], "vision_config": values}
     if hub.classifier.startswith("CLIP") or hub.classifier == "":
         values["projection_dim"] = cfg.num_classes or 512
     elif cfg.num_classes:
@@ -237,15 +244,19 @@ def to_transformers(
     return values, _to_processor(cfg, about, hub.processor)
 
 
-def _extra(cfg: config.ModelConfig, family: Family) -> dict[str, Any]:
+def _extra(
+    cfg: config.ModelConfig, family: Family, names: Collection[str]
+) -> dict[str, Any]:
     """What only some families have in their config.json."""
+    has = lambda *ends: any(name.endswith(ends) for name in names)
+    qkv_bias = has("query.bias", "q_proj.bias")
     gated, kind = cfg.mlp != "gelu", family.hub.kinds[0] if family.hub else ""
     if kind.startswith("dinov2"):
         ratio = (cfg.mlp_dim * 1.5 if gated else cfg.mlp_dim) / cfg.width
         extra: dict[str, Any] = {
             "mlp_ratio": int(ratio) if ratio == int(ratio) else ratio,
             "use_swiglu_ffn": gated,
-            "qkv_bias": True,
+            "qkv_bias": qkv_bias,
             "layerscale_value": 1.0,
         }
         if cfg.registers:
@@ -256,7 +267,11 @@ def _extra(cfg: config.ModelConfig, family: Family) -> dict[str, Any]:
             "num_register_tokens": cfg.registers,
             "rope_theta": cfg.rope_theta or 100.0,
             "use_gated_mlp": gated,
-            "key_bias": False,
+            "query_bias": qkv_bias,
+            "key_bias": has("k_proj.bias"),
+            "value_bias": has("v_proj.bias"),
+            "proj_bias": has("o_proj.bias"),
+            "mlp_bias": has("up_proj.bias"),
             "pos_embed_rescale": 2.0,
         }
         return extra | ({"hidden_act": "silu"} if cfg.mlp == "swiglu" else {})
@@ -264,6 +279,7 @@ def _extra(cfg: config.ModelConfig, family: Family) -> dict[str, Any]:
         return {
             "use_relative_position_bias": cfg.relative_bias,
             "use_absolute_position_embeddings": cfg.positions == "learned",
+            "use_mask_token": has("mask_token"),
             "use_mean_pooling": cfg.final_norm == "pooled",
             "layer_scale_init_value": 0.1,
         }
@@ -276,8 +292,8 @@ def _extra(cfg: config.ModelConfig, family: Family) -> dict[str, Any]:
         return {
             **({"hidden_act": "silu"} if cfg.mlp == "swiglu" else {}),
             "use_head": False,
-            "qkv_bias": False,
-            "mlp_bias": False,
+            "qkv_bias": qkv_bias,
+            "mlp_bias": has("up_proj.bias"),
         }
     if kind in ("vit", "deit"):
         return {
@@ -286,7 +302,7 @@ def _extra(cfg: config.ModelConfig, family: Family) -> dict[str, Any]:
             "encoder_stride": cfg.patch,
             "pooler_act": "tanh",
             "pooler_output_size": cfg.width,
-            "qkv_bias": True,
+            "qkv_bias": qkv_bias,
         }
     return {}
 

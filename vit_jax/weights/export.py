@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,14 @@ def save(
         raise UserError("model.image_size is (0, 0): say which images the model takes")
     flat = dict(unstacked(params))
     cfg = dataclasses.replace(cfg, layers="loop")
+    new = not path.exists()
     try:
         if layout == "npz" or (layout == "own" and about.family not in BY_NAME):
             return _npz(path, cfg, flat, about)
         return _torch(path, cfg, flat, about, layout)
     except OSError as e:
+        if new:  # no half of a folder; files appear when they are complete
+            shutil.rmtree(path, ignore_errors=True)
         raise UserError(f"{path} cannot be written: {e.strerror or e}") from e
 
 
@@ -109,6 +113,9 @@ class _Layout:
         self.itself = False  # whether reading would find this family
         own = about.family == family.name
         present = frozenset(about.arrays if own else _usual(family, cfg))
+        if family.hub and family.hub.kinds[0] in ("vit", "deit"):
+            # Their classes have a mask token only if the caller asks for it.
+            present = frozenset(n for n in present if not n.endswith("mask_token"))
         names = _first(family, present)
         tower = family.tower if cfg.num_classes or family.inside else ""
         flat, self.cfg = _with_table(flat, cfg, self.reasons)
@@ -138,7 +145,8 @@ class _Layout:
         ]
         self.files: dict[str, dict[str, Any]] = {}
         if family.hub:
-            written = documents.to_transformers(self.cfg, about, family)
+            names = [name for name, _, _ in self.arrays]
+            written = documents.to_transformers(self.cfg, about, family, names)
             self.files = dict(
                 zip(("config.json", "preprocessor_config.json"), written, strict=True)
             )

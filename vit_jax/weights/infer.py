@@ -115,7 +115,8 @@ def guess_heads(
         return width // head_width
     raise UserError(
         f"{where}: no array of a torch file shows the number of attention heads, and width "
-        f"{width} is no published model's: pass heads=, or keep config.json beside it"
+        f"{width} is no published model's: pass heads= (FILE:heads=12 to a command), or keep "
+        "config.json beside it"
     )
 
 

@@ -183,8 +183,22 @@ def write(
     usual = ModelConfig()
     if any(getattr(cfg, f) != getattr(usual, f) for f in _ELSEWHERE):
         architecture, arguments = _architecture(cfg), {}
+        if cfg.map_mlp_dim:
+            arguments["attn_pool_mlp_ratio"] = cfg.map_mlp_dim / cfg.width
     else:
         architecture, arguments = _plain(cfg, shapes)
+    # timm counts gate and value together in DINOv2's class, and one of them elsewhere.
+    both = 2 if cfg.mlp != "gelu" and architecture.endswith("_dinov2") else 1
+    biases = ("qkv.bias", "q_bias", "q_proj.bias", "in_proj.bias")
+    arguments |= {
+        "patch_size": cfg.patch,
+        "in_chans": cfg.channels,
+        "embed_dim": cfg.width,
+        "depth": cfg.depth,
+        "num_heads": cfg.heads,
+        "mlp_ratio": both * cfg.mlp_dim / cfg.width,
+        "qkv_bias": any(name.endswith(biases) for name in shapes),
+    }
     size = [cfg.channels, *cfg.image_size]
     prepared: dict[str, Any] = {
         "input_size": size,
@@ -221,12 +235,6 @@ def _plain(
         architecture = "deit_base_distilled_patch16_224"
     rows, columns = (n // cfg.patch for n in cfg.image_size)
     arguments = {
-        "patch_size": cfg.patch,
-        "in_chans": cfg.channels,
-        "embed_dim": cfg.width,
-        "depth": cfg.depth,
-        "num_heads": cfg.heads,
-        "mlp_ratio": cfg.mlp_dim / cfg.width,
         "act_layer": {"exact": "gelu", "tanh": "gelu_tanh"}.get(cfg.gelu, "quick_gelu"),
         "class_token": "cls_token" in shapes,
         "reg_tokens": cfg.registers,
@@ -246,16 +254,25 @@ def _plain(
     return architecture, arguments
 
 
+# Which timm's classes take as arguments.
+_SIZES = ("width", "depth", "heads", "mlp_dim", "map_mlp_dim", "patch", "image_size")
+
+
 def _architecture(cfg: ModelConfig) -> str:
-    """The published architecture that is this model, but for images and classes."""
+    """The published architecture that is this model, but for sizes if need be."""
+    found = []
     for name, row in published.ARCHITECTURES.items():
-        fields = {f: row.get(f, getattr(ModelConfig, f)) for f in (*_ELSEWHERE, *row)}
-        fields = {k: v for k, v in fields.items() if k not in ("image_size", "gelu")}
-        if all(getattr(cfg, field) == value for field, value in fields.items()):
-            return name
-    raise UserError(
-        "no architecture of timm has these sizes and switches: write a file NAME.safetensors"
-    )
+        fields = {*_ELSEWHERE, "registers", *row} - {"image_size", "gelu"}
+        other = {
+            f for f in fields if getattr(cfg, f) != row.get(f, getattr(ModelConfig, f))
+        }
+        if other.issubset(_SIZES):
+            found.append((len(other), "_7b_" in name, name))  # 7b rounds mlp_dim up
+    if not found:
+        raise UserError(
+            "no architecture of timm has these switches: write a file NAME.safetensors"
+        )
+    return min(found)[2]
 
 
 def _prepared(cfg: ModelConfig, about: Metadata) -> dict[str, Any]:
