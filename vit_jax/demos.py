@@ -73,9 +73,16 @@ def cifar10() -> Config:
     multiply fast, trained with Muon; the rate is constant until it cools down."""
     return small(
         model=ModelConfig(
-            **{"name": "", "width": 192, "depth": 2, "mlp_dim": 384, "heads": 3},
-            **{"patch": 1, "resnet": (1,), "resnet_width": 1},
-            **{"head": "gap", "positions": "sincos2d"},
+            name="",
+            width=192,
+            depth=2,
+            mlp_dim=384,
+            heads=3,
+            patch=1,
+            resnet=(1,),
+            resnet_width=1,
+            head="gap",
+            positions="sincos2d",
         ),
         optim=OptimConfig(
             name="muon",
