@@ -7,7 +7,8 @@ supervised (default) or masked (masked patch prediction, no labels).
 
 Cost: 2,000 steps of 128 images (5 epochs), 51 TFLOPs: 26 CPU minutes. Measured: masked
 loss from ln 512 = 6.24 to 1.83 (the entropy of the patches' colours is 4.23); fine-tuned
-on MNIST it reaches 0.690 (small_finetune.py). Supervised: see cifar10.py.
+on MNIST it reaches 0.690 (small_finetune.py). Supervised: test accuracy 0.488 at step
+1,000, 0.539 at 1,500, 0.551 at the end (23 minutes).
 """
 
 from vit_jax import demos

@@ -28,7 +28,14 @@ def test_files_that_are_not_good_jpegs_are_left_out(tmp_path, caplog):
     assert [k.endswith("_cpu") for k in ratios] == [True] * 3 + [False] * 3
     assert min(found["images_per_second"].values()) > 0
     # Every kind of storage is timed, and compared with the files.
-    stored = ["tfrecord", "array_record", "shrunk_256_90", "shrunk_320_95"]
+    stored = [
+        "tfrecord",
+        "array_record",
+        "tar",
+        "parquet",
+        "shrunk_256_90",
+        "shrunk_320_95",
+    ]
     assert list(found["times_files_cpu"]) == list(found["times_files"]) == stored
     most = found["images_per_second_at_most"]
     assert list(most) == ["files", *stored]

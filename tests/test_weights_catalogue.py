@@ -30,13 +30,13 @@ def test_ids_and_cache_names_are_unique(monkeypatch, tmp_path):
 def test_every_row_is_a_model(name):
     p = CATALOGUE[name]
     cfg = vit_jax.create_model(p.model, image_size=p.image_size).cfg
-    assert cfg.depth in (12, 24, 27, 32, 40)
+    assert cfg.depth in (12, 24, 27, 32, 40, 50)
     assert all(s.startswith(("hf://", "gs://")) for s in p.sources)
     assert (p.head == "zeroed") == ("imagenet21k/" in p.file)
     assert bool(p.accuracy) == bool(p.measured_by)
     assert p.accuracy < 90.1
     assert p.classes in {"none": (0,), "zeroed": (21843,)}.get(
-        p.head, (512, 768, 1000, 21843)
+        p.head, (512, 768, 1000, 1024, 1280, 21843)
     )
     if "augreg" in p.file:
         about = catalogue.parse_name(p.file)

@@ -68,6 +68,35 @@ def small(**changes: Any) -> Config:
     return replace(cfg, **changes)
 
 
+def cifar10() -> Config:
+    """A hybrid: one residual stage, then two blocks that are wide enough for a CPU to
+    multiply fast, trained with Muon; the rate is constant until it cools down."""
+    return small(
+        model=ModelConfig(
+            name="",
+            width=192,
+            depth=2,
+            mlp_dim=384,
+            heads=3,
+            patch=1,
+            resnet=(1,),
+            resnet_width=1,
+            head="gap",
+            positions="sincos2d",
+        ),
+        optim=OptimConfig(
+            name="muon",
+            learning_rate=3e-3,
+            schedule="constant",
+            warmup=75,
+            cooldown=500,
+            weight_decay=0.1,
+            clip=1.0,
+        ),
+        steps=950,
+    )
+
+
 def small_augreg(preset: str) -> Config:
     """``small`` on 2,500 images for 80 epochs, with or without RandAugment and mixup.
 

@@ -60,7 +60,7 @@ def keep_memory() -> None:
 
     XLA for CPUs takes its buffers from malloc, and glibc returns large ones to the
     system, which clears every page anew at the next step: a third of the time of a step
-    of configs/cifar10.py. One arena, because only the main one can grow without limit.
+    of a small ViT. One arena, because only the main one can grow without limit.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's only
     if mallopt:

@@ -12,10 +12,14 @@ Pipelines over the same photographs and as many threads, timed in turns in one r
 
 import dataclasses
 import functools
+import importlib.util
+import io
 import json
 import logging
 import os
+import shutil
 import statistics
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -293,7 +297,9 @@ def _decode_only(paths: list[str], batch: int, crop: dict[str, Any]) -> Iterator
 def _stored(cfg: DataConfig, paths: list[str], scratch: Path) -> dict[str, DataConfig]:
     """The files, in one class, as training reads them from every kind of storage."""
     rows = [{"image": os.path.abspath(p), "label": 0, "split": "train"} for p in paths]
-    rows.append(rows[0] | {"split": "test"})
+    # Another file: a test image that is trained on would be pointed out.
+    tested = shutil.copy(paths[0], str(scratch / "test.jpg"))
+    rows.append({"image": tested, "label": 0, "split": "test"})
     manifest = scratch / "images.jsonl"
     manifest.write_text("\n".join(json.dumps(row) for row in rows))
     files = DataConfig(
@@ -306,15 +312,42 @@ def _stored(cfg: DataConfig, paths: list[str], scratch: Path) -> dict[str, DataC
     )
     stored = {"files": files}
 
-    def write(name: str, **options: Any) -> None:
-        path = str(scratch / name)
-        write_records.write(str(manifest), path, split="train", **options)
+    def add(name: str, source: Any) -> str:
+        (scratch / name).mkdir()
         stored[name] = dataclasses.replace(
-            files, source="records", path=path, test_split="train"
+            files, source=source, path=str(scratch / name), test_split="train"
         )
+        return stored[name].path
 
     for format in FORMATS:
-        write(format, format=format)
+        folder = add(format, "records")
+        write_records.write(str(manifest), folder, split="train", format=format)
+    _write_tar(paths, os.path.join(add("tar", "tar"), "train.tar"))
+    if importlib.util.find_spec("pyarrow"):
+        _write_parquet(paths, os.path.join(add("parquet", "parquet"), "train.parquet"))
     for side, quality in SHRUNK:
-        write(f"shrunk_{side}_{quality}", shorter_side=side, quality=quality)
+        folder = add(f"shrunk_{side}_{quality}", "records")
+        write_records.write(
+            str(manifest), folder, split="train", shorter_side=side, quality=quality
+        )
     return stored
+
+
+def _write_tar(paths: list[str], file: str) -> None:
+    """The files as a shard of WebDataset."""
+    with tarfile.open(file, "w") as tar:
+        for i, path in enumerate(paths):
+            tar.add(path, f"{i:06d}.jpg")
+            label = tarfile.TarInfo(f"{i:06d}.cls")
+            label.size = 1
+            tar.addfile(label, io.BytesIO(b"0"))
+
+
+def _write_parquet(paths: list[str], file: str) -> None:
+    """The files as Hugging Face stores them."""
+    import pyarrow
+    from pyarrow import parquet
+
+    images = [{"bytes": Path(p).read_bytes(), "path": p} for p in paths]
+    table = pyarrow.table({"image": images, "label": [0] * len(paths)})
+    parquet.write_table(table, file, row_group_size=100)

@@ -331,7 +331,8 @@ def _writer(file: str, format: str) -> Any:
                 "--format=array_record needs the package array_record: pip install "
                 "array_record, or use --format=tfrecord"
             ) from e
-        return ArrayRecordWriter(file, "group_size:1")  # one seek per random read
+        # One seek per random read; images are compressed already.
+        return ArrayRecordWriter(file, "group_size:1,uncompressed")
     return tf.io.TFRecordWriter(file)
 
 
