@@ -297,10 +297,10 @@ def test_a_bad_example_costs_its_own_decoding(tmp_path, monkeypatch):
         monkeypatch.setattr(graph.Maker, name, counted)
     stream = data.train_batches(cfg, batch=32, seed=0)
     take(stream, 6)
-    # The group's eight and what stands in for the bad one, in each of the steps that had
-    # been begun when it was met; nothing later.
+    # The group's eight, and what stands in for the bad one where it was not known yet, in
+    # each of the at most three steps that had been begun when it was met; nothing later.
     found = calls["alone"]
-    assert found in (9, 18, 27)
+    assert 9 <= found <= 27
     take(stream, 6)
     assert calls["alone"] == found
     assert calls["group"] >= 48

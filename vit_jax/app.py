@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A page for the browser: drop a photo, see its classes and what the model attends to.
 
-    vit-jax app SOURCE [--images=FOLDER|vectors.npz] [--port=7860]
+    python -m vit_jax.app SOURCE [--images=FOLDER|vectors.npz] [--port=7860]
 
 SOURCE is anything that ``vit_jax.load`` takes. With ``--images`` the page also shows
 which images of a folder, or of a file that ``vit-jax embed`` wrote, are nearest. Only

@@ -100,6 +100,9 @@ class Peers:
         """From now on, ends this process when another one fails or is gone."""
         for i, peer in self._sockets.items():
             peer.settimeout(QUIET)
+            # Otherwise the last line may wait for the one before to be acknowledged, and
+            # is dropped if this process ends meanwhile.
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             reader = threading.Thread(target=self._hear, args=(i, peer), daemon=True)
             self._readers.append(reader)
         for thread in (
