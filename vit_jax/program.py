@@ -166,6 +166,8 @@ def build(
     Raises:
       UserError: a config that contradicts itself, the data or the number of devices.
     """
+    # Long, because it is the one place where everything meets, in the order in which it
+    # is needed.
     cfg, info = _complete(config.checked(cfg), info)
     hints = objectives.check(cfg, bool(info and info.multilabel))
     evaluators.check(cfg)
