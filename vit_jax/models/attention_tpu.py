@@ -324,7 +324,9 @@ def _exp(kernel: Kernel, x: jax.Array) -> jax.Array:
 
 def _reciprocal(x: jax.Array) -> jax.Array:
     """1 / x to the last bits: the hardware's estimate and one step of Newton's method."""
-    r = pl.reciprocal(x, approx=True)
+    # It moved to the second in jax 0.12.
+    find = getattr(pltpu, "reciprocal", None) or pl.reciprocal
+    r = find(x, approx=True)
     return r * (2.0 - x * r)
 
 
