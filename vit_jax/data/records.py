@@ -44,6 +44,7 @@ from vit_jax.data.shards import (
     open_array_record,
     scan,
 )
+from vit_jax.data.split_files import check_whole
 from vit_jax.data.storage import is_remote, keep_on_disk, names, whole
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
@@ -252,14 +253,7 @@ def _without_index(cfg: DataConfig, files: list[str]) -> Index:
             "are: set config.data.num_classes, or write the data again with python "
             "-m vit_jax.data.write_records"
         )
-    totals = {int(m[1]) for f in files if (m := _OF.search(os.path.basename(f)))}
-    if totals and totals != {len(files)}:
-        raise UserError(
-            f"{os.path.dirname(files[0])} holds {len(files)} shards such as "
-            f"{os.path.basename(files[0])}, but their names say that there are "
-            f"{' or '.join(str(t) for t in sorted(totals))}: copy those that are "
-            "missing, or remove what is left of another set"
-        )
+    check_whole(files, _OF)
     offsets: dict[str, np.ndarray] = {}
     array = "array" in os.path.basename(files[0])
     if array:

@@ -107,9 +107,10 @@ def _split_of(path: str) -> str:
     return before if _OF.search(stem) and before else splits.TRAIN[0]
 
 
-def check_whole(files: Sequence[str]) -> None:
-    """Raises UserError where names such as ``train-00001-of-00064`` count other files."""
-    totals = {int(m[1]) for f in files if (m := _OF.search(os.path.basename(f)))}
+def check_whole(files: Sequence[str], total: re.Pattern[str] = _OF) -> None:
+    """Raises UserError where names such as ``train-00001-of-00064`` count other files;
+    ``total``: what finds the 64 in a name."""
+    totals = {int(m[1]) for f in files if (m := total.search(os.path.basename(f)))}
     if totals and totals != {len(files)}:
         raise UserError(
             f"{os.path.dirname(files[0])} holds {len(files)} shards such as "
