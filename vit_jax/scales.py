@@ -85,9 +85,9 @@ STAND_INS: dict[str, dict[str, tuple[int, int, int, int, int, tuple[int, ...]]]]
 }  # fmt: skip
 IMAGE_SIZE = {"tiny": 16, "small": 32}
 # Of a run of pre-training: steps, images per step, and images to choose from.
-BUDGET = {"tiny": (200, 32, 4_000), "small": (4_000, 128, 0)}
+BUDGET = {"tiny": (600, 32, 4_000), "small": (4_000, 128, 0)}
 # Of one of fine-tuning.
-FINETUNING = {"tiny": (50, 32, 1_000), "small": (500, 128, 1_000)}
+FINETUNING = {"tiny": (120, 32, 1_000), "small": (500, 128, 1_000)}
 FEWSHOT = {"type": "fewshot", "datasets": ("imagenet",), "shots": (5,)}
 CLASSES = {"imagenet": 1000, "cifar10": 10, "cifar100": 100}
 
