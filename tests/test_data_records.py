@@ -240,15 +240,15 @@ def test_images_that_cannot_be_decoded_are_listed_and_left_out(tmp_path, capsys)
 
 
 class Patient:
-    """Stands for a store whose reads take long: records how many are under way."""
+    """Stands for a mounted file system: records how many reads are under way."""
 
-    def __init__(self, store):
-        self.store, self.begun, self.most = store, 0, 0
+    def __init__(self, kv):
+        self.kv, self.begun, self.most = kv, 0, 0
 
     def read(self, name, byte_range):
         self.begun += 1
         self.most = max(self.most, self.begun)
-        return Answer(self, self.store.read(name, byte_range))
+        return Answer(self, self.kv.read(name, byte_range=byte_range))
 
 
 class Answer:
@@ -260,20 +260,25 @@ class Answer:
         return self.reading.result()
 
 
-def test_the_records_of_a_batch_are_asked_for_together(written, monkeypatch):
-    """However long a read takes, a batch waits for one: exact ranges, all at once."""
-    split = sources.load(config(written["tfrecord"])).train
+@pytest.mark.parametrize("format", FORMATS)
+def test_once_a_disk_is_slow_a_batch_is_asked_for_together(
+    format, written, tmp_path, monkeypatch
+):
+    """A local one is read without other threads; on a slow one a batch waits for one
+    read, however long that takes."""
+    folder = copy_of(written[format], tmp_path)
+    split = sources.load(config(folder)).train
     before = split.read(np.arange(10))
-    real, stores = storage._store, []
-
-    def patient(folder):
-        stores.append(Patient(real(folder)))
-        return stores[0]
-
-    monkeypatch.setattr(storage, "_store", patient)
+    store = storage._store(str(folder))
+    assert store.at_once
+    monkeypatch.setattr(storage, "_LATE", -1.0)  # every read is late
+    split.read(np.arange(10))
+    assert not store.at_once
+    split.read(np.arange(10))  # the first ones are timed
+    store.kv = Patient(store.kv)
     after = split.read(np.arange(10))
-    assert stores[0].most == 10
     assert after[0] == before[0]
+    assert store.kv.most == (10 if format == "tfrecord" else 0)
 
 
 def test_shards_without_an_index_are_scanned_once(tmp_path, monkeypatch):

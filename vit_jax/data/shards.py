@@ -27,9 +27,12 @@ from vit_jax.data.storage import (
     again,
     answer,
     ask,
+    at_once,
+    in_order,
     in_pieces,
     is_remote,
     tail,
+    timed,
     whole,
 )
 from vit_jax.data.tensorflow_cpu import tf
@@ -120,7 +123,8 @@ class Shards(Files):
         read = self._array_records if self.format == ARRAY_RECORD else self._start
         within = [[numbers[row] for row in rows] for rows in wanted.values()]
         result: list[Any] = [DAMAGED] * len(index)
-        found = self._pool.map(read, wanted, within)
+        each = map if at_once(self.files[0]) else self._pool.map
+        found = each(read, wanted, within)
         for rows, records in zip(wanted.values(), found, strict=True):
             for row, record in zip(rows, records, strict=True):
                 result[row] = record
@@ -201,15 +205,10 @@ class Shards(Files):
             )
 
     def _tfrecords(self, shard: int, begin: int, stop: int) -> Iterator[Record]:
-        offsets = self._offsets(shard)
-        pieces = in_pieces(self.files[shard], int(offsets[begin]), int(offsets[stop]))
-        held, at = b"", int(offsets[begin])  # bytes of the file from ``at`` on
-        for number in range(begin, stop):
-            first, end = int(offsets[number]), int(offsets[number + 1])
-            while at + len(held) < end and (piece := next(pieces, b"")):
-                held, at = held[first - at :] + piece, first
-            # A view: a record that is cut out of its piece takes memory of its own.
-            frame = memoryview(held)[first - at : end - at]
+        offsets = self._offsets(shard)[begin : stop + 1].tolist()
+        frames = in_order(self.files[shard], offsets[:-1], offsets[1:])
+        for number, frame in enumerate(frames, begin):
+            first, end = offsets[number - begin : number - begin + 2]
             yield self._checked(shard, number, first, end, frame)
 
     def _start(self, shard: int, within: list[int]) -> list[Any]:
@@ -261,11 +260,15 @@ class Shards(Files):
         return record
 
     def _array_records(self, shard: int, within: list[int]) -> list[Record]:
-        reader = self._reader(shard)
-        try:
-            return reader.read(within)
-        except RuntimeError:  # one of them is damaged
-            return [array_record(reader, i) for i in within]
+        reader, file = self._reader(shard), self.files[shard]
+        records = []
+        with contextlib.suppress(RuntimeError):  # one of them is damaged
+            if not at_once(file):
+                return reader.read(within)
+        for i in within:
+            with timed(file):
+                records.append(array_record(reader, i))
+        return records
 
     def _load_offsets(self, shard: int) -> np.ndarray:
         file = self.files[shard]

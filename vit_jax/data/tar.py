@@ -19,7 +19,7 @@ import numpy as np
 from vit_jax.config import DataConfig
 from vit_jax.data import classes, imagenet, split_files, tar_index
 from vit_jax.data.examples import Dataset, Split
-from vit_jax.data.storage import answer, ask, binary, in_pieces
+from vit_jax.data.storage import answer, ask, binary, in_order
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 
@@ -117,15 +117,10 @@ class Tars(split_files.Listed):
     ) -> Iterator[split_files.Numbered]:
         first = int(self.starts[file])
         chosen = slice(first + begin, first + stop)
-        start = self._begin[chosen].tolist()
-        end = (self._begin[chosen] + self._size[chosen]).tolist()
-        pieces = in_pieces(self.files[file], start[0], end[-1]) if start else iter(())
-        held, at = b"", start[0] if start else 0  # bytes of the file from ``at`` on
-        for i, (a, b) in enumerate(zip(start, end, strict=True), first + begin):
-            while at + len(held) < b and (piece := next(pieces, b"")):
-                cut = min(a - at, len(held))  # what lies between is not kept
-                held, at = held[cut:] + piece, at + cut
-            yield i, self._checked(i, held[a - at : b - at])
+        start, size = self._begin[chosen], self._size[chosen]
+        found = in_order(self.files[file], start.tolist(), (start + size).tolist())
+        for i, content in enumerate(found, first + begin):
+            yield i, self._checked(i, bytes(content))
 
     def _ask(self, file: int, index: int) -> Any:
         start = int(self._begin[index])
