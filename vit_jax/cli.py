@@ -46,6 +46,9 @@ EXTRAS = {
     "wandb": "wandb",
 }
 
+# It warns where the home folder cannot be written, and works all the same.
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
 # The arguments of a command that was asked what it does.
 HELP = ["--help"]
 
