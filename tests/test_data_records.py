@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 
+import data_files
 import numpy as np
 import pytest
 from data_files import encoded, picture, take, write_folder
@@ -24,7 +25,6 @@ from vit_jax.data import (
     storage,
     write_records,
 )
-from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 from vit_jax.workdir import read_metrics
 
@@ -296,37 +296,6 @@ def test_shards_without_an_index_are_scanned_once(tmp_path, monkeypatch):
     assert len(scanned) == len(set(scanned)) == 2
 
 
-def sequential_batches(tmp_path, size, batch, **options):
-    """Numbers of the records in each batch of the first epoch."""
-    files = shards.Shards((str(tmp_path / "x"),), (size,), "tfrecord")
-    reader = sequential.TrainReader(
-        files, lambda record: (record, np.zeros(1, np.int32)), options.get("buffer", 0),
-        np.arange(batch), batch, 0,
-    )  # fmt: skip
-    return np.stack([reader.draw(i, {}).index for i in range(size // batch)])
-
-
-def test_sequential_reads_are_shuffled_over_sixteen_batches(tmp_path, monkeypatch):
-    """The share of neighbours in the file that meet in a batch: 1/16 of what it would be
-    if each batch were read in order, and not more than twice the uniform share where 16
-    batches are all there is."""
-    monkeypatch.setattr(
-        sequential,
-        "in_sequence",
-        lambda s, low, high: ((i, b"") for i in range(low, high)),
-    )
-    size, batch = 65_536, 4_096
-
-    def met(**options):
-        index = sequential_batches(tmp_path, size, batch, **options)
-        of = np.empty(size, int)
-        of[index.reshape(-1)] = np.repeat(np.arange(size // batch), batch)
-        return (of[1:] == of[:-1]).mean()
-
-    assert met() < 0.08  # uniform: 1/16 = 0.0625
-    assert met(buffer=8192) > 0.4  # what the default was
-
-
 def test_shards_sorted_by_class_are_pointed_out(tmp_path, caplog):
     write_tfrecord(tmp_path / "train.tfrecord", [[0]] * 20 + [[1]] * 20)
     write_tfrecord(tmp_path / "test.tfrecord", [[0]])
@@ -503,18 +472,10 @@ def test_shards_that_are_wrong_without_an_index(change, message, written, tmp_pa
         data.describe(config(copy, num_classes=2))
 
 
-def write_tfrecord(file, rows, image_key="image", label_key="label"):
-    with tf.io.TFRecordWriter(str(file)) as writer:
-        for i, labels in enumerate(rows):
-            image = tf.train.BytesList(value=[encoded(picture(i))])
-            features = {
-                image_key: tf.train.Feature(bytes_list=image),
-                label_key: tf.train.Feature(
-                    int64_list=tf.train.Int64List(value=labels)
-                ),
-            }
-            example = tf.train.Example(features=tf.train.Features(feature=features))
-            writer.write(example.SerializeToString())
+def write_tfrecord(file, labels):
+    return data_files.write_tfrecord(
+        file, [(encoded(picture(i)), found) for i, found in enumerate(labels)]
+    )
 
 
 def test_records_that_somebody_else_wrote(tmp_path):

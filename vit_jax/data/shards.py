@@ -28,9 +28,8 @@ from vit_jax.data.storage import (
     answer,
     ask,
     at_once,
+    binary,
     in_order,
-    in_pieces,
-    is_remote,
     tail,
     timed,
     whole,
@@ -317,7 +316,7 @@ def scan(file: str) -> np.ndarray:
     """
     size = tf.io.gfile.stat(file).length
     offsets, at = [0], 0
-    with _Pieces(file, size) if is_remote(file) else open(file, "rb") as stream:
+    with binary(file) as stream:
         while at < size:
             stream.seek(at)
             header = stream.read(HEADER)
@@ -331,25 +330,6 @@ def scan(file: str) -> np.ndarray:
                 )
             offsets.append(at)
     return np.array(offsets, np.int64)
-
-
-class _Pieces(contextlib.nullcontext):
-    """A remote file, read from front to back."""
-
-    def __init__(self, file: str, size: int):
-        super().__init__(self)
-        self._pieces, self._held, self._at = in_pieces(file, 0, size), b"", 0
-
-    def seek(self, at: int) -> None:
-        while at > self._at + len(self._held):
-            self._at += len(self._held)
-            self._held = next(self._pieces)
-        self._held, self._at = self._held[at - self._at :], at
-
-    def read(self, count: int) -> bytes:
-        while len(self._held) < count and (piece := next(self._pieces, b"")):
-            self._held += piece
-        return self._held[:count]
 
 
 _AT_RANDOM = "readahead_buffer_size:0,max_parallelism:0"

@@ -11,6 +11,7 @@ do.
 import collections
 import contextlib
 import functools
+import io
 import itertools
 import logging
 import math
@@ -46,8 +47,10 @@ def is_remote(path: str) -> bool:
 
 
 def binary(file: str) -> Any:
-    """A stream of bytes, local or remote."""
-    return tf.io.gfile.GFile(file, "rb") if is_remote(file) else open(file, "rb")
+    """A stream of bytes, local or remote; large pieces of a remote file are read ahead."""
+    return (
+        io.BufferedReader(Remote(file), PIECE) if is_remote(file) else open(file, "rb")
+    )
 
 
 def names(folder: str) -> list[str]:
@@ -142,7 +145,7 @@ def in_pieces(file: str, start: int, stop: int) -> Iterator[bytes]:
     arrive while one is on its way."""
     ahead = _store(os.path.dirname(file)).ahead
     cuts = [start, *range(start - start % PIECE + PIECE, stop, PIECE), stop]
-    coming = itertools.pairwise(cuts)
+    coming = itertools.pairwise(cuts if start < stop else ())
     asked = collections.deque(
         ask(file, a, b) for a, b in itertools.islice(coming, ahead)
     )
@@ -166,6 +169,33 @@ def in_order(
             at, piece = at + len(piece), memoryview(found)
             parts.append(piece[max(0, a - at) : b - at])
         yield parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+
+
+class Remote(io.RawIOBase):
+    """A file of a bucket, with what Arrow and ``io.BufferedReader`` ask of a file."""
+
+    def __init__(self, file: str):
+        super().__init__()
+        self._file, self._at = file, 0
+        self._size = tf.io.gfile.stat(file).length
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}
+        self._at = start[whence] + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._at + len(buffer), self._size)
+        found = b"".join(in_pieces(self._file, self._at, stop))
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)
 
 
 class _Store:

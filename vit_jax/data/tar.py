@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.config import DataConfig
-from vit_jax.data import classes, imagenet, split_files, tar_index
+from vit_jax.data import classes, hub_sets, imagenet, split_files, tar_index
 from vit_jax.data.examples import Dataset, Split
 from vit_jax.data.storage import answer, ask, binary, in_order
 from vit_jax.data.tensorflow_cpu import tf
@@ -30,22 +30,26 @@ _TOGETHER = 16  # files whose headers are read at the same time
 
 def load(cfg: DataConfig) -> Dataset:
     """The data set of the tar files under ``cfg.path``."""
-    root, files = split_files.find(cfg, *_ENDINGS)
-    if archive := next((f for f in files if os.path.basename(f) == imagenet.TRAIN), ""):
-        return _archives(cfg, os.path.dirname(archive))
-    known = split_files.by_split(root, files)
-    opened = functools.cache(lambda name: Tars(known[name], tar_index.webdataset))
-    train = opened(split_files.train_name(cfg, known, root))
+    if cfg.path.startswith("hf://"):
+        found = hub_sets.find(cfg, *_ENDINGS)
+    else:
+        root, files = split_files.find(cfg, *_ENDINGS)
+        archive = next((f for f in files if os.path.basename(f) == imagenet.TRAIN), "")
+        if archive:
+            return _archives(cfg, os.path.dirname(archive))
+        found = hub_sets.Found(root, split_files.by_split(root, files))
+    opened = functools.cache(lambda name: Tars(found.files(name), tar_index.webdataset))
+    train = opened(split_files.train_name(cfg, found.splits, found.root))
     spelled = classes.places(train.labels, train.name)
-    names = classes.names(cfg, spelled, len(train), root)
+    names = classes.names(cfg, spelled, len(train), found.root)
     indices = {name: i for i, name in enumerate(names)}
 
     def read(name: str, choosing: bool) -> Split:
-        found = opened(name)
-        labels = classes.numbers(found.labels, indices, found.name)
-        return split_files.split(cfg, found, labels, choosing)
+        images = opened(name)
+        labels = classes.numbers(images.labels, indices, images.name)
+        return split_files.split(cfg, images, labels, choosing)
 
-    return split_files.dataset(cfg, known, root, read, names)
+    return split_files.dataset(cfg, found.splits, found.root, read, names)
 
 
 def _archives(cfg: DataConfig, root: str) -> Dataset:
