@@ -81,6 +81,7 @@ def plan(cfg: Config, target: Topology) -> dict[str, Any]:
         lowered = program.train_step.lower(program.state_shape, program.batch_shape)
         compiled = tpu.compile(lowered, target)
     result["compile_seconds"] = compiled.seconds
+    memory: dict[str, Any]
     if compiled.problem:
         memory, times = _too_large(compiled, state, target.chip)
     else:
@@ -115,17 +116,17 @@ def _measured(
     state: dict[str, int],
     target: Topology,
     model_flops: float,
-) -> tuple[dict[str, float], dict[str, Any]]:
+) -> tuple[dict[str, int], dict[str, Any]]:
     """Bytes per chip by kind, given those of the ``state``, and times."""
     batch = compiled.arguments - sum(state.values())
     cost = hlo.cost(compiled.text, len(target.devices))
     model = program.model.cfg
     found = kernels(cost, target.chip, model.width // max(model.heads, 1))
-    times = speed(cost, found, program, target)
-    return state | {"batch": batch, "activations": compiled.temporaries}, {
+    memory = state | {"batch": batch, "activations": compiled.temporaries}
+    return memory, {
         "program_gib": compiled.code / GIB,
         "compiled_tflops_per_chip": (cost.flops + found.flops) / 1e12,
-        **times,
+        **speed(cost, found, target.chip, model_flops, program.cfg, target.devices),
     }
 
 
