@@ -118,6 +118,12 @@ class _Layout:
             present = frozenset(n for n in present if not n.endswith("mask_token"))
         names = _first(family, present)
         tower = family.tower if cfg.num_classes or family.inside else ""
+        if cfg.num_classes and family.hub and not family.hub.classifier:
+            self.reasons.append("its class has no head")
+        if "pool_k" in names:
+            usual = roles.only_attention(cfg.width, cfg.map_heads or cfg.heads)
+            same = lambda n, x: n in usual and np.array_equal(x, usual[n])
+            flat = {n: x for n, x in flat.items() if not same(n, x)}
         flat, self.cfg = _with_table(flat, cfg, self.reasons)
         rows = infer.positioned_tokens(cfg)
         if OF_REGISTERS in present:
@@ -173,8 +179,9 @@ class _Layout:
             if not self.itself:
                 self.reasons.append(f"it would be taken for {taken}")
                 return
-            found, facts, _ = understand(contents, "", {}, report)
-            back = infer.infer(found, facts, self.cfg.image_size)
+            size = self.cfg.image_size
+            found, facts, _ = understand(contents, "", {}, report, size)
+            back = infer.infer(found, facts)
             report.check()
         except UserError as e:
             self.reasons.append(str(e))
