@@ -33,7 +33,7 @@ _UNUSED = {
     r"(^|\.)(text_model|text|transformer|token_embedding|ln_final|text_projection)\b": (
         "the text encoder"
     ),
-    r"^(module\.)?positional_embedding$": "the text encoder",
+    r"(^|\.)positional_embedding$": "the text encoder",
     r"(^|\.)logit_(scale|bias)$": "the loss of image and text",
     r"(input_resolution|context_length|vocab_size)$": "the text encoder",
     r"relative_position_index$|position_ids$|num_batches_tracked$": "counters",

@@ -116,8 +116,8 @@ def read(values: dict[str, Any], where: str, roles: Collection[str] = ()) -> Met
     pool = arguments.get("global_pool", values.get("global_pool"))
     if pool is not None:
         model["head"] = config.choose("global_pool in config.json", str(pool), POOLS)
-    takes_all = re.match("vit_pe_|test_vit3", architecture) is not None
-    takes_all = arguments.get("pool_include_prefix", takes_all)
+    usual = pool == "map" and re.match("vit_pe_|test_vit3", architecture) is not None
+    takes_all = arguments.get("pool_include_prefix", usual)
     misfit = pool == "avg" if takes_all else "probe" in roles
     if misfit and not {"cls", "registers"}.isdisjoint(roles):
         raise UserError(

@@ -64,7 +64,8 @@ def understand(
     about, found = describe(contents)
     family = found.family
     facts = Facts(about.model, asked, family.model, report, size)
-    if "input_resolution" in contents.arrays and not contents.files:
+    numbers = {name.rpartition(".")[2] for name in contents.arrays}
+    if "input_resolution" in numbers and not contents.files:
         facts.stated["gelu"] = "quick"  # only OpenAI's own files have these numbers
     sizes = _sizes(found, contents, facts, report)
     arrays, names = recognise.convert(found, contents.arrays, sizes, report)
