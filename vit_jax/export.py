@@ -349,13 +349,15 @@ def _write_beside(program: Program, path: Path) -> None:
 def _complete_or_absent(path: Path) -> Iterator[Path]:
     """A place to write ``path``, and what stands beside it, from where both are moved
     once they are complete."""
-    with tempfile.TemporaryDirectory(dir=path.resolve().parent, prefix=".export") as d:
-        try:
+    try:
+        with tempfile.TemporaryDirectory(
+            dir=path.resolve().parent, prefix=".export"
+        ) as d:
             yield Path(d, path.name)
             for made in Path(d).iterdir():
                 os.replace(made, path.parent / made.name)
-        except OSError as e:
-            raise UserError(f"{path} cannot be written: {e.strerror or e}") from e
+    except OSError as e:
+        raise UserError(f"{path} cannot be written: {e.strerror or e}") from e
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from vit_jax import (
 from vit_jax.config import Config, DataConfig, choose
 from vit_jax.errors import UserError
 from vit_jax.hardware import Chip
-from vit_jax.program import build
+from vit_jax.program import Program, build
 from vit_jax.tpu import Topology
 
 GIB = 2**30
@@ -81,36 +81,53 @@ def plan(cfg: Config, target: Topology) -> dict[str, Any]:
         lowered = program.train_step.lower(program.state_shape, program.batch_shape)
         compiled = tpu.compile(lowered, target)
     result["compile_seconds"] = compiled.seconds
+    memory: dict[str, Any]
     if compiled.problem:
-        needed = tpu.needed_memory(compiled.problem)
-        # Then the message leaves the arguments out.
-        if "HLO temporaries" in compiled.problem:
-            needed += sum(state.values())
-        peak = max(needed, target.chip.hbm_gib * GIB)
-        memory = state | {"activations": peak - sum(state.values())}
-        result |= {
-            "step_ms": None,
-            "compute_ms": None,
-            "images_per_second": None,
-            "images_per_second_per_host": None,
-            "collectives": {},
-        }
+        memory, times = _too_large(compiled, state, target.chip)
     else:
-        batch = compiled.arguments - sum(state.values())
-        memory = state | {"batch": batch, "activations": compiled.temporaries}
-        cost = hlo.cost(compiled.text, chips)
-        model = program.model.cfg
-        found = kernels(cost, target.chip, model.width // max(model.heads, 1))
-        result |= {
-            "program_gib": compiled.code / GIB,
-            "compiled_tflops_per_chip": (cost.flops + found.flops) / 1e12,
-            **speed(cost, found, target.chip, model_flops, cfg, target.devices),
-        }
+        memory, times = _measured(program, compiled, state, target, model_flops)
+    result |= times
     result["memory_gib"] = {k: v / GIB for k, v in memory.items()}
     result["peak_hbm_gib"] = sum(result["memory_gib"].values())
     fits = not compiled.problem and result["peak_hbm_gib"] <= target.chip.hbm_gib
     result["fits"] = fits
     return result | ({} if fits else {"advice": advice(cfg, target, result)})
+
+
+def _too_large(
+    compiled: tpu.Compiled, state: dict[str, int], chip: Chip
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Like :func:`_measured`, of a program that the compiler gave up on."""
+    needed = tpu.needed_memory(compiled.problem)
+    # Then the message leaves the arguments out.
+    if "HLO temporaries" in compiled.problem:
+        needed += sum(state.values())
+    peak = max(needed, chip.hbm_gib * GIB)
+    unknown = (
+        "step_ms", "compute_ms", "images_per_second", "images_per_second_per_host",
+    )  # fmt: skip
+    memory = state | {"activations": peak - sum(state.values())}
+    return memory, dict.fromkeys(unknown) | {"collectives": {}}
+
+
+def _measured(
+    program: Program,
+    compiled: tpu.Compiled,
+    state: dict[str, int],
+    target: Topology,
+    model_flops: float,
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Bytes per chip by kind, given those of the ``state``, and times."""
+    batch = compiled.arguments - sum(state.values())
+    cost = hlo.cost(compiled.text, len(target.devices))
+    model = program.model.cfg
+    found = kernels(cost, target.chip, model.width // max(model.heads, 1))
+    memory = state | {"batch": batch, "activations": compiled.temporaries}
+    return memory, {
+        "program_gib": compiled.code / GIB,
+        "compiled_tflops_per_chip": (cost.flops + found.flops) / 1e12,
+        **speed(cost, found, target.chip, model_flops, program.cfg, target.devices),
+    }
 
 
 def _describe(cfg: Config) -> data.DataInfo | None:
