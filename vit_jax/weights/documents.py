@@ -292,6 +292,7 @@ def _extra(
         return {
             **({"hidden_act": "silu"} if cfg.mlp == "swiglu" else {}),
             "use_head": cfg.head == "map",
+            "is_native": not has("position_embedding.weight"),
             "qkv_bias": qkv_bias,
             "mlp_bias": has("up_proj.bias"),
         }

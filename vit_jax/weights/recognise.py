@@ -56,9 +56,9 @@ _LOOKS_LIKE = {
     r"patch_generator|radio_model": "C-RADIO",
     r"beit3\.": "BEiT-3",
     r"temporal|video": "a video model",
-    r"\.attns\.\d+\.": "a ViT with branches side by side (18x2 and the like)",
+    r"\.attns\.\d+\.": "a ViT with branches side by side",
     r"\.lambda_[qk]\d$": "a ViT with differential attention",
-    r"(^|\.)rope\.freqs$": "a ViT with mixed rotary positions, whose frequencies are learned",
+    r"(^|\.)rope\.freqs$": "a ViT with mixed rotary positions",
     r"rel_pos\.mlp\.": "a ViT with relative positions that an MLP computes",
     r"\.attn\.proj_[lw]\.": "a CaiT",
     r"(^|\.)blocks\.\d+\.(proj|attn\.(pool|norm)_[qkv])\.": "a Hiera or MViT",
@@ -220,9 +220,8 @@ def convert(
         )
     _fill(result, sizes.depth, report)
     start = found.prefix
-    outer = {n for n in present if not n.startswith(start)}
-    relative = [n.removeprefix(start) if n not in outer else n for n in present]
-    return result, tuple(relative)
+    inside = lambda n: n.removeprefix(start) if n.startswith(start) else f"/{n}"
+    return result, tuple(map(inside, present))
 
 
 def _ignore(found: Found, left: dict[str, Array], report: Report) -> None:

@@ -5,12 +5,11 @@ import dataclasses
 import re
 from typing import Any
 
-import numpy as np
-
 from vit_jax.weights import (
     documents,
     layout,
     metadata,
+    positions,
     recognise,
     roles,
     sources,
@@ -157,12 +156,8 @@ def _native(found: recognise.Found, arrays: dict[str, Array], facts: Facts) -> A
         facts.stated["image_size"] = facts.wanted
     size = facts.stated.setdefault("image_size", (224, 224))
     rows, columns = (n // arrays["embedding/kernel"].shape[0] for n in size)
-    quarter = found.width // 4
-    omega = 10_000.0 ** (-np.arange(quarter) / max(quarter, 1))
-    y, x = np.indices((rows, columns)).reshape(2, -1, 1) * omega.reshape(1, 1, -1)
-    waves = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=-1)
     facts.report.change(f"computed: positions of {rows} x {columns} patches")
-    return in_memory("positions", waves[None])
+    return in_memory("positions", positions.waves((rows, columns), found.width))
 
 
 def _stages(
