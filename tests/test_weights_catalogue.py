@@ -13,7 +13,7 @@ from vit_jax.weights.catalogue import CATALOGUE
 def test_ids_and_cache_names_are_unique(monkeypatch, tmp_path):
     monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path))
     rows = [
-        *(*catalogue._original(), *catalogue._augreg(), catalogue._mocov3()),
+        *(*catalogue._original(), *catalogue._augreg()),
         *(*catalogue._big_vision(), *catalogue._families()),
     ]
     assert len({p.id for p in rows}) == len(rows) == len(CATALOGUE)

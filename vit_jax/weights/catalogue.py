@@ -321,19 +321,6 @@ def _big_vision() -> list[Published]:
     ]
 
 
-def _mocov3() -> Published:
-    return Published(
-        "mocov3_vit_b16",
-        "vit_base_patch16_224",
-        "i1k",
-        224,
-        0,
-        "none",
-        "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar",
-        licence=_NC,
-    )
-
-
 # Repositories of other families: (source, trained on, licence, outputs, top-1 as timm
 # measured it in results/results-imagenet.csv). "": the licence was not looked up.
 _MIT, _APACHE, _NC, _DINOV3 = "mit", "apache-2.0", "cc-by-nc-4.0", "dinov3-license"
@@ -462,5 +449,4 @@ def _families() -> Iterator[Published]:
         )
 
 
-_ROWS = (*_original(), *_augreg(), *_big_vision(), _mocov3(), *_families())
-CATALOGUE = {row.id: row for row in _ROWS}
+CATALOGUE = {p.id: p for p in (*_original(), *_augreg(), *_big_vision(), *_families())}
