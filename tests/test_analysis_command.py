@@ -343,9 +343,9 @@ def test_other_mistakes(npz, tmp_path):
     with pytest.raises(UserError, match="--count=0"):
         analyse(npz, str(tmp_path), count=0)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write .*choose another --out"):
+    with pytest.raises(UserError, match=r"--out=.* cannot be written"):
         analyse(npz, str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"cannot write .*choose another --out"):
+    with pytest.raises(UserError, match=r"--out=.* cannot be written"):
         report.write_html(tmp_path / "none" / "x.html", "", {}, {}, {}, {})
 
 

@@ -250,7 +250,7 @@ def test_mistakes_in_the_command_are_one_line(npz, tmp_path, command, monkeypatc
     for args, words in (
         ([], ["expected one SOURCE"]),
         ([npz], ["brings no config.json", "--config=configs/X.py"]),
-        ([npz, tiny, f"--out={tmp_path}/file"], ["cannot write", "--out"]),
+        ([npz, tiny, f"--out={tmp_path}/file"], ["--out=", "cannot be written"]),
         ([npz, tiny, bad], ["'acuracy'", "did you mean 'accuracy'"]),
     ):  # fmt: skip
         line = command(*args, module="vit_jax.evaluate").error

@@ -30,7 +30,7 @@ from absl import flags
 
 from vit_jax import cli, models, pixels, weights
 from vit_jax.config import choose
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, writing
 
 INPUTS = {
     "images": "float32 (batch, height, width, channels) in [-1, 1], of the model's size",
@@ -63,12 +63,9 @@ def define_flags() -> None:
     flags.DEFINE_enum("outputs", "logits", list(OUTPUTS), "What it gives.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of its arithmetic.")
     flags.DEFINE_integer(
-        "image_size", 0, "Resize the position embeddings; 0: keep them."
-    )
-    flags.DEFINE_integer(
         "batch", 1, "Images at a time, where a format fixes it: .tflite.", lower_bound=1
     )
-    flags.FLAGS.set_gnu_getopt()  # flags may follow the paths
+    cli.define_image_size_flag()
 
 
 def main(arguments: list[str]) -> int:
@@ -349,13 +346,11 @@ def _write_beside(program: Program, path: Path) -> None:
 def _complete_or_absent(path: Path) -> Iterator[Path]:
     """A place to write ``path``, and what stands beside it, from where both are moved
     once they are complete."""
-    with tempfile.TemporaryDirectory(dir=path.resolve().parent, prefix=".export") as d:
-        try:
-            yield Path(d, path.name)
-            for made in Path(d).iterdir():
-                os.replace(made, path.parent / made.name)
-        except OSError as e:
-            raise UserError(f"{path} cannot be written: {e.strerror or e}") from e
+    where = tempfile.TemporaryDirectory(dir=path.resolve().parent, prefix=".export")
+    with where as folder, writing(str(path)):
+        yield Path(folder, path.name)
+        for made in Path(folder).iterdir():
+            os.replace(made, path.parent / made.name)
 
 
 if __name__ == "__main__":

@@ -324,10 +324,7 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    if argv:
-        raise UserError(
-            f"unexpected argument {argv[0]!r}: flags look like --topology=v5e:16x16"
-        )
+    cli.only_flags(argv, "--topology=v5e:16x16")
     f = flags.FLAGS
     cfg = cli.read_config()
     tell = functools.partial(print, file=sys.stderr, flush=True)

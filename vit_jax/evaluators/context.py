@@ -10,6 +10,7 @@ import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -22,7 +23,7 @@ from vit_jax import config
 from vit_jax import data as datasets
 from vit_jax.config import Amount, Config, DataConfig, Positive
 from vit_jax.data import DataInfo
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, writing
 from vit_jax.inference import Batch, Predictor
 
 
@@ -156,15 +157,9 @@ class Context:
         """
         if not self.out or jax.process_index():
             return
-        path = os.path.join(self.out, name)
-        try:
+        with writing(f"--out={self.out}"):
             os.makedirs(self.out, exist_ok=True)
-            with open(path, "wb") as f:
-                f.write(content)
-        except OSError as e:
-            raise UserError(
-                f"cannot write {path}: {e.strerror}; choose another --out"
-            ) from e
+            Path(self.out, name).write_bytes(content)
 
 
 def changed(data: DataConfig, fields: Mapping[str, Any] | None) -> DataConfig:
