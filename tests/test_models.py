@@ -613,8 +613,7 @@ def gradient():
     return compute, plain
 
 
-@pytest.mark.parametrize("layers", ["loop", "scan"])
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize(("remat", "layers"), [("full", "loop"), ("dots", "scan")])
 def test_remat_gives_the_same_gradients(remat, layers, gradient):
     """With the same dropout: the recomputation must draw the same numbers."""
     compute, plain = gradient

@@ -32,10 +32,10 @@ from vit_jax import (
     tpu,
     vtab_tasks,
 )  # fmt: skip
-from vit_jax.config import Config, DataConfig, choose
+from vit_jax.config import Config, DataConfig, ModelConfig, choose
 from vit_jax.errors import UserError
 from vit_jax.hardware import Chip
-from vit_jax.program import build
+from vit_jax.program import Program, build
 from vit_jax.tpu import Topology
 
 GIB = 2**30
@@ -54,17 +54,62 @@ def plan(cfg: Config, target: Topology) -> dict[str, Any]:
         classes cannot be found out.
     """
     program = build(cfg, target.devices, _describe(cfg))
-    cfg, chips = program.cfg, len(target.devices)
+    cfg, model, chips = program.cfg, program.model.cfg, len(target.devices)
     state = memory_of_state(program.state_shape)
-    model_flops = 6 * models.macs(program.model.cfg) * cfg.batch / chips
-    params = jax.tree.leaves(program.state_shape.params)
-    result: dict[str, Any] = {
+    model_flops = 6 * models.macs(model) * cfg.batch / chips
+    with jax.set_mesh(program.mesh):
+        lowered = program.train_step.lower(program.state_shape, program.batch_shape)
+        compiled = tpu.compile(lowered, target)
+    if compiled.problem:
+        needed = tpu.needed_memory(compiled.problem)
+        # Then the message leaves the arguments out.
+        if "HLO temporaries" in compiled.problem:
+            needed += sum(state.values())
+        peak = max(needed, target.chip.hbm_gib * GIB)
+        memory = state | {"activations": peak - sum(state.values())}
+        found = UNKNOWN
+    else:
+        batch = compiled.arguments - sum(state.values())
+        memory = state | {"batch": batch, "activations": compiled.temporaries}
+        cost = hlo.cost(compiled.text, chips)
+        in_kernels = kernels(cost, target.chip, model)
+        found = {
+            "program_gib": compiled.code / GIB,
+            "compiled_tflops_per_chip": (cost.flops + in_kernels.flops) / 1e12,
+            **speed(cost, in_kernels, target.chip, model_flops, cfg, target.devices),
+        }
+    memory = {k: v / GIB for k, v in memory.items()}
+    peak_gib = sum(memory.values())
+    result = {
+        **about(program, target),
+        "model_tflops_per_chip": model_flops / 1e12,
+        "compile_seconds": compiled.seconds,
+        **found,
+        "memory_gib": memory,
+        "peak_hbm_gib": peak_gib,
+        "fits": not compiled.problem and peak_gib <= target.chip.hbm_gib,
+    }
+    return result | ({} if result["fits"] else {"advice": advice(cfg, target, result)})
+
+
+# What is not known of a program that does not fit.
+UNKNOWN: dict[str, Any] = {
+    **dict.fromkeys(("step_ms", "compute_ms")),
+    **dict.fromkeys(("images_per_second", "images_per_second_per_host")),
+    "collectives": {},
+}
+
+
+def about(program: Program, target: Topology) -> dict[str, Any]:
+    """What is planned, before anything is compiled."""
+    cfg = program.cfg
+    return {
         "topology": target.name,
-        "slices": len({getattr(d, "slice_index", 0) or 0 for d in target.devices}),
-        "chips": chips,
+        "slices": len(set(map(hardware.slice_of, target.devices))),
+        "chips": len(target.devices),
         "hosts": hosts(target.devices),
         "model": cfg.model.name,
-        "parameters": sum(math.prod(x.shape) for x in params),
+        "parameters": program.num_parameters,
         "sharding": cfg.sharding,
         "mesh": dict(program.mesh.shape),
         "layers": cfg.model.layers,
@@ -75,42 +120,7 @@ def plan(cfg: Config, target: Topology) -> dict[str, Any]:
         "hints": program.hints,
         "attention": program.attention or cfg.model.attention,
         "hbm_gib": target.chip.hbm_gib,
-        "model_tflops_per_chip": model_flops / 1e12,
     }
-    with jax.set_mesh(program.mesh):
-        lowered = program.train_step.lower(program.state_shape, program.batch_shape)
-        compiled = tpu.compile(lowered, target)
-    result["compile_seconds"] = compiled.seconds
-    if compiled.problem:
-        needed = tpu.needed_memory(compiled.problem)
-        # Then the message leaves the arguments out.
-        if "HLO temporaries" in compiled.problem:
-            needed += sum(state.values())
-        peak = max(needed, target.chip.hbm_gib * GIB)
-        memory = state | {"activations": peak - sum(state.values())}
-        result |= {
-            "step_ms": None,
-            "compute_ms": None,
-            "images_per_second": None,
-            "images_per_second_per_host": None,
-            "collectives": {},
-        }
-    else:
-        batch = compiled.arguments - sum(state.values())
-        memory = state | {"batch": batch, "activations": compiled.temporaries}
-        cost = hlo.cost(compiled.text, chips)
-        model = program.model.cfg
-        found = kernels(cost, target.chip, model.width // max(model.heads, 1))
-        result |= {
-            "program_gib": compiled.code / GIB,
-            "compiled_tflops_per_chip": (cost.flops + found.flops) / 1e12,
-            **speed(cost, found, target.chip, model_flops, cfg, target.devices),
-        }
-    result["memory_gib"] = {k: v / GIB for k, v in memory.items()}
-    result["peak_hbm_gib"] = sum(result["memory_gib"].values())
-    fits = not compiled.problem and result["peak_hbm_gib"] <= target.chip.hbm_gib
-    result["fits"] = fits
-    return result | ({} if fits else {"advice": advice(cfg, target, result)})
 
 
 def _describe(cfg: Config) -> data.DataInfo | None:
@@ -144,9 +154,7 @@ def _tfds_classes(cfg: DataConfig) -> int:
 
 def hosts(devices: Sequence[Any]) -> int:
     """How many feed these devices: each decodes its share of the images."""
-    slices = [getattr(d, "slice_index", 0) or 0 for d in devices]
-    processes = [d.process_index for d in devices]
-    return len(set(zip(slices, processes, strict=True)))
+    return len({(hardware.slice_of(d), d.process_index) for d in devices})
 
 
 def memory_of_state(state_shape: Any) -> dict[str, int]:
@@ -175,7 +183,8 @@ class Kernels(NamedTuple):
     unknown: int
 
 
-def kernels(cost: hlo.Cost, chip: Chip, head_dim: int) -> Kernels:
+def kernels(cost: hlo.Cost, chip: Chip, model: ModelConfig) -> Kernels:
+    head_dim = model.width // max(model.heads, 1)
     seconds, flops, unknown = 0.0, 0, 0
     for call, trips in cost.kernels.items():
         if found := kernel_schedule.cost(call, chip, head_dim):
