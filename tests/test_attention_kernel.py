@@ -139,20 +139,20 @@ def test_large_logits_do_not_overflow(fixed):
 @pytest.mark.parametrize(
     ("images", "tokens", "heads", "head_dim", "block"),
     [
-        # B/16, L/16 and H/14 at 224: all heads of an image.
-        (64, 196, 12, 64, (1, 12, 0)),
+        # B/16, L/16 and H/14 at 224: all heads of one image or two.
+        (64, 196, 12, 64, (2, 12, 0)),
         (64, 197, 16, 64, (1, 16, 0)),
         (16, 256, 16, 80, (1, 16, 0)),
         # S/16 and Ti/16: several images, three heads, which do not fill registers.
-        (64, 196, 6, 64, (2, 6, 0)),
-        (64, 197, 3, 64, (4, 3, 0)),
-        (512, 65, 2, 64, (16, 2, 0)),
+        (64, 196, 6, 64, (4, 6, 0)),
+        (64, 197, 3, 64, (8, 3, 0)),
+        (512, 65, 2, 64, (32, 2, 0)),
         # At 384 some of the heads, at 518 some of the queries too.
-        (8, 577, 16, 64, (1, 4, 0)),
-        (8, 1370, 16, 80, (1, 8, 256)),
-        (8, 1025, 16, 64, (1, 2, 256)),
+        (8, 577, 16, 64, (1, 8, 0)),
+        (8, 1370, 16, 80, (1, 8, 464)),
+        (8, 1025, 16, 64, (1, 8, 352)),
         # so400m, g and G.
-        (16, 729, 16, 72, (1, 16, 256)),
+        (16, 729, 16, 72, (1, 16, 368)),
         (16, 256, 16, 88, (1, 16, 0)),
         (16, 256, 16, 104, (1, 16, 0)),
     ],
@@ -169,6 +169,13 @@ def test_blocks(images, tokens, heads, head_dim, block):
     assert found
     assert (found.block_images, found.block_heads, found.queries) == block
     assert found.memory(tokens, 2) < V5E
+
+
+def test_a_step_is_smaller_where_there_is_less_memory():
+    shape = {"images": 16, "tokens": 256, "heads": 16, "head_dim": 80, "itemsize": 2}
+    found = attention_tpu.kernel(**shape, vmem=16 * MIB)
+    assert found
+    assert (found.block_heads, found.vmem) == (8, 0)
 
 
 @pytest.mark.parametrize(

@@ -176,12 +176,16 @@ def test_a_package_that_is_not_installed_is_one_line(
 
 
 @pytest.mark.process
-def test_output_that_nobody_reads_ends_quietly():
+@pytest.mark.parametrize(
+    "arguments",
+    [["vit_jax.weights", "list"], ["vit_jax.weights", "--help"], ["vit_jax"]],
+)
+def test_output_that_nobody_reads_ends_quietly(arguments):
     """As with `| head -n 0`: no traceback, and nothing on standard error."""
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-m", "vit_jax.weights", "list"],
+        [sys.executable, "-m", *arguments],
         cwd=ROOT, env=ENV, stdout=writer, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     os.close(writer)

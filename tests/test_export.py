@@ -262,6 +262,16 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    source, *_ = checkpoint(tmp_path)
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    with pytest.raises(UserError, match="cannot be written: Permission"):
+        export.export(source, str(tmp_path / "x.stablehlo"))
+
+
 def test_tensorflow_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
     tf = pytest.importorskip("tensorflow")
     source, *_ = checkpoint(tmp_path)

@@ -279,6 +279,29 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
 
 
+def test_a_run_with_lora_continues_with_the_same_bits(tmp_path, monkeypatch):
+    """The factors are part of what is saved, though the parameters are plain ones."""
+    changed = dataclasses.replace(TINY.optim, name="adam", lora=2)
+    cfg = config.replace(TINY, optim=changed, steps=4, eval__every=2)
+    straight, stopped = str(tmp_path / "straight"), str(tmp_path / "stopped")
+    train.train(cfg, straight)
+
+    def stop(program, info, state, preemption):
+        preemption.signalled = True
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(train, "evaluate", stop)
+        assert train.train(cfg, stopped).preempted
+    assert (tmp_path / "stopped" / "checkpoints" / "2").is_dir()
+    assert not train.train(cfg, stopped).preempted
+    for a, b in zip(
+        jax.tree.leaves(load_params(straight)),
+        jax.tree.leaves(load_params(stopped)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_a_metric_that_is_nan_does_not_cost_the_best_checkpoint(tmp_path, monkeypatch):
     losses = iter([0.5, math.nan, 0.7, 0.8])
     monkeypatch.setattr(train, "evaluate", lambda *_: {"test/loss": next(losses)})

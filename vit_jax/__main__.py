@@ -4,6 +4,7 @@
 Each is also ``python -m vit_jax.COMMAND``, and explains itself with ``--help``.
 """
 
+import contextlib
 import runpy
 import sys
 
@@ -35,9 +36,12 @@ def main() -> None:
         runpy.run_module(f"vit_jax.{name}", run_name="__main__", alter_sys=True)
     elif name in ("-h", "-help", "--help", "help"):
         width = max(map(len, COMMANDS))
-        print("vit-jax COMMAND [--help]\n")
-        for command, about in COMMANDS.items():
-            print(f"  {command:<{width}}  {about}")
+        lines = (
+            f"  {command:<{width}}  {about}" for command, about in COMMANDS.items()
+        )
+        # Nobody may be there to read it, as after `| head`.
+        with contextlib.suppress(BrokenPipeError):
+            print("vit-jax COMMAND [--help]\n", *lines, sep="\n", flush=True)
     else:
         hint = (
             "did you mean 'main'? "

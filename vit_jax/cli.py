@@ -46,6 +46,12 @@ EXTRAS = {
     "wandb": "wandb",
 }
 
+# It warns where the home folder cannot be written, and works all the same.
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+# The arguments of a command that was asked what it does.
+HELP = ["--help"]
+
 # Flags belong to the command that asks for them, whose --help shows them.
 flags.disclaim_key_flags()
 
@@ -156,7 +162,11 @@ def run(main: Callable[[list[str]], Any]) -> None:
 
     def guarded(argv: list[str]) -> int:
         try:
-            status = main(argv[1:]) or 0
+            if argv is HELP:
+                print(help_text(inspect.getmodule(main).__doc__ or ""))
+                status = 0
+            else:
+                status = main(argv[1:]) or 0
             sys.stdout.flush()
         except UserError as e:
             print(f"error: {e}", file=sys.stderr)
@@ -179,7 +189,7 @@ def run(main: Callable[[list[str]], Any]) -> None:
         distributed.leave(status)
         return status
 
-    app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, main))
+    app.run(guarded, flags_parser=_parse_flags)
 
 
 def need(*modules: str) -> None:
@@ -219,21 +229,22 @@ def quiet() -> None:
     sys.unraisablehook = unraisable
 
 
-def _parse_flags(argv: list[str], main: Callable[[list[str]], Any]) -> list[str]:
-    """Parses flags; whatever is wrong with them, or with the config file, becomes one
-    line."""
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parses flags and gives the positional arguments, or HELP where that is asked for;
+    whatever is wrong with flags, or with the config file, becomes one line."""
     if any(a in ("-h", "--h", "-help", "--help", "--helpfull") for a in argv[1:]):
-        print(help_text(inspect.getmodule(main).__doc__ or ""))
-        sys.exit(0)
+        flags.FLAGS.mark_as_parsed()
+        return HELP
     try:
         config_file.check_overrides(argv)
         return flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as e:
         name = e.flagname
         known = [f.name for f in _flags()]
+        all_flags = f"the flags are {', '.join(f'--{k}' for k in known)}"
         message = (
-            f"unknown flag --{name}: {config.nearest(name, known)}the flags are "
-            f"{', '.join(f'--{k}' for k in known)}"
+            f"unknown flag --{name}: {config.nearest(name, known)}"
+            f"{all_flags if known else 'there are none'}"
         )
     except (flags.Error, UserError) as e:
         message = str(e)

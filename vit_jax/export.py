@@ -346,8 +346,11 @@ def _write_beside(program: Program, path: Path) -> None:
 def _complete_or_absent(path: Path) -> Iterator[Path]:
     """A place to write ``path``, and what stands beside it, from where both are moved
     once they are complete."""
-    where = tempfile.TemporaryDirectory(dir=path.resolve().parent, prefix=".export")
-    with where as folder, writing(str(path)):
+    where = path.resolve().parent
+    with (
+        writing(str(path)),
+        tempfile.TemporaryDirectory(dir=where, prefix=".export") as folder,
+    ):
         yield Path(folder, path.name)
         for made in Path(folder).iterdir():
             os.replace(made, path.parent / made.name)

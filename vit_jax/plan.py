@@ -54,59 +54,13 @@ def plan(cfg: Config, target: Topology) -> dict[str, Any]:
         classes cannot be found out.
     """
     program = build(cfg, target.devices, _describe(cfg))
-    cfg, model, chips = program.cfg, program.model.cfg, len(target.devices)
+    cfg, chips = program.cfg, len(target.devices)
     state = memory_of_state(program.state_shape)
-    model_flops = 6 * models.macs(model) * cfg.batch / chips
-    with jax.set_mesh(program.mesh):
-        lowered = program.train_step.lower(program.state_shape, program.batch_shape)
-        compiled = tpu.compile(lowered, target)
-    if compiled.problem:
-        needed = tpu.needed_memory(compiled.problem)
-        # Then the message leaves the arguments out.
-        if "HLO temporaries" in compiled.problem:
-            needed += sum(state.values())
-        peak = max(needed, target.chip.hbm_gib * GIB)
-        memory = state | {"activations": peak - sum(state.values())}
-        found = UNKNOWN
-    else:
-        batch = compiled.arguments - sum(state.values())
-        memory = state | {"batch": batch, "activations": compiled.temporaries}
-        cost = hlo.cost(compiled.text, chips)
-        in_kernels = kernels(cost, target.chip, model)
-        found = {
-            "program_gib": compiled.code / GIB,
-            "compiled_tflops_per_chip": (cost.flops + in_kernels.flops) / 1e12,
-            **speed(cost, in_kernels, target.chip, model_flops, cfg, target.devices),
-        }
-    memory = {k: v / GIB for k, v in memory.items()}
-    peak_gib = sum(memory.values())
-    result = {
-        **about(program, target),
-        "model_tflops_per_chip": model_flops / 1e12,
-        "compile_seconds": compiled.seconds,
-        **found,
-        "memory_gib": memory,
-        "peak_hbm_gib": peak_gib,
-        "fits": not compiled.problem and peak_gib <= target.chip.hbm_gib,
-    }
-    return result | ({} if result["fits"] else {"advice": advice(cfg, target, result)})
-
-
-# What is not known of a program that does not fit.
-UNKNOWN: dict[str, Any] = {
-    **dict.fromkeys(("step_ms", "compute_ms")),
-    **dict.fromkeys(("images_per_second", "images_per_second_per_host")),
-    "collectives": {},
-}
-
-
-def about(program: Program, target: Topology) -> dict[str, Any]:
-    """What is planned, before anything is compiled."""
-    cfg = program.cfg
-    return {
+    model_flops = 6 * models.macs(program.model.cfg) * cfg.batch / chips
+    result: dict[str, Any] = {
         "topology": target.name,
         "slices": len(set(map(hardware.slice_of, target.devices))),
-        "chips": len(target.devices),
+        "chips": chips,
         "hosts": hosts(target.devices),
         "model": cfg.model.name,
         "parameters": program.num_parameters,
@@ -120,6 +74,57 @@ def about(program: Program, target: Topology) -> dict[str, Any]:
         "hints": program.hints,
         "attention": program.attention or cfg.model.attention,
         "hbm_gib": target.chip.hbm_gib,
+        "model_tflops_per_chip": model_flops / 1e12,
+    }
+    with jax.set_mesh(program.mesh):
+        lowered = program.train_step.lower(program.state_shape, program.batch_shape)
+        compiled = tpu.compile(lowered, target)
+    result["compile_seconds"] = compiled.seconds
+    memory: dict[str, Any]
+    if compiled.problem:
+        memory, times = _too_large(compiled, state, target.chip)
+    else:
+        memory, times = _measured(program, compiled, state, target, model_flops)
+    result |= times
+    result["memory_gib"] = {k: v / GIB for k, v in memory.items()}
+    result["peak_hbm_gib"] = sum(result["memory_gib"].values())
+    fits = not compiled.problem and result["peak_hbm_gib"] <= target.chip.hbm_gib
+    result["fits"] = fits
+    return result | ({} if fits else {"advice": advice(cfg, target, result)})
+
+
+def _too_large(
+    compiled: tpu.Compiled, state: dict[str, int], chip: Chip
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Like :func:`_measured`, of a program that the compiler gave up on."""
+    needed = tpu.needed_memory(compiled.problem)
+    # Then the message leaves the arguments out.
+    if "HLO temporaries" in compiled.problem:
+        needed += sum(state.values())
+    peak = max(needed, chip.hbm_gib * GIB)
+    unknown = (
+        "step_ms", "compute_ms", "images_per_second", "images_per_second_per_host",
+    )  # fmt: skip
+    memory = state | {"activations": peak - sum(state.values())}
+    return memory, dict.fromkeys(unknown) | {"collectives": {}}
+
+
+def _measured(
+    program: Program,
+    compiled: tpu.Compiled,
+    state: dict[str, int],
+    target: Topology,
+    model_flops: float,
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Bytes per chip by kind, given those of the ``state``, and times."""
+    batch = compiled.arguments - sum(state.values())
+    cost = hlo.cost(compiled.text, len(target.devices))
+    found = kernels(cost, target.chip, program.model.cfg)
+    memory = state | {"batch": batch, "activations": compiled.temporaries}
+    return memory, {
+        "program_gib": compiled.code / GIB,
+        "compiled_tflops_per_chip": (cost.flops + found.flops) / 1e12,
+        **speed(cost, found, target.chip, model_flops, program.cfg, target.devices),
     }
 
 

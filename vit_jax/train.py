@@ -296,7 +296,9 @@ class Loop:
         self._write(step, results)
         if self.checkpoints:
             self.checkpoints.evaluated(step, results)
-        numbers = "  ".join(f"{k} {number(v)}" for k, v in results.items())
+        # Of how many images is said once, at the end: lines fit 80 columns.
+        shown = {k: v for k, v in results.items() if not k.endswith("/count")}
+        numbers = "  ".join(f"{k} {number(v)}" for k, v in shown.items())
         say(f"step {step}/{self.cfg.steps}  {numbers}")
         return True
 
@@ -404,10 +406,9 @@ def _say_end(
     for name, value in result.metrics.items():
         say(f"{name:<16} {number(value)}")
     say(f"checkpoint       {path}")
-    say(
-        # --logdir_spec gives the run a name where --logdir would show it as ".".
-        f"curves           tensorboard --logdir_spec {epath.Path(workdir).name}:{workdir}   (numbers: {epath.Path(workdir) / METRICS})"
-    )
+    say(f"numbers          {epath.Path(workdir) / METRICS}")
+    # --logdir_spec gives the run a name where --logdir would show it as ".".
+    say(f"curves           tensorboard --logdir_spec {epath.Path(workdir).name}:{workdir}")  # fmt: skip
     say(f"predict          python -m vit_jax.predict {workdir} IMAGE...")
     say(f"convert          python -m vit_jax.convert {workdir} model.npz")
 

@@ -11,7 +11,9 @@ cut or transposed to get there. Operands lie as a product with the joined projec
 leaves them, (B, S, 3 W), and the result as the output projection reads it, (B, S, W).
 Heads narrower than a register share one. They are not moved apart: where a product
 sums over the lanes of a head, its neighbours' are zeroed in one operand, which costs
-little, as the matrix unit takes 128 at a time anyway.
+little, as the matrix unit takes 128 at a time anyway. A head that lies across the edge
+of two registers is folded into one: its lanes keep their numbers, and products do not
+care about their order.
 
 docs/kernel.md has a picture.
 """
@@ -36,18 +38,18 @@ NN = (((1,), (0,)), ((), ()))
 TN = (((0,), (0,)), ((), ()))
 
 
-# What a step should have of images x heads x tokens: many heads are many independent
+# What a step may have of images x heads x queries: many heads are many independent
 # products, which hide each other's latency; too many are a long program.
-ROWS = 4096
-# Longer sequences are done some queries at a time.
-WHOLE, QUERIES = 640, 256
+ROWS = 4800
+# Longer sequences are done so many queries at a time.
+WHOLE, QUERIES = 640, 512
 # Vector memory that the compiler gives a kernel unasked, and what is left to others.
 UNASKED, RESERVED = 16 * 2**20, 8 * 2**20
 
 
 class Head(NamedTuple):
-    """Where a head lies in a block: lanes ``first`` to ``end`` of the window of whole
-    registers that begins at lane ``start`` and is ``size`` lanes long."""
+    """Where a head lies in a block: lanes ``first`` to ``end`` of the window of one or
+    two whole registers that begins at lane ``start`` and is ``size`` lanes long."""
 
     start: int
     size: int
@@ -201,28 +203,30 @@ def kernel(
 ) -> Kernel | None:
     """The kernel for (images, tokens, 3 heads head_dim) of elements of ``itemsize``
     bytes on a device with ``vmem`` bytes of vector memory; None if it does not fit."""
-    queries = QUERIES if tokens > WHOLE else 0
-    # Blocks begin with a register, or are everything.
+    if head_dim > LANES or head_dim % 8:
+        return None
+    steps = pl.cdiv(tokens, QUERIES) if tokens > WHOLE else 1
+    # A register of bfloat16 has 16 rows.
+    queries = pl.cdiv(pl.cdiv(tokens, steps), 16) * 16 if steps > 1 else 0
     possible = [
-        n
-        for n in range(1, heads + 1)
-        if heads % n == 0
-        and (n * head_dim % LANES == 0 or (n == heads and not queries))
+        Kernel(heads, head_dim, i, n, queries, 0, interpret)
+        for n in _divisors(heads)
+        # Blocks begin with a register, or are everything.
+        if n * head_dim % LANES == 0 or (n == heads and not queries)
+        for i in (_divisors(images) if n == heads and not queries else [1])
     ]
-    if not possible or head_dim > LANES or head_dim % 8:
-        return None
-    few = [n for n in possible if n * tokens <= ROWS and not queries]
-    n = max(few, default=min(possible))
-    several = [
-        i
-        for i in range(1, images + 1)
-        if images % i == 0 and i * n * tokens <= ROWS and n == heads and not queries
-    ]
-    found = Kernel(heads, head_dim, max(several, default=1), n, queries, 0, interpret)
-    need = found.memory(tokens, itemsize)
-    if need > vmem - RESERVED:
-        return None
-    return dataclasses.replace(found, vmem=vmem - RESERVED if need > UNASKED else 0)
+    rows = lambda k: k.block_images * k.block_heads * (queries or tokens)
+    # As much as a step may have, else as little as can be; less where that does not fit.
+    for found in sorted(possible, key=lambda k: (rows(k) > ROWS, abs(rows(k) - ROWS))):
+        need = found.memory(tokens, itemsize)
+        if need <= vmem - RESERVED:
+            limit = vmem - RESERVED if need > UNASKED else 0
+            return dataclasses.replace(found, vmem=limit)
+    return None
+
+
+def _divisors(n: int) -> list[int]:
+    return [i for i in range(1, n + 1) if n % i == 0]
 
 
 def _forward(kernel: Kernel, *refs: Any) -> None:
@@ -331,32 +335,43 @@ def _reciprocal(x: jax.Array) -> jax.Array:
 
 
 def _window(ref: Any, lane: int, image: int, head: Head) -> jax.Array:
-    """(rows, lanes) of the registers in which a head lies."""
-    return ref[image, :, pl.ds(lane + head.start, head.size)]
+    """(rows, lanes) of the register in which a head lies, or of two, folded."""
+    x = ref[image, :, pl.ds(lane + head.start, head.size)]
+    if head.size <= LANES:
+        return x
+    return _select(partial(_inside, head.first, LANES), x[:, :LANES], x[:, LANES:])
 
 
 def _only(head: Head, x: jax.Array) -> jax.Array:
     """``x`` (rows, lanes) with zeros where other heads lie."""
-    if head.end - head.first == head.size:
+    if head.end - head.first == x.shape[1]:
         return x
+
+    def own(shape: tuple[int, ...]) -> jax.Array:
+        if head.end <= LANES:
+            return _inside(head.first, head.end, shape)
+        return ~_inside(head.end - LANES, head.first, shape)
+
+    return _select(own, x, jnp.zeros_like(x))
+
+
+def _select(where: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+    """``x`` (rows, lanes) where ``where(shape)`` is true, else ``y``."""
     if x.dtype != jnp.bfloat16 or len(x) % 2:
-        return jnp.where(_inside(head.first, head.end, x.shape), x, jnp.zeros_like(x))
+        return jnp.where(where(x.shape), x, y)
     # Pairs of rows as one word: some chips select among whole words only.
-    words = pltpu.bitcast(x, jnp.int32)
-    words = jnp.where(_inside(head.first, head.end, words.shape), words, 0)
-    return pltpu.bitcast(words, x.dtype)
+    a, b = (pltpu.bitcast(z, jnp.int32) for z in (x, y))
+    return pltpu.bitcast(jnp.where(where(a.shape), a, b), x.dtype)
 
 
 def _merge(tiles: dict[int, jax.Array], head: Head, x: jax.Array) -> None:
     """Puts the lanes of a head among those of its neighbours, by register."""
     for lane in range(head.start, head.start + head.size, LANES):
-        n = min(LANES, head.start + head.size - lane)
-        at = lane - head.start
-        new = x[:, at : at + n]
+        at, tile = lane - head.start, x
         if lane in tiles:
-            own = _inside(head.first - at, head.end - at, new.shape)
-            new = jnp.where(own, new, tiles[lane])
-        tiles[lane] = new
+            own = _inside(head.first - at, head.end - at, x.shape)
+            tile = jnp.where(own, x, tiles[lane])
+        tiles[lane] = tile
 
 
 def _inside(first: int, end: int, shape: tuple[int, ...]) -> jax.Array:
