@@ -61,9 +61,10 @@ def search(
             break
         seen.add(key(candidate, devices))
         spent = (time.monotonic() - start) / 60
-        best = (
-            f"; best so far {text(plans[0][0])}: {result(plans[0][1])}" if plans else ""
-        )
+        best = ""
+        if plans:
+            (fastest, p), *_ = plans
+            best = f"; best so far {' '.join(text(fastest).split())}: {result(p)}"
         tell(f"[{len(plans) + 1}/{limit}, {spent:.0f} min] {text(candidate)}{best}")
         plans.append((candidate, plan(candidate)))
     return sorted(plans, key=lambda pair: rank(pair[1]))
