@@ -1,22 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shards in a bucket: requests, memory and order at any size, and the disk cache."""
 
+import dataclasses
 import errno
 import logging
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import Pipe
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from bucket import BATCH, HOSTS, LABELS, ROOT, Bucket, serve
-from data_files import take
+from data_files import take, write_folder, write_parquets, write_tars
 
 from vit_jax import data
 from vit_jax.config import DataConfig
-from vit_jax.data import disk_cache, order, records, sequential, shards, storage
+from vit_jax.data import (
+    disk_cache,
+    order,
+    records,
+    sequential,
+    shards,
+    sources,
+    storage,
+)
+from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 
 RECORDS, SHARDS, SIZE = 2_000, 3, 1_000
@@ -124,7 +135,7 @@ def test_the_order_of_three_billion_records_is_a_permutation():
         assert not one_epoch or len(np.unique(found)) == len(found)
 
 
-@pytest.mark.parametrize("buffer", [2_048, 16_384, 65_536])
+@pytest.mark.parametrize("buffer", [2_048, 0, 65_536])  # 0: 16 batches
 def test_the_share_of_neighbours_that_meet_is_as_computed(buffer, tmp_path):
     size, batch = 65_536, 1_024
     files = shards.Shards((str(tmp_path / "x"),), (size,), "tfrecord")
@@ -140,6 +151,7 @@ def test_the_share_of_neighbours_that_meet_is_as_computed(buffer, tmp_path):
     shuffle = sequential.Shuffle.of(size, batch, buffer)
     assert measured == pytest.approx(shuffle.neighbours, rel=0.15)
     assert shuffle.uniform == pytest.approx(1 / 64, rel=0.01)
+    assert buffer or shuffle.neighbours == pytest.approx(1 / 16, rel=0.1)
     if buffer == size:  # every stream is shuffled as a whole
         assert shuffle.neighbours == pytest.approx(shuffle.uniform, rel=0.1)
 
@@ -313,6 +325,85 @@ def test_a_cache_that_holds_nothing_is_refused(bucket, tmp_path):
         UserError, match=r"config.data.disk_cache_gib is 0.0001: it must"
     ):
         data.describe(cached(tmp_path, disk_cache_gib=0.0001))
+
+
+# ------------------------------------------------------------------- tar and Parquet
+
+
+class InMemory:
+    """A folder of tensorflow's file system in memory, in place of a bucket's."""
+
+    ahead, at_once = 2, False
+    sent = 0
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def read(self, name, byte_range):
+        found = Future()
+        with tf.io.gfile.GFile(f"{self.folder}/{name}", "rb") as stream:
+            content = stream.read()
+        if (byte_range.stop or 0) > len(content):
+            found.set_exception(ValueError("OUT_OF_RANGE"))
+            return found
+        InMemory.sent += len(content[byte_range])
+        stamp = SimpleNamespace(generation=b"1")
+        found.set_result(SimpleNamespace(value=content[byte_range], stamp=stamp))
+        return found
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """{source: folder} of 20 + 20 photographs, which also lie in ram://SOURCE."""
+    pytest.importorskip("pyarrow")
+    root = tmp_path_factory.mktemp("photos")
+    write_folder(root / "in", {"a": 12, "b": 8}, ("train", "test"))
+    found = {}
+    for source, write in (("tar", write_tars), ("parquet", write_parquets)):
+        found[source] = write(root / "in", root / source)
+        for file in found[source].rglob("*.*"):
+            remote = f"ram://{source}/{file.relative_to(found[source])}"
+            tf.io.gfile.makedirs(os.path.dirname(remote))
+            with tf.io.gfile.GFile(remote, "wb") as stream:
+                stream.write(file.read_bytes())
+    return found
+
+
+def drawn(cfg):
+    """All images and labels of the training set: at random, or of a pass in sequence."""
+    split = sources.load(cfg).train
+    if split.sequence is None:
+        return [(i, int(*y)) for i, y in zip(*split.read(np.arange(20)), strict=True)]
+    rows = split.sequence(np.arange(20), 20, 0).draw(0, {})
+    return [(i, int(*y)) for i, y in zip(rows.images, rows.labels, strict=True)]
+
+
+@pytest.mark.parametrize("access", ["random", "sequential"])
+@pytest.mark.parametrize("source", ["tar", "parquet"])
+def test_tar_and_parquet_through_the_disk_cache(
+    source, access, photos, tmp_path, monkeypatch
+):
+    for module in (storage, disk_cache):
+        monkeypatch.setattr(module, "PIECE", 2_000)
+    monkeypatch.setattr(disk_cache, "_RECORD", 1_000)
+    monkeypatch.setattr(disk_cache, "_STORING", 10_000)
+    monkeypatch.setattr(storage, "_store", InMemory)
+    options = {"source": source, "access": access, "image_size": 8, "cache_gib": 0.0}
+    expected = drawn(DataConfig(path=str(photos[source]), **options))
+    cfg = DataConfig(path=f"ram://{source}", disk_cache=str(tmp_path), **options)
+    sent = []
+    for _ in range(2):
+        new_process(monkeypatch)
+        InMemory.sent = 0
+        assert drawn(cfg) == expected
+        sent.append(InMemory.sent)
+        for disk in storage._disks.values():
+            disk.close()
+    size = sum(f.stat().st_size for f in photos[source].rglob("train*.*"))
+    assert sent[0] > size / 2
+    assert sent[1] < sent[0] / 10  # versions, and the last pieces of files
+    with pytest.raises(UserError, match=r"disk_cache_gib is 1e-06: it must be at"):
+        sources.load(dataclasses.replace(cfg, disk_cache_gib=1e-6))
 
 
 def test_batches_are_the_same_from_a_bucket_and_from_a_disk(bucket, tmp_path):

@@ -6,14 +6,13 @@ import logging
 import numpy as np
 import pyarrow as pa
 import pytest
-from data_files import encoded, hub_schema, picture, take, write_parquet
+from data_files import encoded, hub_schema, picture, take, write_parquet, write_tar
 from pyarrow import parquet as pq
 from test_weights_fetch import COMMIT, site
 
 from vit_jax import data
 from vit_jax.config import DataConfig
 from vit_jax.data import parquet, sources
-from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 
 IMAGES = [encoded(picture(i)) for i in range(12)]
@@ -21,8 +20,8 @@ __all__ = ["site"]  # a fixture
 
 
 def config(path, **changes):
-    defaults = {"image_size": 8, "cache_gib": 0.0, "test_split": "train"}
-    return DataConfig(source="parquet", path=str(path), **defaults | changes)
+    defaults = {"source": "parquet", "image_size": 8, "cache_gib": 0.0}
+    return DataConfig(path=str(path), **defaults | {"test_split": "train"} | changes)
 
 
 def rows(labels, image=lambda content: {"bytes": content, "path": "x.jpg"}):
@@ -293,21 +292,6 @@ def test_a_split_that_memory_does_not_hold_is_read_in_sequence(
         assert kept.sizes[[*kept._kept]].sum() <= 4000
 
 
-def test_files_of_a_bucket(tmp_path):
-    """By tensorflow's file system in memory, in place of a bucket's."""
-    file = write_parquet(tmp_path / "x.parquet", rows([0, 1, 2]), hub_schema("abc"), 2)
-    for split in ("train", "test"):
-        remote = f"ram://set/{split}-00000-of-00001.parquet"
-        with tf.io.gfile.GFile(remote, "wb") as stream:
-            stream.write(file.read_bytes())
-    for access in ("random", "sequential"):
-        cfg = config("ram://set", access=access, test_split="test")
-        assert [b["label"].tolist() for b in data.eval_batches(cfg, batch=3)] == [
-            [0, 1, 2]
-        ]
-    assert pairs("ram://set") == named("abc")
-
-
 # --------------------------------------------------------------------------- of the Hub
 
 
@@ -323,28 +307,34 @@ def publish(site, files, commit=COMMIT, revision="main", name="me/set"):
     site.files = before
 
 
-def test_a_set_of_the_hub(site, tmp_path, monkeypatch):
+@pytest.mark.parametrize("source", ["parquet", "tar"])
+def test_a_set_of_the_hub(source, site, tmp_path, monkeypatch):
+    file = tmp_path / "x"
+    if source == "tar":
+        members = {"0.jpg": IMAGES[0], "0.cls": b"b", "1.jpg": IMAGES[1], "1.cls": b"a"}
+        write_tar(file, members)
+    else:
+        write_parquet(file, rows([1, 0]), hub_schema("abc"))
     names = ("train-00000-of-00001", "test-00000-of-00001", "extra-00000-of-00001")
-    files = {}
-    for i, name in enumerate(names):
-        file = write_parquet(tmp_path / "x.parquet", rows([i, 0]), hub_schema("abc"))
-        files[f"data/{name}.parquet"] = file.read_bytes()
+    files = {f"data/{name}.{source}": file.read_bytes() for name in names}
     publish(site, files | {"README.md": b"# hello", "data/other.txt": b""})
+    options = {"source": source, "test_split": "test"}
     for path in ("hf://me/set", "hf://datasets/me/set", "hf://me/set@main/data"):
-        assert pairs(path, test_split="test") == named("ba")
-        assert data.describe(config(path, test_split="test")).num_train == 2
+        assert pairs(path, **options) == named("ba")
+        assert data.describe(config(path, **options)).num_train == 2
     assert not [p for p in site.requests if "extra" in str(p)]  # not asked for
     with pytest.raises(UserError, match=r"no such repository|cannot be downloaded"):
-        data.describe(config("hf://me/other"))
+        data.describe(config("hf://me/other", **options))
+    publish(site, {"photos.zip": b""}, name="me/zip")
+    with pytest.raises(UserError, match=rf"hf://me/zip has no .{source} files"):
+        data.describe(config("hf://me/zip", **options))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert pairs("hf://me/set", test_split="test") == named("ba")
+    assert pairs("hf://me/set", **options) == named("ba")
 
 
 def test_a_set_that_the_hub_has_converted(site, tmp_path):
     publish(site, {"photos.zip": b"", "README.md": b""})
-    with pytest.raises(
-        UserError, match=r"no .parquet files, nor has the Hub converted it"
-    ):
+    with pytest.raises(UserError, match="nor has the Hub converted it"):
         data.describe(config("hf://me/set"))
     file = write_parquet(tmp_path / "x.parquet", rows([1, 0]), hub_schema("ab"))
     files = {"default/train/0000.parquet": file.read_bytes(), "README.md": b""}

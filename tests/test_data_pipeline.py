@@ -4,6 +4,7 @@
 import collections
 import dataclasses
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -222,46 +223,45 @@ def test_exact_decoding_is_close_to_fast(configs):
 
 
 WORKER = """
-import hashlib, sys
+import hashlib, json, os, signal, sys
 from vit_jax import data
 from vit_jax.config import DataConfig
-path, index = sys.argv[1], int(sys.argv[2])
-cfg = DataConfig(source="folder", path=path, image_size=16, cache_gib=0.0)
-batches = data.train_batches(cfg, batch=12, seed=7, process_index=index,
-                             process_count=2)
-for step, b in zip(range(2), batches):
-    for row, (image, label) in enumerate(zip(b["image"], b["label"])):
-        name = hashlib.sha1(image.tobytes()).hexdigest()
-        print(step, index * 6 + row, name, label, flush=True)
-import os, signal
+index = int(sys.argv[2])
+for kind, fields in json.loads(sys.argv[1]).items():
+    batches = data.train_batches(DataConfig(**fields), batch=12, seed=7,
+                                 process_index=index, process_count=2)
+    for step, b in zip(range(2), batches):
+        for row, (image, label) in enumerate(zip(b["image"], b["label"])):
+            name = hashlib.sha1(image.tobytes()).hexdigest()
+            print(kind, step, index * 6 + row, name, label, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 @pytest.mark.process
-def test_real_processes_that_are_killed_and_come_back_in_another_number(photos):
+def test_real_processes_that_are_killed_and_come_back_in_another_number(configs):
     """Two processes make steps 0 and 1 and are killed; this one makes steps 2 and 3."""
-    command = [sys.executable, "-c", WORKER, str(photos)]
+    chosen = {kind: configs[kind] for kind in AT_RANDOM}
+    fields = json.dumps({k: dataclasses.asdict(cfg) for k, cfg in chosen.items()})
+    command = [sys.executable, "-c", WORKER, fields]
     jobs = [
         subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True)
         for i in range(2)
     ]
-    lines = sorted(
-        (line for job in jobs for line in job.communicate()[0].splitlines()),
-        key=lambda line: [int(v) for v in line.split()[:2]],
-    )
+    lines = [line for job in jobs for line in job.communicate()[0].splitlines()]
     assert [job.returncode for job in jobs] == [-9, -9]
-    cfg = DataConfig(source="folder", path=str(photos), image_size=16, cache_gib=0.0)
 
-    def made(start, steps):
-        batches = data.train_batches(cfg, batch=12, seed=7, start=start)
+    def made(kind, start, steps):
+        batches = data.train_batches(chosen[kind], batch=12, seed=7, start=start)
         return [
-            f"{step} {row} {hashlib.sha1(image.tobytes()).hexdigest()} {label}"
+            f"{kind} {step} {row} {hashlib.sha1(image.tobytes()).hexdigest()} {label}"
             for step, b in enumerate(take(batches, steps), start)
             for row, (image, label) in enumerate(zip(b["image"], b["label"], strict=True))
         ]  # fmt: skip
 
-    assert lines + made(2, 2) == made(0, 4)
+    for kind in chosen:
+        before = [line for line in lines if line.startswith(f"{kind} ")]
+        assert sorted(before + made(kind, 2, 2)) == sorted(made(kind, 0, 4))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 
+import data_files
 import numpy as np
 import pytest
 from data_files import encoded, picture, take, write_folder
@@ -24,7 +25,6 @@ from vit_jax.data import (
     storage,
     write_records,
 )
-from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 from vit_jax.workdir import read_metrics
 
@@ -240,15 +240,15 @@ def test_images_that_cannot_be_decoded_are_listed_and_left_out(tmp_path, capsys)
 
 
 class Patient:
-    """Stands for a store whose reads take long: records how many are under way."""
+    """Stands for a mounted file system: records how many reads are under way."""
 
-    def __init__(self, store):
-        self.store, self.begun, self.most = store, 0, 0
+    def __init__(self, kv):
+        self.kv, self.begun, self.most = kv, 0, 0
 
     def read(self, name, byte_range):
         self.begun += 1
         self.most = max(self.most, self.begun)
-        return Answer(self, self.store.read(name, byte_range))
+        return Answer(self, self.kv.read(name, byte_range=byte_range))
 
 
 class Answer:
@@ -260,20 +260,25 @@ class Answer:
         return self.reading.result()
 
 
-def test_the_records_of_a_batch_are_asked_for_together(written, monkeypatch):
-    """However long a read takes, a batch waits for one: exact ranges, all at once."""
-    split = sources.load(config(written["tfrecord"])).train
+@pytest.mark.parametrize("format", FORMATS)
+def test_once_a_disk_is_slow_a_batch_is_asked_for_together(
+    format, written, tmp_path, monkeypatch
+):
+    """A local one is read without other threads; on a slow one a batch waits for one
+    read, however long that takes."""
+    folder = copy_of(written[format], tmp_path)
+    split = sources.load(config(folder)).train
     before = split.read(np.arange(10))
-    real, stores = storage._store, []
-
-    def patient(folder):
-        stores.append(Patient(real(folder)))
-        return stores[0]
-
-    monkeypatch.setattr(storage, "_store", patient)
+    store = storage._store(str(folder))
+    assert store.at_once
+    monkeypatch.setattr(storage, "_LATE", -1.0)  # every read is late
+    split.read(np.arange(10))
+    assert not store.at_once
+    split.read(np.arange(10))  # the first ones are timed
+    store.kv = Patient(store.kv)
     after = split.read(np.arange(10))
-    assert stores[0].most == 10
     assert after[0] == before[0]
+    assert store.kv.most == (10 if format == "tfrecord" else 0)
 
 
 def test_shards_without_an_index_are_scanned_once(tmp_path, monkeypatch):
@@ -289,37 +294,6 @@ def test_shards_without_an_index_are_scanned_once(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "scan", counted)
     take(data.train_batches(config(tmp_path, num_classes=2), batch=4, seed=0), 2)
     assert len(scanned) == len(set(scanned)) == 2
-
-
-def sequential_batches(tmp_path, size, batch, **options):
-    """Numbers of the records in each batch of the first epoch."""
-    files = shards.Shards((str(tmp_path / "x"),), (size,), "tfrecord")
-    reader = sequential.TrainReader(
-        files, lambda record: (record, np.zeros(1, np.int32)), options.get("buffer", 0),
-        np.arange(batch), batch, 0,
-    )  # fmt: skip
-    return np.stack([reader.draw(i, {}).index for i in range(size // batch)])
-
-
-def test_sequential_reads_are_shuffled_over_sixteen_batches(tmp_path, monkeypatch):
-    """The share of neighbours in the file that meet in a batch: 1/16 of what it would be
-    if each batch were read in order, and not more than twice the uniform share where 16
-    batches are all there is."""
-    monkeypatch.setattr(
-        sequential,
-        "in_sequence",
-        lambda s, low, high: ((i, b"") for i in range(low, high)),
-    )
-    size, batch = 65_536, 4_096
-
-    def met(**options):
-        index = sequential_batches(tmp_path, size, batch, **options)
-        of = np.empty(size, int)
-        of[index.reshape(-1)] = np.repeat(np.arange(size // batch), batch)
-        return (of[1:] == of[:-1]).mean()
-
-    assert met() < 0.08  # uniform: 1/16 = 0.0625
-    assert met(buffer=8192) > 0.4  # what the default was
 
 
 def test_shards_sorted_by_class_are_pointed_out(tmp_path, caplog):
@@ -498,18 +472,10 @@ def test_shards_that_are_wrong_without_an_index(change, message, written, tmp_pa
         data.describe(config(copy, num_classes=2))
 
 
-def write_tfrecord(file, rows, image_key="image", label_key="label"):
-    with tf.io.TFRecordWriter(str(file)) as writer:
-        for i, labels in enumerate(rows):
-            image = tf.train.BytesList(value=[encoded(picture(i))])
-            features = {
-                image_key: tf.train.Feature(bytes_list=image),
-                label_key: tf.train.Feature(
-                    int64_list=tf.train.Int64List(value=labels)
-                ),
-            }
-            example = tf.train.Example(features=tf.train.Features(feature=features))
-            writer.write(example.SerializeToString())
+def write_tfrecord(file, labels):
+    return data_files.write_tfrecord(
+        file, [(encoded(picture(i)), found) for i, found in enumerate(labels)]
+    )
 
 
 def test_records_that_somebody_else_wrote(tmp_path):

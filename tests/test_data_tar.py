@@ -9,7 +9,7 @@ import tarfile
 
 import numpy as np
 import pytest
-from data_files import encoded, picture, take, write_tar
+from data_files import encoded, picture, write_tar
 
 from vit_jax import data
 from vit_jax.config import DataConfig
@@ -359,23 +359,3 @@ def test_imagenet_in_its_archives(tmp_path):
     (tmp_path / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(b"\x1f\x8b cut")
     with pytest.raises(UserError, match="is not ImageNet's devkit, or damaged"):
         data.describe(config(tmp_path))
-
-
-# ------------------------------------------------------------------------- bad examples
-
-
-def test_bad_images_are_named(tmp_path):
-    members = {f"{i}.jpg": IMAGES[i % 8] for i in range(20)}
-    members |= {f"{i}.cls": b"%d" % (i % 2) for i in range(20)}
-    members["3.jpg"], members["4.jpg"] = b"<html>403</html>" * 9, b""
-    file = write_tar(tmp_path / "x.tar", members)
-    for access in ("random", "sequential"):
-        cfg = config(file, access=access, max_bad=0.2)
-        whole = take(data.train_batches(cfg, batch=10, seed=0), 6)
-        assert all((b["image"].reshape(10, -1).std(1) > 0).all() for b in whole)
-        late = next(data.train_batches(cfg, batch=10, seed=0, start=5))
-        np.testing.assert_array_equal(late["image"], whole[5]["image"])
-        assert sum(b["mask"].sum() for b in data.eval_batches(cfg, batch=8)) == 18
-    assert {f"{file}, 3.jpg", f"{file}, 4.jpg"} <= {*data.bad_examples()}
-    with pytest.raises(UserError, match=r"2 of 20 examples cannot be read"):
-        list(data.eval_batches(config(file, max_bad=0.01), batch=8))

@@ -46,10 +46,10 @@ class Answer(Protocol):
     def result(self) -> Any: ...
 
 
-class _Value(NamedTuple):
+class Value(NamedTuple):
     value: bytes
 
-    def result(self) -> "_Value":
+    def result(self) -> "Value":
         return self
 
 
@@ -58,8 +58,8 @@ class _Joined(NamedTuple):
 
     parts: list[Answer]
 
-    def result(self) -> _Value:
-        return _Value(b"".join(part.result().value for part in self.parts))
+    def result(self) -> Value:
+        return Value(b"".join(part.result().value for part in self.parts))
 
 
 class _Cut(NamedTuple):
@@ -69,9 +69,9 @@ class _Cut(NamedTuple):
     part: slice
     ask: Callable[[], Answer]
 
-    def result(self) -> _Value:
+    def result(self) -> Value:
         try:
-            return _Value(self.whole.result().value[self.part])
+            return Value(self.whole.result().value[self.part])
         except Exception:  # the last piece of a file is shorter than it was asked for
             return self.ask().result()
 
@@ -120,7 +120,7 @@ class DiskCache:
             path = self._set(folder) / f"{name}-{version}-{number}"
             held = self._held(path, a, b)
             found.append(
-                _Value(held) if held else self._fetch(read, name, path, first, a, b)
+                Value(held) if held else self._fetch(read, name, path, first, a, b)
             )
         return found[0] if len(found) == 1 else _Joined(found)
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which Parquet files hold which split: in a folder, or in a data set of the Hub, where
-only those of the splits in use are downloaded.
+"""Which Parquet or tar files hold which split: in a folder, or in a data set of the Hub,
+where only those of the splits in use are downloaded.
 
 What the README.md of a data set says of its configurations counts; without it, the names
 of files and folders do.
@@ -26,7 +26,6 @@ from vit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-SUFFIX = ".parquet"
 # Where the Hub keeps its own copies of sets that are stored otherwise.
 _CONVERTED = "refs/convert/parquet"
 
@@ -43,15 +42,16 @@ class Found:
         return self.fetch(self.splits[split])
 
 
-def find(cfg: DataConfig) -> Found:
-    """The files of ``cfg.path``, of the configuration ``cfg.name``.
+def find(cfg: DataConfig, *suffixes: str) -> Found:
+    """The files of ``cfg.path`` with one of the suffixes, of the configuration
+    ``cfg.name``.
 
     Raises:
       UserError: there are none, or the configuration is left open.
     """
     if cfg.path.startswith("hf://"):
-        return _on_the_hub(cfg)
-    root, files = split_files.find(cfg, SUFFIX)
+        return _on_the_hub(cfg, suffixes)
+    root, files = split_files.find(cfg, *suffixes)
     if files == [root]:
         return Found(root, split_files.by_split(root, files))
     readme, text = os.path.join(root, "README.md"), ""
@@ -64,18 +64,19 @@ def find(cfg: DataConfig) -> Found:
     return Found(root, there)
 
 
-def _on_the_hub(cfg: DataConfig) -> Found:
-    url = cfg.path
+def _on_the_hub(cfg: DataConfig, suffixes: tuple[str, ...]) -> Found:
+    url, converted = cfg.path, _CONVERTED if ".parquet" in suffixes else ""
     repo, revision, inside = hub.parsed(url.replace("hf://datasets/", "hf://", 1))
     with hub.explained(url):
         api, get = hub.repository(repo, "dataset")
-        root, names = _listed(api, get, repo, revision, inside)
-    if not names and not revision:
+        root, names = _listed(api, get, repo, revision, inside, suffixes)
+    if not names and not revision and converted:
         with contextlib.suppress(UserError), hub.explained(url):
-            root, names = _listed(api, get, repo, _CONVERTED, inside)
+            root, names = _listed(api, get, repo, converted, inside, suffixes)
     if not names:
+        nor = ", nor has the Hub converted it" if converted else ""
         raise UserError(
-            f"{url} has no {SUFFIX} files, nor has the Hub converted it: download it and "
+            f"{url} has no {suffixes[0]} files{nor}: download it and "
             "use config.data.source=folder"
         )
     readme = root / "README.md"
@@ -93,11 +94,16 @@ def _on_the_hub(cfg: DataConfig) -> Found:
 
 
 def _listed(
-    api: Any, get: Callable[..., str], repo: str, revision: str, inside: str
+    api: Any,
+    get: Callable[..., str],
+    repo: str,
+    revision: str,
+    inside: str,
+    suffixes: tuple[str, ...],
 ) -> tuple[Path, list[str]]:
-    """(where a commit is cached, its Parquet files in the folder ``inside``)"""
+    """(where a commit is cached, its files in the folder ``inside``)"""
     root = Path(get(revision=revision or None, allow_patterns=["README.md"]))
-    names = [n for n in hub.names(api, repo, root, "dataset") if n.endswith(SUFFIX)]
+    names = [n for n in hub.names(api, repo, root, "dataset") if n.endswith(suffixes)]
     return root, [n for n in names if not inside or f"{n}/".startswith(f"{inside}/")]
 
 

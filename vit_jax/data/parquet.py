@@ -17,7 +17,6 @@ bucket, unless ``data.access`` says otherwise.
 
 import collections
 import functools
-import io
 import json
 import logging
 import threading
@@ -42,7 +41,7 @@ from vit_jax.data.examples import (
     Unreadable,
     check_class_names,
 )
-from vit_jax.data.storage import binary, is_remote
+from vit_jax.data.storage import Remote, is_remote
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError, one_line
 
@@ -56,7 +55,7 @@ _LABEL = ("label", "labels", "class", "cls", "target", "category", "fine_label")
 
 def load(cfg: DataConfig) -> Dataset:
     """The data set of the Parquet files under ``cfg.path``."""
-    found = hub_sets.find(cfg)
+    found = hub_sets.find(cfg, ".parquet")
     opened = functools.cache(lambda name: Parquet(found.files(name)))
     train = opened(split_files.train_name(cfg, found.splits, found.root))
     columns = train.columns
@@ -214,35 +213,10 @@ def _image_bytes(part: parquet.RowGroupMetaData, column: str) -> int:
 # ----------------------------------------------------------------------- what files say
 
 
-class _Remote(io.RawIOBase):
-    """A file of a bucket with what Arrow asks of a file."""
-
-    def __init__(self, file: str):
-        self._stream = binary(file)
-        self._size = tf.io.gfile.stat(file).length
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        return self._stream.read(size)
-
-    def tell(self) -> int:
-        return self._stream.tell()
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self._size}
-        self._stream.seek(start[whence] + offset)
-        return self.tell()
-
-
 def _opened(
     file: str, about: parquet.FileMetaData | None = None
 ) -> parquet.ParquetFile:
-    source = _Remote(file) if is_remote(file) else file
+    source = Remote(file) if is_remote(file) else file
     return parquet.ParquetFile(source, metadata=about, page_checksum_verification=True)
 
 

@@ -27,9 +27,11 @@ from vit_jax.data.storage import (
     again,
     answer,
     ask,
-    in_pieces,
-    is_remote,
+    at_once,
+    binary,
+    in_order,
     tail,
+    timed,
     whole,
 )
 from vit_jax.data.tensorflow_cpu import tf
@@ -120,7 +122,8 @@ class Shards(Files):
         read = self._array_records if self.format == ARRAY_RECORD else self._start
         within = [[numbers[row] for row in rows] for rows in wanted.values()]
         result: list[Any] = [DAMAGED] * len(index)
-        found = self._pool.map(read, wanted, within)
+        each = map if at_once(self.files[0]) else self._pool.map
+        found = each(read, wanted, within)
         for rows, records in zip(wanted.values(), found, strict=True):
             for row, record in zip(rows, records, strict=True):
                 result[row] = record
@@ -201,15 +204,10 @@ class Shards(Files):
             )
 
     def _tfrecords(self, shard: int, begin: int, stop: int) -> Iterator[Record]:
-        offsets = self._offsets(shard)
-        pieces = in_pieces(self.files[shard], int(offsets[begin]), int(offsets[stop]))
-        held, at = b"", int(offsets[begin])  # bytes of the file from ``at`` on
-        for number in range(begin, stop):
-            first, end = int(offsets[number]), int(offsets[number + 1])
-            while at + len(held) < end and (piece := next(pieces, b"")):
-                held, at = held[first - at :] + piece, first
-            # A view: a record that is cut out of its piece takes memory of its own.
-            frame = memoryview(held)[first - at : end - at]
+        offsets = self._offsets(shard)[begin : stop + 1].tolist()
+        frames = in_order(self.files[shard], offsets[:-1], offsets[1:])
+        for number, frame in enumerate(frames, begin):
+            first, end = offsets[number - begin : number - begin + 2]
             yield self._checked(shard, number, first, end, frame)
 
     def _start(self, shard: int, within: list[int]) -> list[Any]:
@@ -261,11 +259,15 @@ class Shards(Files):
         return record
 
     def _array_records(self, shard: int, within: list[int]) -> list[Record]:
-        reader = self._reader(shard)
-        try:
-            return reader.read(within)
-        except RuntimeError:  # one of them is damaged
-            return [array_record(reader, i) for i in within]
+        reader, file = self._reader(shard), self.files[shard]
+        records = []
+        with contextlib.suppress(RuntimeError):  # one of them is damaged
+            if not at_once(file):
+                return reader.read(within)
+        for i in within:
+            with timed(file):
+                records.append(array_record(reader, i))
+        return records
 
     def _load_offsets(self, shard: int) -> np.ndarray:
         file = self.files[shard]
@@ -314,7 +316,7 @@ def scan(file: str) -> np.ndarray:
     """
     size = tf.io.gfile.stat(file).length
     offsets, at = [0], 0
-    with _Pieces(file, size) if is_remote(file) else open(file, "rb") as stream:
+    with binary(file) as stream:
         while at < size:
             stream.seek(at)
             header = stream.read(HEADER)
@@ -328,25 +330,6 @@ def scan(file: str) -> np.ndarray:
                 )
             offsets.append(at)
     return np.array(offsets, np.int64)
-
-
-class _Pieces(contextlib.nullcontext):
-    """A remote file, read from front to back."""
-
-    def __init__(self, file: str, size: int):
-        super().__init__(self)
-        self._pieces, self._held, self._at = in_pieces(file, 0, size), b"", 0
-
-    def seek(self, at: int) -> None:
-        while at > self._at + len(self._held):
-            self._at += len(self._held)
-            self._held = next(self._pieces)
-        self._held, self._at = self._held[at - self._at :], at
-
-    def read(self, count: int) -> bytes:
-        while len(self._held) < count and (piece := next(self._pieces, b"")):
-            self._held += piece
-        return self._held[:count]
 
 
 _AT_RANDOM = "readahead_buffer_size:0,max_parallelism:0"

@@ -3,10 +3,15 @@
 
 How many follows from Little's law: what is under way at a time is what arrives per
 second, times the seconds that one read takes. Those are measured on the first reads.
+From a local disk, a read takes less time than to hand it to another thread: these are
+done one by one, until most of them take long, as those of a mounted network file system
+do.
 """
 
 import collections
+import contextlib
 import functools
+import io
 import itertools
 import logging
 import math
@@ -14,12 +19,12 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorstore
 
-from vit_jax.data.disk_cache import PIECE, Answer, DiskCache
+from vit_jax.data.disk_cache import PIECE, Answer, DiskCache, Value
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 
@@ -29,8 +34,10 @@ log = logging.getLogger(__name__)
 WANTED = 2_000
 _MEASURED = 4  # first reads, which go out one by one to be timed
 _MOST = 512  # reads at a time
-_LINK = 1e9  # bytes per second of a file: hardly any link carries more for one
+_LINK = 2.5e8  # bytes per second of a file: hosts read several at a time
 _AHEAD = 2, 16  # pieces of a file that are asked for at a time, at least and at most
+_LATE = 1e-3  # seconds from which on others should be under way while one read is
+_PATIENCE = 8  # late reads, less those in time, after which they are
 
 _disks: dict[str, DiskCache] = {}  # folder in a bucket -> what keeps its bytes
 
@@ -40,8 +47,10 @@ def is_remote(path: str) -> bool:
 
 
 def binary(file: str) -> Any:
-    """A stream of bytes, local or remote."""
-    return tf.io.gfile.GFile(file, "rb") if is_remote(file) else open(file, "rb")
+    """A stream of bytes, local or remote; large pieces of a remote file are read ahead."""
+    return (
+        io.BufferedReader(Remote(file), PIECE) if is_remote(file) else open(file, "rb")
+    )
 
 
 def names(folder: str) -> list[str]:
@@ -92,13 +101,13 @@ def ask(file: str, start: int, stop: int) -> Answer:
     """Asks for a range of bytes; ``answer`` waits for them. Many can be under way."""
     folder, name = os.path.split(file)
     store = _store(folder)
-    for root, disk in _disks.items():
-        if folder.startswith(root):
-            try:
+    try:
+        for root, disk in _disks.items():
+            if folder.startswith(root):
                 return disk.read(store.read, folder, name, start, stop)
-            except ValueError as e:  # of the bucket, which was asked for the version
-                raise _failed(file, e) from e
-    return store.read(name, slice(start, stop))
+        return store.read(name, slice(start, stop))
+    except (ValueError, OSError) as e:  # some is read at once
+        raise _failed(file, e) from e
 
 
 def answer(file: str, asked: Answer) -> bytes:
@@ -120,12 +129,23 @@ def again(file: str, start: int, stop: int) -> bytes | None:
     return answer(file, _store(folder).read(name, slice(start, stop)))
 
 
+def at_once(file: str) -> bool:
+    """Whether ``ask`` waits for the bytes, as from there another thread would take
+    longer."""
+    return _store(os.path.dirname(file)).at_once
+
+
+def timed(file: str) -> contextlib.AbstractContextManager[None]:
+    """Around a read of a file by other means, for ``at_once``."""
+    return _store(os.path.dirname(file)).timed(0)
+
+
 def in_pieces(file: str, start: int, stop: int) -> Iterator[bytes]:
     """A long range, in large pieces that are asked for ahead of their use: as many as
     arrive while one is on its way."""
     ahead = _store(os.path.dirname(file)).ahead
     cuts = [start, *range(start - start % PIECE + PIECE, stop, PIECE), stop]
-    coming = itertools.pairwise(cuts)
+    coming = itertools.pairwise(cuts if start < stop else ())
     asked = collections.deque(
         ask(file, a, b) for a, b in itertools.islice(coming, ahead)
     )
@@ -134,23 +154,94 @@ def in_pieces(file: str, start: int, stop: int) -> Iterator[bytes]:
         asked.extend(ask(file, a, b) for a, b in itertools.islice(coming, 1))
 
 
+def in_order(
+    file: str, begin: Sequence[int], end: Sequence[int]
+) -> Iterator[memoryview]:
+    """Ascending ranges of bytes, read in pieces; shorter where the file ends before.
+
+    Views: what is cut out of its piece takes memory of its own.
+    """
+    pieces = in_pieces(file, begin[0], end[-1]) if len(begin) else iter(())
+    piece, at = memoryview(b""), begin[0] if len(begin) else 0  # where it begins
+    for a, b in zip(begin, end, strict=True):
+        parts = [piece[a - at : b - at]]
+        while at + len(piece) < b and (found := next(pieces, b"")):
+            at, piece = at + len(piece), memoryview(found)
+            parts.append(piece[max(0, a - at) : b - at])
+        yield parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+
+
+class Remote(io.RawIOBase):
+    """A file of a bucket, with what Arrow and ``io.BufferedReader`` ask of a file."""
+
+    def __init__(self, file: str):
+        super().__init__()
+        self._file, self._at = file, 0
+        self._size = tf.io.gfile.stat(file).length
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}
+        self._at = start[whence] + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._at + len(buffer), self._size)
+        found = b"".join(in_pieces(self._file, self._at, stop))
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)
+
+
 class _Store:
     """Reads of the files of one folder."""
 
     def __init__(self, folder: str):
         self.folder, self._lock = folder, threading.Lock()
         self._seconds: list[float] = []
+        # Late reads of a local disk, less those in time.
+        self._late = _PATIENCE if is_remote(folder) else 0
         self.ahead = _AHEAD[0]  # pieces of a file that are asked for at a time
         self.kv = self._open(0)
 
     def read(self, name: str, byte_range: slice) -> Answer:
+        if self.at_once:
+            return self._read_at_once(name, byte_range)
         if len(self._seconds) < _MEASURED:
             with self._lock:
                 if len(self._seconds) < _MEASURED:
-                    return self._timed(name, byte_range)
+                    return self._measured(name, byte_range)
         return self.kv.read(name, byte_range=byte_range)
 
-    def _timed(self, name: str, byte_range: slice) -> Answer:
+    def _read_at_once(self, name: str, byte_range: slice) -> Answer:
+        path, count = f"{self.folder}/{name}", byte_range.stop - byte_range.start
+        with self.timed(count):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                found = os.pread(descriptor, count, byte_range.start)
+            finally:
+                os.close(descriptor)
+        return Value(found if len(found) == count else b"")
+
+    @contextlib.contextmanager
+    def timed(self, count: int) -> Iterator[None]:
+        """What is done inside reads so many bytes at once."""
+        started = time.perf_counter()
+        yield
+        late = time.perf_counter() - started > _LATE + count / _LINK
+        self._late = max(0, self._late + (1 if late else -1))
+
+    @property
+    def at_once(self) -> bool:
+        """Whether a read takes less time than to hand it to another thread."""
+        return self._late < _PATIENCE
+
+    def _measured(self, name: str, byte_range: slice) -> Answer:
         started = time.perf_counter()
         reading = self.kv.read(name, byte_range=byte_range)
         if reading.exception() is None:

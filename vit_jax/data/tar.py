@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from vit_jax.config import DataConfig
-from vit_jax.data import classes, imagenet, split_files, tar_index
+from vit_jax.data import classes, hub_sets, imagenet, split_files, tar_index
 from vit_jax.data.examples import Dataset, Split
-from vit_jax.data.storage import answer, ask, binary, in_pieces
+from vit_jax.data.storage import answer, ask, binary, in_order
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 
@@ -30,22 +30,26 @@ _TOGETHER = 16  # files whose headers are read at the same time
 
 def load(cfg: DataConfig) -> Dataset:
     """The data set of the tar files under ``cfg.path``."""
-    root, files = split_files.find(cfg, *_ENDINGS)
-    if archive := next((f for f in files if os.path.basename(f) == imagenet.TRAIN), ""):
-        return _archives(cfg, os.path.dirname(archive))
-    known = split_files.by_split(root, files)
-    opened = functools.cache(lambda name: Tars(known[name], tar_index.webdataset))
-    train = opened(split_files.train_name(cfg, known, root))
+    if cfg.path.startswith("hf://"):
+        found = hub_sets.find(cfg, *_ENDINGS)
+    else:
+        root, files = split_files.find(cfg, *_ENDINGS)
+        archive = next((f for f in files if os.path.basename(f) == imagenet.TRAIN), "")
+        if archive:
+            return _archives(cfg, os.path.dirname(archive))
+        found = hub_sets.Found(root, split_files.by_split(root, files))
+    opened = functools.cache(lambda name: Tars(found.files(name), tar_index.webdataset))
+    train = opened(split_files.train_name(cfg, found.splits, found.root))
     spelled = classes.places(train.labels, train.name)
-    names = classes.names(cfg, spelled, len(train), root)
+    names = classes.names(cfg, spelled, len(train), found.root)
     indices = {name: i for i, name in enumerate(names)}
 
     def read(name: str, choosing: bool) -> Split:
-        found = opened(name)
-        labels = classes.numbers(found.labels, indices, found.name)
-        return split_files.split(cfg, found, labels, choosing)
+        images = opened(name)
+        labels = classes.numbers(images.labels, indices, images.name)
+        return split_files.split(cfg, images, labels, choosing)
 
-    return split_files.dataset(cfg, known, root, read, names)
+    return split_files.dataset(cfg, found.splits, found.root, read, names)
 
 
 def _archives(cfg: DataConfig, root: str) -> Dataset:
@@ -117,15 +121,10 @@ class Tars(split_files.Listed):
     ) -> Iterator[split_files.Numbered]:
         first = int(self.starts[file])
         chosen = slice(first + begin, first + stop)
-        start = self._begin[chosen].tolist()
-        end = (self._begin[chosen] + self._size[chosen]).tolist()
-        pieces = in_pieces(self.files[file], start[0], end[-1]) if start else iter(())
-        held, at = b"", start[0] if start else 0  # bytes of the file from ``at`` on
-        for i, (a, b) in enumerate(zip(start, end, strict=True), first + begin):
-            while at + len(held) < b and (piece := next(pieces, b"")):
-                cut = min(a - at, len(held))  # what lies between is not kept
-                held, at = held[cut:] + piece, at + cut
-            yield i, self._checked(i, held[a - at : b - at])
+        start, size = self._begin[chosen], self._size[chosen]
+        found = in_order(self.files[file], start.tolist(), (start + size).tolist())
+        for i, content in enumerate(found, first + begin):
+            yield i, self._checked(i, bytes(content))
 
     def _ask(self, file: int, index: int) -> Any:
         start = int(self._begin[index])

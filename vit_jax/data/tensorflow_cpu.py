@@ -19,9 +19,22 @@ if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
 # are others there than elsewhere.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
-import tensorflow
 
-tf: Any = tensorflow  # the type stubs lack much of it
+def _without_keras() -> Any:
+    """tensorflow, which would import all of Keras too, for a second and 0.1 GiB, were it
+    not asked for the old one, which is hardly ever there. ``tf.keras`` works later."""
+    name = "TF_USE_LEGACY_KERAS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    import tensorflow
+
+    os.environ.pop(name)
+    if before is not None:
+        os.environ[name] = before
+    return tensorflow
+
+
+tf: Any = _without_keras()  # the type stubs lack much of it
 
 for _kind in ("GPU", "TPU"):
     try:
