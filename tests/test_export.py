@@ -8,6 +8,7 @@ import json
 import zipfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled import apply, init
@@ -117,6 +118,22 @@ def test_a_program_gives_the_logits_of_the_model(kind, name, tmp_path):
     for count in (3, 8) if name != "x.tflite" else (8,):
         got = np.asarray(run(x[:count]))
         assert np.abs(got - want[:count]).max() < TOLERANCE * np.abs(want).max()
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize("size", [5, 6])
+@pytest.mark.parametrize(("window", "stride"), [(3, 2), (2, 1), (3, 3)])
+def test_pooling_without_a_window_over_four_dimensions(size, window, stride, padding):
+    """As ONNX gets it: exactly what XLA's pooling gives."""
+    x = np.random.default_rng(0).normal(size=(2, size, size + 1, 3))
+    dimensions, strides = (1, window, window, 1), (1, stride, stride, 1)
+    pads = jax.lax.padtype_to_pads(x.shape, dimensions, strides, padding)
+    np.testing.assert_array_equal(
+        export.max_pool(jnp.asarray(x), dimensions, strides, pads),
+        jax.lax.reduce_window(
+            jnp.asarray(x), -jnp.inf, jax.lax.max, dimensions, strides, pads
+        ),
+    )
 
 
 @pytest.mark.parametrize(

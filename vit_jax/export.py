@@ -11,13 +11,14 @@ otherwise.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import os
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -248,6 +249,29 @@ def _onnx(program: Program, path: Path, batch: int) -> None:
     path.write_bytes(converted.SerializeToString())
 
 
+def max_pool(
+    x: jax.Array,
+    window_dimensions: Sequence[int],
+    window_strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    **_: Any,
+) -> jax.Array:
+    """As the largest of shifted arrays: the converter makes a pool over batch and
+    channels as well of it, which has more dimensions than onnxruntime takes."""
+    windows = zip(window_dimensions, window_strides, padding, strict=True)
+    for axis, (size, stride, (low, high)) in enumerate(windows):
+        if size == 1:
+            continue
+        part = functools.partial(jax.lax.slice_in_dim, axis=axis)
+        # What repeats the edge of a window does not change its largest number.
+        edges = [part(x, 0, 1)] * low, [part(x, -1, None)] * high
+        x = jnp.concatenate([*edges[0], x, *edges[1]], axis)
+        end = x.shape[axis] - size + 1
+        shifted = [part(x, i, end + i, stride) for i in range(size)]
+        x = functools.reduce(jnp.maximum, shifted)
+    return x
+
+
 def _without_platforms(function: Callable, x: jax.ShapeDtypeStruct) -> Callable:
     """The function with the default in place of what differs between platforms, and
     without the calls around it: formats that know no platforms cannot say either."""
@@ -266,6 +290,8 @@ def _without_platforms(function: Callable, x: jax.ShapeDtypeStruct) -> Callable:
                 result = [eqn.params["platforms"].index(None)]
             elif isinstance(inner, jax.extend.core.ClosedJaxpr):
                 result = run(inner.jaxpr, inner.consts, *given)
+            elif name == "reduce_window_max":
+                result = [max_pool(*given, **eqn.params)]
             else:
                 result = eqn.primitive.bind(*given, **eqn.params)
                 result = result if eqn.primitive.multiple_results else [result]
