@@ -159,14 +159,12 @@ def build(
     devices: Sequence[jax.Device] | None = None,
     info: data.DataInfo | None = None,
 ) -> Program:
-    """The one definition of the program: the loop runs it, ``plan`` compiles it for
-    devices that are not there.
+    """The one definition of what a run computes, for devices that need not be there.
 
     Args:
       cfg: the run.
       devices: to place it on; all devices of all processes if not given.
-      info: what ``data.describe(cfg.data)`` says; asked for only where the config
-        leaves the number of classes open.
+      info: of the data; read where the config leaves the number of classes open.
 
     Raises:
       UserError: a config that contradicts itself, the data or the number of devices.
@@ -191,9 +189,6 @@ def build(
     attend, attention = kernels.choose(cfg, mesh)
     placed = models.create(cfg.model, sharding.block_hook(cfg, mesh), attend)
     loss_fn = _loss_fn(cfg, placed, mesh, optim.trainable(cfg.optim, params_shape))
-    step = functools.partial(
-        train_step, cfg=cfg, loss_fn=loss_fn, tx=tx, schedule=schedule
-    )
 
     def forward(params, images):
         return outputs(placed, sharding.to_compute(cfg, mesh, params), images)
@@ -209,7 +204,9 @@ def build(
         init=jax.jit(lambda: start_from(init_params()), out_shardings=state_sharding),
         start_from=jax.jit(start_from, out_shardings=state_sharding),
         train_step=jax.jit(
-            step,
+            functools.partial(
+                train_step, cfg=cfg, loss_fn=loss_fn, tx=tx, schedule=schedule
+            ),
             in_shardings=(state_sharding, batch_sharding),
             out_shardings=(state_sharding, sharding.replicated(mesh)),
             donate_argnums=0,
