@@ -380,13 +380,16 @@ def test_the_limit_holds_for_all_splits_together(tmp_path):
 
 @pytest.mark.process
 def test_tensorflow_says_nothing_of_its_own(tmp_path):
-    """At import, and of damaged images, after jax has set its own level of logging."""
+    """At import, which leaves Keras out, and of damaged images, after jax has set its own
+    level of logging."""
     root = write_folder(tmp_path, {"a": 6, "b": 6}, ("train", "test"))
     (root / "train/a/bad.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99))
     code = (
         "import jax; from vit_jax import data; from vit_jax.config import DataConfig;"
         "cfg = DataConfig(source='folder', path='.', image_size=8, cache_gib=0.0);"
-        "next(data.train_batches(cfg, batch=13, seed=0))"
+        "next(data.train_batches(cfg, batch=13, seed=0));"
+        "import os, sys; assert 'keras' not in sys.modules;"
+        "assert 'TF_USE_LEGACY_KERAS' not in os.environ"
     )
     names = ("TF_CPP_MIN_LOG_LEVEL", "TF_ENABLE_ONEDNN_OPTS")
     clean = {k: v for k, v in os.environ.items() if k not in names}

@@ -112,9 +112,11 @@ class Tars(split_files.Listed):
 
     def read(self, index: np.ndarray) -> list[bytes]:
         """Images by number; all are asked for before one is waited for."""
-        wanted = [(self.file_of(i), i) for i in index.tolist()]
-        asked = [(file, i, self._ask(file, i)) for file, i in wanted]
-        return [self._checked(i, answer(self.files[file], a)) for file, i, a in asked]
+        files = [self.files[self.file_of(i)] for i in index.tolist()]
+        begin, size = self._begin[index], self._size[index]
+        asked = map(ask, files, begin.tolist(), (begin + size).tolist())
+        found = map(answer, files, [*asked])
+        return [self._checked(*of) for of in zip(index.tolist(), found, strict=True)]
 
     def in_order(
         self, file: int, begin: int, stop: int
@@ -125,10 +127,6 @@ class Tars(split_files.Listed):
         found = in_order(self.files[file], start.tolist(), (start + size).tolist())
         for i, content in enumerate(found, first + begin):
             yield i, self._checked(i, bytes(content))
-
-    def _ask(self, file: int, index: int) -> Any:
-        start = int(self._begin[index])
-        return ask(self.files[file], start, start + int(self._size[index]))
 
     def _checked(self, index: int, content: bytes) -> bytes:
         if len(content) != self._size[index]:
