@@ -2,8 +2,10 @@
 PYTHON ?= $(shell for v in 3.12 3.11 3.13; do p=$$(command -v python$$v) && $$p -c '' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 WORKDIR ?= /tmp/vit_jax_demo
-# Test processes; the tests of one file stay together.
+# Test processes. The tests of one file stay together, and files start in the order that
+# tests/conftest.py gives them: those with few tests are not the short ones.
 WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: install demo check test lint types format docs check-python
 
@@ -24,10 +26,10 @@ demo: install
 
 # Before every commit: under two minutes.
 check: lint types
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not process and not slow and not tpu and not gpu"
+	$(PYTEST) -q -m "not process and not heavy and not slow and not tpu and not gpu"
 
 test: install
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(PYTEST)
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

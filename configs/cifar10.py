@@ -4,8 +4,8 @@
     python -m vit_jax.main --config=configs/cifar10.py --config.data.path=cifar10/ \
         --workdir=RUN
 
-cifar10/ holds train/CLASS/*.jpg and test/CLASS/*.jpg. Cost: 950 steps of 128 images
-(2.4 epochs), 37 TFLOPs, 12 CPU minutes. Measured, one seed: test accuracy 0.699. The
+cifar10/ holds train/CLASS/*.jpg and test/CLASS/*.jpg. Cost: 1,600 steps of 128 images
+(4.1 epochs), 62 TFLOPs, 14 CPU minutes. Measured, three seeds: test accuracy 0.758. The
 plain ViT of small_pretrain.py has 0.551 after 23. Scales up by overrides alone:
 --config.model.width=384 --config.model.depth=12 --config.model.mlp_dim=1536
 --config.model.heads=6 --config.steps=50000.

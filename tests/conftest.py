@@ -44,6 +44,14 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first: a worker that begins one when the other has
+    nothing left is waited for."""
+    long = lambda i: i.get_closest_marker("process") or i.get_closest_marker("heavy")
+    first = {item.path for item in items if long(item)}
+    items.sort(key=lambda item: item.path not in first)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with data and golden files that do not ship with the project."""

@@ -3,17 +3,13 @@
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fast import FAST_COMPILE
 from PIL import Image
 from trained import trained_workdir
 
@@ -23,6 +19,8 @@ from vit_jax.analysis.__main__ import analyse
 from vit_jax.analysis.subject import Subject
 from vit_jax.config import ModelConfig
 from vit_jax.errors import UserError
+
+pytestmark = pytest.mark.heavy
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -343,19 +341,15 @@ def test_other_mistakes(npz, tmp_path):
     with pytest.raises(UserError, match="--count=0"):
         analyse(npz, str(tmp_path), count=0)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write .*choose another --out"):
+    with pytest.raises(UserError, match=r"--out=.* cannot be written"):
         analyse(npz, str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"cannot write .*choose another --out"):
+    with pytest.raises(UserError, match=r"--out=.* cannot be written"):
         report.write_html(tmp_path / "none" / "x.html", "", {}, {}, {}, {})
 
 
-@pytest.mark.process
-def test_the_command(npz, tmp_path):
+def test_the_command(npz, tmp_path, command):
     args = [npz, f"--out={tmp_path}", "--only=filters,positions", "--html"]
-    result = subprocess.run(
-        [sys.executable, "-m", "vit_jax.analysis", *args], cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": FAST_COMPILE}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    result = command(*args, module="vit_jax.analysis")
     assert result.returncode == 0, result.stderr
     assert {p.name for p in tmp_path.glob("*.png")} == {"filters.png", "positions.png"}
 

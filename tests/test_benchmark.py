@@ -16,15 +16,15 @@ from test_multihost import finish, free_port
 from vit_jax import benchmark, config, hardware
 from vit_jax import train as training
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.process
-def test_standard_output_is_one_strict_json_document():
-    command = [sys.executable, "-m", "vit_jax.benchmark", f"--config={tiny.__file__}"]
-    done = subprocess.run(
-        [*command, "--what=train,infer", "--rounds=1", "--round_steps=2", "--json"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+def test_standard_output_is_one_strict_json_document(command):
+    done = command(
+        f"--config={tiny.__file__}", "--what=train,infer", "--rounds=1", "--round_steps=2", "--json",
+        module="vit_jax.benchmark",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout, parse_constant=pytest.fail)

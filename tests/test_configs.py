@@ -87,19 +87,20 @@ def test_an_unknown_argument_is_refused_by_name(name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_two_steps_trace(name):
-    """Two train steps, shapes only: what comes out is what goes in."""
+def test_a_step_traces(name):
+    """Shapes only: what comes out is what goes in. Of Table 3 a ViT and a hybrid: the
+    others are the same programs in other sizes."""
     cfg = _shorter(load(name))
     info = data.DataInfo(10, tuple(map(str, range(10))), 100, 100, multilabel=False)
     program = build(cfg, jax.devices()[:1], info if not cfg.model.num_classes else None)
     state, batch = program.state_shape, program.batch_shape
-    for _ in range(2):
-        after, metrics = jax.eval_shape(program.train_step, state, batch)
-        assert _shapes(after) == _shapes(state)
-        assert all(m.shape == () for m in metrics.values())
-        assert {"loss", "learning_rate", "grad_norm"} <= set(metrics)
-        state = after
     assert batch["image"].shape[:1] == (cfg.batch,)
+    if name in {*TABLE3} - {"vit_b16", "r50_vit_b16"}:
+        return
+    after, metrics = jax.eval_shape(program.train_step, state, batch)
+    assert _shapes(after) == _shapes(state)
+    assert all(m.shape == () for m in metrics.values())
+    assert {"loss", "learning_rate", "grad_norm"} <= set(metrics)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -192,6 +193,27 @@ def test_a_bias_table_for_all_blocks(tmp_path):
     )
     assert each.cfg == one.cfg
     jax.tree.map(np.testing.assert_array_equal, each.params, one.params)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "new"),
+    [
+        (r"^", "module.backbone."),
+        (r"^", "model."),
+        (r"^blocks\.(\d+)\.", r"blocks.0.\1."),  # DINOv2's training, in pieces
+    ],
+)
+def test_names_of_training_scripts(tmp_path, pattern, new):
+    source = HERE / "timm_register_rows_a" / "model.safetensors"
+    arrays = safetensors.load_file(source)
+    other = {re.sub(pattern, new, name): array for name, array in arrays.items()}
+    assert other.keys() != arrays.keys()
+    safetensors.save_file(other, tmp_path / "x.safetensors")
+    plain, found = (
+        weights.read(f, heads=3) for f in (source, tmp_path / "x.safetensors")
+    )
+    assert found.cfg == plain.cfg
+    jax.tree.map(np.testing.assert_array_equal, found.params, plain.params)
 
 
 @pytest.mark.parametrize("name", ["beitv2_base", "deit_small"])

@@ -2,11 +2,13 @@
 """Checkpoints of families that contradict themselves: one line says what is wrong."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from vit_jax import weights
@@ -36,6 +38,10 @@ def folder(tmp_path):
         (["layers.0.blocks.0.attn.relative_position_bias_table"], "a Swin Transformer"),
         (["stages.0.blocks.0.conv_dw.weight"], "a ConvNeXt"),
         (["layer1.0.conv1.weight", "fc.weight"], "a ResNet"),
+        (["blocks.0.attns.1.norm.weight"], "a ViT with branches side by side"),
+        (["blocks.1.attn.lambda_q1"], "a ViT with differential attention"),
+        (["rope.freqs"], "a ViT with mixed rotary positions"),
+        (["blocks.2.proj.weight"], "a Hiera or MViT"),
         (["encoder.layer.0.attention.self.query.weight"], "a text model such as BERT"),
     ],
 )
@@ -100,6 +106,26 @@ def test_a_part_that_only_the_name_of_an_architecture_tells(folder):
     refused(path, "eva02_enormous_patch14_clip_224 has norms of what attention")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ({"global_pool": "avgmax"}, "unknown global_pool .* 'avgmax'"),
+        (
+            {"global_pool": "avg", "pool_include_prefix": True},
+            "'avg' with pool_include",
+        ),
+        ({"norm_layer": "simplenorm"}, "norm_layer is 'simplenorm'"),
+        ({"act_layer": "relu"}, "unknown act_layer .* 'relu'"),
+    ],
+)
+def test_a_part_that_only_an_argument_of_timm_tells(tmp_path, arguments, part):
+    shutil.copytree(BEIT, tmp_path / "beit")
+    config = json.loads((BEIT / "config.json").read_text())
+    config["model_args"] |= arguments
+    (tmp_path / "beit" / "config.json").write_text(json.dumps(config))
+    refused(tmp_path / "beit", part)
+
+
 def test_names_of_more_classes_than_the_head_has(tmp_path):
     shutil.copytree(BEIT, tmp_path / "beit")
     config = json.loads((BEIT / "config.json").read_text())
@@ -153,3 +179,69 @@ def test_assumptions_about_a_bare_file(tmp_path):
     (line,) = weights.read(tmp_path / "x.safetensors").report.assumptions
     assert "image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5)" in line
     assert "gelu=exact" in line
+
+
+def stranger(path, arrays):
+    """A network that no family is: its arrays begin as a ViT's do."""
+    (path / "config.json").unlink()
+    other = {"patch_embed.proj.weight": np.zeros((8, 3, 4, 4), np.float32)}
+    other["layers.0.blocks.0.attn.qkv.weight"] = np.zeros((24, 8), np.float32)
+    save_file(other, path / "model.safetensors")
+    return "looks like a Swin Transformer, .* anything like layers.0.blocks.0.attn.qkv"
+
+
+def contradiction(path, arrays):
+    config = json.loads((path / "config.json").read_text()) | {"hidden_size": 96}
+    (path / "config.json").write_text(json.dumps(config))
+    return "model.width: the file's config says 96, the arrays show 48"
+
+
+def odd_table(path, arrays):
+    name = "embeddings.position_embeddings"
+    short = {name: np.ascontiguousarray(arrays[name][:, :-3])}
+    save_file(arrays | short, path / "model.safetensors")
+    return r"says \(32, 32\), which is 4 x 4 patches, but .* has shape \(1, 14, 48\)"
+
+
+def mixture(path, arrays):
+    save_file(
+        arrays | load_file(BEIT / "model.safetensors"), path / "model.safetensors"
+    )
+    return "has nothing like .* other arrays .as in a file of beit: two models in one"
+
+
+def mixed_files(path, arrays):
+    save_file(load_file(BEIT / "model.safetensors"), path / "model.safetensors")
+    return "model_type 'dinov2_with_registers', but the arrays are those of beit"
+
+
+def missing_part(path, arrays):
+    index = {name: f"part{i % 2}.safetensors" for i, name in enumerate(sorted(arrays))}
+    (path / "model.safetensors").unlink()
+    text = json.dumps({"weight_map": index})
+    (path / "model.safetensors.index.json").write_text(text)
+    part = {n: arrays[n] for n, file in index.items() if file == "part0.safetensors"}
+    save_file(part, path / "part0.safetensors")
+    return r"\['part1.safetensors'\] are missing, which its index names"
+
+
+@pytest.mark.parametrize("program", ["predict", "convert", "evaluate"])
+@pytest.mark.parametrize(
+    "spoil",
+    [stranger, contradiction, odd_table, mixture, mixed_files, missing_part],
+    ids=lambda spoil: spoil.__name__,
+)
+def test_commands_answer_with_one_line(folder, tmp_path, command, program, spoil):
+    path, arrays = folder
+    match = spoil(path, arrays)
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    before = sorted(tmp_path.rglob("*"))
+    arguments = {
+        "predict": [tmp_path / "image.png"],
+        "convert": [tmp_path / "new.npz"],
+        "evaluate": ["--config=configs/digits.py"],
+    }[program]
+    ended = command(path, *arguments, module=f"vit_jax.{program}")
+    assert re.search(match, ended.error), ended.error
+    assert ended.stdout == ""
+    assert sorted(tmp_path.rglob("*")) == before

@@ -7,11 +7,13 @@ import types
 import pytest
 
 from vit_jax import hardware, hlo, kernel_schedule, plan, tpu
+from vit_jax.config import ModelConfig
 from vit_jax.models import attention_tpu
 from vit_jax.models.attention_tpu import Kernel
 
 V5E, V4 = hardware.CHIPS["v5e"], hardware.CHIPS["v4"]
 L16 = (64, 196, 3 * 1024)
+MODEL = ModelConfig(width=1024, heads=16)
 
 
 @pytest.fixture
@@ -71,7 +73,7 @@ def test_what_cannot_be_told_is_not_counted(bundles, name):
     bundles(None)
     assert kernel_schedule.cost(call(name), V5E, 64) is None
     cost = hlo.Cost(kernels={call(name): 48})
-    assert plan.kernels(cost, V5E, 64) == (0.0, 0, 48)
+    assert plan.kernels(cost, V5E, MODEL) == (0.0, 0, 48)
 
 
 def test_kernels_count_as_often_as_they_are_called(bundles):
@@ -79,7 +81,7 @@ def test_kernels_count_as_often_as_they_are_called(bundles):
     one = kernel_schedule.cost(call(attention_tpu.FORWARD), V5E, 64)
     assert one
     cost = hlo.Cost(cycles=15 * 10**5, kernels={call(attention_tpu.FORWARD): 48})
-    found = plan.kernels(cost, V5E, 64)
+    found = plan.kernels(cost, V5E, MODEL)
     assert found == pytest.approx((48 * one.seconds, 48 * one.flops, 0))
 
 

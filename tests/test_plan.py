@@ -223,7 +223,11 @@ def test_a_mesh_or_batch_that_does_not_divide(changes, message):
         plan.plan(replace(TINY, **changes), described("v5e:2x2", jax.devices()[:4]))
 
 
-def test_what_was_compiled_once_is_found_on_disk(tmp_path, monkeypatch):
+def test_what_was_compiled_once_is_found_on_disk(tmp_path, monkeypatch, request):
+    # Every test after this one would compile without the cache.
+    place = jax.config.jax_compilation_cache_dir
+    restore = lambda: jax.config.update("jax_compilation_cache_dir", place)
+    request.addfinalizer(restore)
     monkeypatch.setattr(tpu.importlib.metadata, "version", lambda name: "1")
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     calls = []

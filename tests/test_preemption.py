@@ -83,35 +83,44 @@ def steps_saved(workdir):
     return sorted(int(n) for n in names if n.isdigit())
 
 
-@pytest.mark.parametrize("moment", ["training", "saving"])
-def test_killed_at_any_moment_a_run_continues_to_the_same_bits(
-    moment, straight, tmp_path
-):
+def test_killed_at_any_moment_a_run_continues_to_the_same_bits(straight, tmp_path):
+    """While it saves for the first time, then while it trains."""
     process = start(tmp_path, "--config.checkpoint.every=5")
-    if (
-        moment == "training"
-    ):  # a save waits for the one before, so that of step 5 is complete
-        wait_until(lambda: 13 in steps_of(tmp_path), process)
-    else:
-        wait_until(lambda: is_saving(tmp_path), process)
+    wait_until(lambda: is_saving(tmp_path), process)
+    process.kill()
+    assert finish(process)[0] == -signal.SIGKILL
+    process = start(tmp_path, "--config.checkpoint.every=5")
+    # A save waits for the one before, so that of step 5 is complete.
+    wait_until(lambda: 13 in steps_of(tmp_path), process)
     process.kill()
     assert finish(process)[0] == -signal.SIGKILL
     code, output = finish(start(tmp_path))
     assert code == 0, output
-    if moment == "training":
-        assert re.search(r"continuing after step (5|10)\b", output), output
+    assert re.search(r"continuing after step (5|10)\b", output), output
     check_same(tmp_path, straight)
 
 
 def test_asked_to_stop_a_run_saves_and_says_that_it_can_continue(straight, tmp_path):
-    process = start(tmp_path)
-    wait_until(lambda: 3 in steps_of(tmp_path), process)
+    """While it evaluates, which it does not finish, then while it trains."""
+    many = tuple({"type": "accuracy", "prefix": f"again{i}"} for i in range(500))
+    process = start(
+        tmp_path, "--config.eval.batch=1", f"--config.eval.evaluators={many}"
+    )
+    wait_until(lambda: 10 in steps_of(tmp_path), process)
     process.terminate()
     code, output = finish(process)
     assert code == 75, output
     assert "start the same command to continue" in output
+    assert steps_saved(tmp_path) == [10]
+    assert not any("again0/accuracy" in m for m in read_metrics(str(tmp_path)))
+    # What was cut short is made up for before anything else is trained.
+    process = start(tmp_path)
+    wait_until(lambda: 11 in steps_of(tmp_path), process)
+    process.terminate()
+    code, output = finish(process)
+    assert code == 75, output
     saved = steps_saved(tmp_path)[-1]
-    assert 3 <= saved < 20
+    assert 11 <= saved < 20
     log = {"JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}
     code, output = finish(start(tmp_path, **log))
     assert code == 0, output
@@ -119,6 +128,8 @@ def test_asked_to_stop_a_run_saves_and_says_that_it_can_continue(straight, tmp_p
     assert "Persistent compilation cache hit for 'jit_train_step'" in output
     assert "warning" not in output.lower()
     assert f"continuing after step {saved}" in output
+    rows = [m for m in read_metrics(str(tmp_path)) if "test/accuracy" in m]
+    assert [m["step"] for m in rows] == [10, 20]
     check_same(tmp_path, straight)
 
 
@@ -131,27 +142,6 @@ def test_asked_to_stop_while_compiling_a_run_leaves_before_it_trains(tmp_path):
     assert code == 75, output
     assert not steps_of(tmp_path)
     assert not steps_saved(tmp_path)
-
-
-def test_asked_to_stop_while_evaluating_a_run_saves_without_finishing_that(
-    straight, tmp_path
-):
-    many = tuple({"type": "accuracy", "prefix": f"again{i}"} for i in range(500))
-    process = start(
-        tmp_path, "--config.eval.batch=1", f"--config.eval.evaluators={many}"
-    )
-    wait_until(lambda: 10 in steps_of(tmp_path), process)
-    process.terminate()
-    code, output = finish(process)
-    assert code == 75, output
-    assert steps_saved(tmp_path) == [10]
-    assert not any("again0/accuracy" in m for m in read_metrics(str(tmp_path)))
-    # What was cut short is made up for before anything else is trained.
-    code, output = finish(start(tmp_path))
-    assert code == 0, output
-    rows = [m for m in read_metrics(str(tmp_path)) if "test/accuracy" in m]
-    assert [m["step"] for m in rows] == [10, 20]
-    check_same(tmp_path, straight)
 
 
 def test_asked_to_stop_while_saving_a_run_completes_the_checkpoint(tmp_path):

@@ -28,6 +28,8 @@ from vit_jax.config import replace
 from vit_jax.errors import PREEMPTED, Diverged, UserError
 from vit_jax.scales import Claim, Row, Scale, Study
 
+pytestmark = pytest.mark.heavy
+
 QUICK = replace(
     TINY, steps=2, eval__every=0, checkpoint__every=0, log_every=0, optim__warmup=0.0
 )

@@ -18,6 +18,8 @@ from compiled import apply
 from vit_jax import models
 from vit_jax.config import ModelConfig
 
+pytestmark = pytest.mark.heavy
+
 SIZES = {"width": 24, "depth": 2, "mlp_dim": 20, "heads": 3, "patch": 8}
 SIZE = (16, 24)  # 2 x 3 patches
 

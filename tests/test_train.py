@@ -25,6 +25,8 @@ from vit_jax.preemption import Preemption
 from vit_jax.program import build
 from vit_jax.workdir import read_metrics
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -14,6 +14,8 @@ from vit_jax.data import DataInfo
 from vit_jax.errors import UserError
 from vit_jax.program import build
 
+pytestmark = pytest.mark.heavy
+
 K, B, SIZE = 10, 64, 16
 CFG = Config(
     model=ModelConfig(

@@ -33,7 +33,6 @@ from jax.experimental import multihost_utils
 from vit_jax import cli, config, data, hardware, latency, models, sharding
 from vit_jax import train as training
 from vit_jax.config import Config
-from vit_jax.errors import UserError
 from vit_jax.feed import put
 from vit_jax.program import Program, build
 from vit_jax.workdir import read_metrics
@@ -200,10 +199,7 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    if argv:
-        raise UserError(
-            f"unexpected argument {argv[0]!r}: flags look like --what=train"
-        )
+    cli.only_flags(argv, "--what=train")
     f = flags.FLAGS
     cfg = cli.read_config()
     runs = {what: config.choose("--what", what, WHAT) for what in f.what.split(",")}

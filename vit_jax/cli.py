@@ -67,6 +67,15 @@ def define_config_flag() -> None:
     flags.FLAGS["config"].parser = config_file.Parser()
 
 
+def define_image_size_flag() -> None:
+    """Adds ``--image_size``, for commands that read weights; flags may follow the
+    paths."""
+    flags.DEFINE_integer(
+        "image_size", 0, "Resize the position embeddings; 0: keep them."
+    )
+    flags.FLAGS.set_gnu_getopt()
+
+
 def define_process_flags() -> None:
     """Adds the flags that connect several processes; none are needed on TPU pods or
     under SLURM."""
@@ -86,6 +95,12 @@ def connect() -> None:
     distributed.initialize(
         f.coordinator, f.num_processes, f.process_id, f.process_timeout
     )
+
+
+def only_flags(argv: list[str], example: str) -> None:
+    """Refuses positional arguments; ``example`` shows a flag."""
+    if argv:
+        raise UserError(f"unexpected argument {argv[0]!r}: flags look like {example}")
 
 
 def read_config() -> config.Config:

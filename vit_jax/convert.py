@@ -34,9 +34,6 @@ def define_flags() -> None:
         "",
         "own (the names that SOURCE has), npz, timm or hf; otherwise by the name of DEST.",
     )
-    flags.DEFINE_integer(
-        "image_size", 0, "Resize the position embeddings; 0: keep them."
-    )
     flags.DEFINE_string(
         "licence",
         "",
@@ -47,7 +44,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("private", False, "hf://: create a private repository.")
     flags.DEFINE_string("space", "", "Folder to write a Space to, instead of DEST.")
     flags.DEFINE_bool("update", False, "hf://: the repository may exist already.")
-    flags.FLAGS.set_gnu_getopt()  # flags may follow the paths
+    cli.define_image_size_flag()
 
 
 def main(arguments: list[str]) -> int:

@@ -2,7 +2,6 @@
 """What the rows of a study cost, before any of them is trained."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -42,18 +41,14 @@ def check(study: Study) -> None:
         # Rows that differ in what they read, or start from, are one program.
         cfg = config.replace(row.cfg, pretrained="", data__subset=0.0)
         key = config.to_json(cfg)
-        built[key] = built.get(key) or _parameters(cfg)
+        if key not in built:
+            built[key] = program.build(cfg, jax.devices()[:1]).num_parameters
         steps = 0 if row.measure == "speed" else row.cfg.steps
         print(
             f"{name:<{width}}  {built[key]:>13,}  {steps:>9,}  {row.cfg.batch:>6,}  "
             f"{own_flops(row):.3g}",
             flush=True,
         )
-
-
-def _parameters(cfg: Config) -> int:
-    p = program.build(cfg, jax.devices()[:1])
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(p.state_shape.params))
 
 
 def chip_hours(study: Study, target: tpu.Topology, seeds: int) -> None:
@@ -110,8 +105,8 @@ def inference(cfg: Config, target: tpu.Topology) -> str:
         compiled = tpu.compile(lowered, small)
     if compiled.problem:
         return f"does not fit with {cfg.batch} images"
-    cost, model = hlo.cost(compiled.text, chips), p.model.cfg
-    kernels = plan.kernels(cost, chip, model.width // max(model.heads, 1))
+    cost = hlo.cost(compiled.text, chips)
+    kernels = plan.kernels(cost, chip, p.model.cfg)
     seconds = cost.cycles / chip.clock + kernels.seconds
     image = (compiled.arguments + compiled.temporaries) / cfg.batch
     return (

@@ -93,7 +93,7 @@ def cifar10() -> Config:
             weight_decay=0.1,
             clip=1.0,
         ),
-        steps=950,
+        steps=1_600,
     )
 
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from vit_jax import cli, inference, models, photos, sharding, weights
 from vit_jax.config import choose
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, writing
 
 POOLINGS = ("head", "class", "mean", "none")
 # Images per part: what an interruption can cost.
@@ -80,15 +80,13 @@ def embed(
     found = weights.read(source, image_size or None)
     found.report.log()
     _check(found.cfg, layer, pooling)
-    try:
+    with writing(f"--out={out}"):
         parts = _Parts(out, [source, layer, pooling, image_size, images.names])
         summary = _run(found, images, parts, layer, pooling, batch)
         if not summary.written:
             raise UserError("; ".join(summary.failed))
         write(Path(out), parts)
         shutil.rmtree(parts.folder)
-    except OSError as e:
-        raise UserError(f"--out={out} cannot be written: {e.strerror or e}") from e
     return summary
 
 
@@ -306,11 +304,8 @@ def define_flags() -> None:
         "the token of each patch.",
     )
     flags.DEFINE_integer("batch", 8, "Images per device at a time.", lower_bound=1)
-    flags.DEFINE_integer(
-        "image_size", 0, "Resize the position embeddings; 0: keep them."
-    )
     flags.DEFINE_string("split", "train", "Of a source of data (KIND:PATH).")
-    flags.FLAGS.set_gnu_getopt()  # flags may follow the paths
+    cli.define_image_size_flag()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one exception that a user may cause, and how it is reported."""
 
+import contextlib
+from collections.abc import Iterator
+
 # Exit status (EX_TEMPFAIL): a checkpoint was saved, or a peer was lost. Start the same
 # command again.
 PREEMPTED = 75
@@ -19,6 +22,16 @@ def one_line(error: BaseException) -> str:
     """What a foreign library says, as part of a message: its first line, printable."""
     text = str(error).strip().partition("\n")[0] or type(error).__name__
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)[:300]
+
+
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """An OSError meanwhile as one line; ``what`` is the knob and its value,
+    ``--out=DIR``."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"{what} cannot be written: {e.strerror or one_line(e)}") from e
 
 
 class Diverged(UserError):

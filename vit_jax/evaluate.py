@@ -10,10 +10,9 @@ arrays behind them. ``--vtab`` instead reads SOURCE as a folder of fine-tuned wo
 one per VTAB task.
 """
 
-import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from absl import flags
 
 from vit_jax import cli, config, data, evaluators, inference, weights, workdir
 from vit_jax.config import Config
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, writing
 from vit_jax.evaluators import vtab
 
 
@@ -124,25 +123,15 @@ def _square(transform: dict[str, Any]) -> dict[str, Any]:
 
 def _check_writable(folder: str) -> None:
     """Fails before the work, not after it."""
-    with _explained(folder):
+    with writing(f"--out={folder}"):
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
 
 
 def _write(folder: str, name: str, text: str) -> None:
     if not jax.process_index():
-        with _explained(folder):
+        with writing(f"--out={folder}"):
             Path(folder, name).write_text(text)
-
-
-@contextlib.contextmanager
-def _explained(folder: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        raise UserError(
-            f"cannot write to --out={folder}: {e.strerror}; choose another folder"
-        ) from e
 
 
 def main(arguments: list[str]) -> int:

@@ -11,13 +11,14 @@ otherwise.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import os
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from absl import flags
 
 from vit_jax import cli, models, pixels, weights
 from vit_jax.config import choose
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, writing
 
 INPUTS = {
     "images": "float32 (batch, height, width, channels) in [-1, 1], of the model's size",
@@ -63,12 +64,9 @@ def define_flags() -> None:
     flags.DEFINE_enum("outputs", "logits", list(OUTPUTS), "What it gives.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of its arithmetic.")
     flags.DEFINE_integer(
-        "image_size", 0, "Resize the position embeddings; 0: keep them."
-    )
-    flags.DEFINE_integer(
         "batch", 1, "Images at a time, where a format fixes it: .tflite.", lower_bound=1
     )
-    flags.FLAGS.set_gnu_getopt()  # flags may follow the paths
+    cli.define_image_size_flag()
 
 
 def main(arguments: list[str]) -> int:
@@ -251,6 +249,29 @@ def _onnx(program: Program, path: Path, batch: int) -> None:
     path.write_bytes(converted.SerializeToString())
 
 
+def max_pool(
+    x: jax.Array,
+    window_dimensions: Sequence[int],
+    window_strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    **_: Any,
+) -> jax.Array:
+    """As the largest of shifted arrays: the converter makes a pool over batch and
+    channels as well of it, which has more dimensions than onnxruntime takes."""
+    windows = zip(window_dimensions, window_strides, padding, strict=True)
+    for axis, (size, stride, (low, high)) in enumerate(windows):
+        if size == 1:
+            continue
+        part = functools.partial(jax.lax.slice_in_dim, axis=axis)
+        # What repeats the edge of a window does not change its largest number.
+        edges = [part(x, 0, 1)] * low, [part(x, -1, None)] * high
+        x = jnp.concatenate([*edges[0], x, *edges[1]], axis)
+        end = x.shape[axis] - size + 1
+        shifted = [part(x, i, end + i, stride) for i in range(size)]
+        x = functools.reduce(jnp.maximum, shifted)
+    return x
+
+
 def _without_platforms(function: Callable, x: jax.ShapeDtypeStruct) -> Callable:
     """The function with the default in place of what differs between platforms, and
     without the calls around it: formats that know no platforms cannot say either."""
@@ -269,6 +290,8 @@ def _without_platforms(function: Callable, x: jax.ShapeDtypeStruct) -> Callable:
                 result = [eqn.params["platforms"].index(None)]
             elif isinstance(inner, jax.extend.core.ClosedJaxpr):
                 result = run(inner.jaxpr, inner.consts, *given)
+            elif name == "reduce_window_max":
+                result = [max_pool(*given, **eqn.params)]
             else:
                 result = eqn.primitive.bind(*given, **eqn.params)
                 result = result if eqn.primitive.multiple_results else [result]
@@ -349,15 +372,14 @@ def _write_beside(program: Program, path: Path) -> None:
 def _complete_or_absent(path: Path) -> Iterator[Path]:
     """A place to write ``path``, and what stands beside it, from where both are moved
     once they are complete."""
-    try:
-        with tempfile.TemporaryDirectory(
-            dir=path.resolve().parent, prefix=".export"
-        ) as d:
-            yield Path(d, path.name)
-            for made in Path(d).iterdir():
-                os.replace(made, path.parent / made.name)
-    except OSError as e:
-        raise UserError(f"{path} cannot be written: {e.strerror or e}") from e
+    where = path.resolve().parent
+    with (
+        writing(str(path)),
+        tempfile.TemporaryDirectory(dir=where, prefix=".export") as folder,
+    ):
+        yield Path(folder, path.name)
+        for made in Path(folder).iterdir():
+            os.replace(made, path.parent / made.name)
 
 
 if __name__ == "__main__":

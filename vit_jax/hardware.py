@@ -3,7 +3,7 @@
 
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Chip(NamedTuple):
@@ -64,6 +64,11 @@ SLICES = {
     for name, chip in CHIPS.items()
     for shape in chip.shapes
 }
+
+
+def slice_of(device: Any) -> int:
+    """Number of the slice of TPUs that a device is in; 0 where there is but one."""
+    return getattr(device, "slice_index", 0) or 0
 
 
 def chip_of(device_kind: str) -> Chip | None:

@@ -21,10 +21,7 @@ cli.define_process_flags()
 
 
 def main(argv: list[str]) -> int:
-    if argv:
-        raise UserError(
-            f"unexpected argument {argv[0]!r}: flags look like --workdir=DIR"
-        )
+    cli.only_flags(argv, "--workdir=DIR")
     cfg = cli.read_config()
     if not flags.FLAGS.workdir:
         raise UserError(

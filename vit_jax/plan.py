@@ -32,7 +32,7 @@ from vit_jax import (
     tpu,
     vtab_tasks,
 )  # fmt: skip
-from vit_jax.config import Config, DataConfig, choose
+from vit_jax.config import Config, DataConfig, ModelConfig, choose
 from vit_jax.errors import UserError
 from vit_jax.hardware import Chip
 from vit_jax.program import Program, build
@@ -57,14 +57,13 @@ def plan(cfg: Config, target: Topology) -> dict[str, Any]:
     cfg, chips = program.cfg, len(target.devices)
     state = memory_of_state(program.state_shape)
     model_flops = 6 * models.macs(program.model.cfg) * cfg.batch / chips
-    params = jax.tree.leaves(program.state_shape.params)
     result: dict[str, Any] = {
         "topology": target.name,
-        "slices": len({getattr(d, "slice_index", 0) or 0 for d in target.devices}),
+        "slices": len(set(map(hardware.slice_of, target.devices))),
         "chips": chips,
         "hosts": hosts(target.devices),
         "model": cfg.model.name,
-        "parameters": sum(math.prod(x.shape) for x in params),
+        "parameters": program.num_parameters,
         "sharding": cfg.sharding,
         "mesh": dict(program.mesh.shape),
         "layers": cfg.model.layers,
@@ -120,8 +119,7 @@ def _measured(
     """Bytes per chip by kind, given those of the ``state``, and times."""
     batch = compiled.arguments - sum(state.values())
     cost = hlo.cost(compiled.text, len(target.devices))
-    model = program.model.cfg
-    found = kernels(cost, target.chip, model.width // max(model.heads, 1))
+    found = kernels(cost, target.chip, program.model.cfg)
     memory = state | {"batch": batch, "activations": compiled.temporaries}
     return memory, {
         "program_gib": compiled.code / GIB,
@@ -161,9 +159,7 @@ def _tfds_classes(cfg: DataConfig) -> int:
 
 def hosts(devices: Sequence[Any]) -> int:
     """How many feed these devices: each decodes its share of the images."""
-    slices = [getattr(d, "slice_index", 0) or 0 for d in devices]
-    processes = [d.process_index for d in devices]
-    return len(set(zip(slices, processes, strict=True)))
+    return len({(hardware.slice_of(d), d.process_index) for d in devices})
 
 
 def memory_of_state(state_shape: Any) -> dict[str, int]:
@@ -192,7 +188,8 @@ class Kernels(NamedTuple):
     unknown: int
 
 
-def kernels(cost: hlo.Cost, chip: Chip, head_dim: int) -> Kernels:
+def kernels(cost: hlo.Cost, chip: Chip, model: ModelConfig) -> Kernels:
+    head_dim = model.width // max(model.heads, 1)
     seconds, flops, unknown = 0.0, 0, 0
     for call, trips in cost.kernels.items():
         if found := kernel_schedule.cost(call, chip, head_dim):
@@ -341,10 +338,7 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    if argv:
-        raise UserError(
-            f"unexpected argument {argv[0]!r}: flags look like --topology=v5e:16x16"
-        )
+    cli.only_flags(argv, "--topology=v5e:16x16")
     f = flags.FLAGS
     cfg = cli.read_config()
     tell = functools.partial(print, file=sys.stderr, flush=True)

@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from vit_jax import cli, inference, photos, weights
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, writing
 
 _BATCH = 8
 
@@ -35,10 +35,7 @@ def define_flags() -> None:
         "csv", "", "Also write a table: image, rank, class, probability."
     )
     flags.DEFINE_string("parquet", "", "Also write that table as Parquet.")
-    flags.DEFINE_integer(
-        "image_size", 0, "Resize the position embeddings; 0: keep them."
-    )
-    flags.FLAGS.set_gnu_getopt()  # flags may follow the paths
+    cli.define_image_size_flag()
 
 
 def main(arguments: list[str]) -> int:
@@ -139,7 +136,7 @@ _COLUMNS = ("image", "rank", "class", "probability")
 
 @contextlib.contextmanager
 def _csv(path: str) -> Iterator[Callable[[Result], None]]:
-    with _writable("--csv", path), open(path, "w", newline="", encoding="utf-8") as f:
+    with writing(f"--csv={path}"), open(path, "w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f)
         writer.writerow(_COLUMNS)
         yield lambda result: writer.writerows(_rows(result))
@@ -153,7 +150,7 @@ def _parquet(path: str) -> Iterator[Callable[[Result], None]]:
     types = (pa.string(), pa.int32(), pa.string(), pa.float32())
     schema = pa.schema(list(zip(_COLUMNS, types, strict=True)))
     held: list[tuple[Any, ...]] = []
-    with _writable("--parquet", path), parquet.ParquetWriter(path, schema) as writer:
+    with writing(f"--parquet={path}"), parquet.ParquetWriter(path, schema) as writer:
 
         def flush() -> None:
             columns = list(zip(*held, strict=True)) or [()] * len(_COLUMNS)
@@ -167,15 +164,6 @@ def _parquet(path: str) -> Iterator[Callable[[Result], None]]:
 
         yield write
         flush()
-
-
-@contextlib.contextmanager
-def _writable(flag: str, path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        reason = e.strerror or " ".join(str(e).split())
-        raise UserError(f"{flag}={path} cannot be written: {reason}") from e
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ config tests trace it, so none of them can drift from training.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -145,6 +146,10 @@ class Program:
         return jax.tree.map(lambda s: s.sharding, self.state_shape)
 
     @property
+    def num_parameters(self) -> int:
+        return sum(math.prod(x.shape) for x in jax.tree.leaves(self.state_shape.params))
+
+    @property
     def batch_sharding(self) -> jax.sharding.NamedSharding:
         return sharding.batch_sharding(self.mesh)
 
@@ -154,36 +159,24 @@ def build(
     devices: Sequence[jax.Device] | None = None,
     info: data.DataInfo | None = None,
 ) -> Program:
-    """The one definition of the program: the loop runs it, ``plan`` compiles it for
-    devices that are not there.
+    """The one definition of what a run computes, for devices that need not be there.
 
     Args:
       cfg: the run.
       devices: to place it on; all devices of all processes if not given.
-      info: what ``data.describe(cfg.data)`` says; asked for only where the config
-        leaves the number of classes open.
+      info: of the data; read where the config leaves the number of classes open.
 
     Raises:
       UserError: a config that contradicts itself, the data or the number of devices.
     """
-    # Long, because it is the one place where everything meets, in the order in which it
-    # is needed.
     cfg, info = _complete(config.checked(cfg), info)
     hints = objectives.check(cfg, bool(info and info.multilabel))
     evaluators.check(cfg)
     mesh = sharding.create_mesh(cfg, devices)
     model = models.create(cfg.model)
-    images = jax.ShapeDtypeStruct(
-        (1, *cfg.model.image_size, cfg.model.channels), jnp.float32
-    )
-
-    def init_params():
-        key = jax.random.fold_in(jax.random.key(cfg.seed), 0)
-        return model.init(key, jnp.zeros(images.shape, images.dtype))["params"]
-
+    init_params = functools.partial(_init_params, model, cfg)
     params_shape = jax.eval_shape(init_params)
     tx, schedule = optim.create(cfg.optim, cfg.steps, params_shape, cfg.seed)
-    trainable = optim.trainable(cfg.optim, params_shape)
 
     def start_from(params):
         ema = jax.tree.map(jnp.copy, params) if cfg.optim.polyak else {}
@@ -195,7 +188,45 @@ def build(
     # The same model, reading parameters in parts.
     attend, attention = kernels.choose(cfg, mesh)
     placed = models.create(cfg.model, sharding.block_hook(cfg, mesh), attend)
-    loss_of_whole = objectives.of(cfg).create(placed, cfg)
+    loss_fn = _loss_fn(cfg, placed, mesh, optim.trainable(cfg.optim, params_shape))
+
+    def forward(params, images):
+        return outputs(placed, sharding.to_compute(cfg, mesh, params), images)
+
+    return Program(
+        cfg=cfg,
+        hints=tuple(hints),
+        attention=attention,
+        model=model,
+        mesh=mesh,
+        state_shape=_with_sharding(state_shape, state_sharding),
+        batch_shape=_batch_shape(cfg, info, batch_sharding),
+        init=jax.jit(lambda: start_from(init_params()), out_shardings=state_sharding),
+        start_from=jax.jit(start_from, out_shardings=state_sharding),
+        train_step=jax.jit(
+            functools.partial(
+                train_step, cfg=cfg, loss_fn=loss_fn, tx=tx, schedule=schedule
+            ),
+            in_shardings=(state_sharding, batch_sharding),
+            out_shardings=(state_sharding, sharding.replicated(mesh)),
+            donate_argnums=0,
+            compiler_options=(attend and attend.compiler_options) or None,
+        ),
+        forward=jax.jit(forward),
+    )
+
+
+def _init_params(model: Any, cfg: Config) -> Any:
+    key = jax.random.fold_in(jax.random.key(cfg.seed), 0)
+    images = jnp.zeros((1, *cfg.model.image_size, cfg.model.channels), jnp.float32)
+    return model.init(key, images)["params"]
+
+
+def _loss_fn(
+    cfg: Config, model: Any, mesh: jax.sharding.Mesh, trainable: Any
+) -> Callable[[Any, Batch, jax.Array], tuple[jax.Array, Metrics]]:
+    """The objective, of parameters as they are kept; ``trainable`` is a tree like them."""
+    loss_of_whole = objectives.of(cfg).create(model, cfg)
 
     def loss_fn(params, batch, key):
         # What is frozen costs no backward pass and has no part in the norm.
@@ -206,35 +237,7 @@ def build(
         )
         return loss_of_whole(sharding.to_compute(cfg, mesh, params), batch, key)
 
-    def forward(params, images):
-        params = sharding.to_compute(cfg, mesh, params)
-        return outputs(placed, params, images)
-
-    step = functools.partial(
-        train_step, cfg=cfg, loss_fn=loss_fn, tx=tx, schedule=schedule
-    )
-    return Program(
-        cfg=cfg,
-        hints=tuple(hints),
-        attention=attention,
-        model=model,
-        mesh=mesh,
-        state_shape=_with_sharding(state_shape, state_sharding),
-        batch_shape={
-            k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=batch_sharding)
-            for k, s in _batch_shape(cfg, info).items()
-        },
-        init=jax.jit(lambda: start_from(init_params()), out_shardings=state_sharding),
-        start_from=jax.jit(start_from, out_shardings=state_sharding),
-        train_step=jax.jit(
-            step,
-            in_shardings=(state_sharding, batch_sharding),
-            out_shardings=(state_sharding, sharding.replicated(mesh)),
-            donate_argnums=0,
-            compiler_options=(attend and attend.compiler_options) or None,
-        ),
-        forward=jax.jit(forward),
-    )
+    return loss_fn
 
 
 def _complete(
@@ -265,13 +268,14 @@ def _complete(
 
 
 def _batch_shape(
-    cfg: Config, info: data.DataInfo | None
+    cfg: Config, info: data.DataInfo | None, place: jax.sharding.NamedSharding
 ) -> dict[str, jax.ShapeDtypeStruct]:
+    shape = functools.partial(jax.ShapeDtypeStruct, sharding=place)
     size = cfg.data.image_size
-    label = jax.ShapeDtypeStruct((cfg.batch,), jnp.int32)
+    label = shape((cfg.batch,), jnp.int32)
     if info and info.multilabel:
-        label = jax.ShapeDtypeStruct((cfg.batch, cfg.model.num_classes), jnp.float32)
-    image = jax.ShapeDtypeStruct((cfg.batch, size, size, cfg.model.channels), jnp.uint8)
+        label = shape((cfg.batch, cfg.model.num_classes), jnp.float32)
+    image = shape((cfg.batch, size, size, cfg.model.channels), jnp.uint8)
     return {"image": image, "label": label}
 
 

@@ -31,6 +31,7 @@ from jax.sharding import PartitionSpec as P
 
 from vit_jax.config import Config, choose
 from vit_jax.errors import UserError
+from vit_jax.hardware import slice_of
 
 Params = Any
 
@@ -356,4 +357,4 @@ def _name(path: Any) -> str:
 def _position(device: jax.Device) -> tuple[Any, ...]:
     """Sorts neighbours on the torus of a TPU, or in a process, together."""
     place = getattr(device, "coords", None) or (device.process_index,)
-    return (getattr(device, "slice_index", 0) or 0, *place, device.id)
+    return (slice_of(device), *place, device.id)

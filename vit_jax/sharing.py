@@ -13,7 +13,7 @@ from etils import epath
 
 from vit_jax import config, weights, workdir
 from vit_jax.config import Config
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, writing
 from vit_jax.weights import hub
 
 _FIGURES = (".png", ".jpg", ".jpeg", ".svg")
@@ -65,10 +65,8 @@ def share(
         (folder / "README.md").write_text(card(folder, repo, source, licence))
         where = dry_run or hub.upload(dest, folder, private, update)
         if dry_run:
-            try:
+            with writing(f"--dry_run={dry_run}"):  # shutil.Error is an OSError
                 shutil.copytree(folder, dry_run)
-            except (OSError, shutil.Error) as e:
-                raise UserError(f"--dry_run={dry_run} cannot be written: {e}") from e
     return where, [*found.report.changes, *found.report.warnings, *notes]
 
 

@@ -7,18 +7,16 @@
 One run per learning rate of ``config.sweep.learning_rates``, compared on a held-out
 part of the training set; then ``config.sweep.seeds`` runs on the whole training set
 with the best one. Their mean and standard deviation on the test set are reported and
-written to ``DIR/sweep.json``. Every run is the plain command that ``--list`` prints, in
-a workdir of its own under DIR, so runs may also be started elsewhere. Start the sweep
-again to continue: finished runs are recognised by their metrics.
+written to ``DIR/sweep.json``. Every run is what the plain command that ``--list`` prints
+does, in a workdir of its own under DIR, so runs may also be started elsewhere. Start the
+sweep again to continue: finished runs are recognised by their metrics.
 """
 
 import json
 import math
 import os
 import shlex
-import signal
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -26,9 +24,10 @@ from typing import Any, NamedTuple
 from absl import flags
 from etils import epath
 
-from vit_jax import cli, evaluators
+from vit_jax import cli, config, evaluators, train
 from vit_jax.config import Config
-from vit_jax.errors import PREEMPTED, UserError
+from vit_jax.errors import PREEMPTED, Diverged, UserError
+from vit_jax.progress import say
 from vit_jax.workdir import is_evaluation, read_metrics
 
 
@@ -39,6 +38,14 @@ class Run(NamedTuple):
     seed: int
     workdir: str
     holdout: float  # 0: trained on everything, evaluated on the test set
+
+    def configured(self, cfg: Config) -> Config:
+        return config.replace(
+            cfg,
+            optim__learning_rate=self.learning_rate,
+            data__holdout=self.holdout,
+            seed=self.seed,
+        )
 
     def command(self, arguments: Sequence[str]) -> list[str]:
         """``arguments`` are the --config... of the sweep; what comes later wins."""
@@ -135,34 +142,33 @@ def check(cfg: Config, workdir: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    if argv:
-        raise UserError(
-            f"unexpected argument {argv[0]!r}: flags look like --workdir=DIR"
-        )
+    cli.only_flags(argv, "--workdir=DIR")
     # A shell leaves the ~ of --workdir=~/run as it is.
     cfg = cli.read_config()
     workdir = os.path.expanduser(flags.FLAGS.workdir).rstrip("/")
     check(cfg, workdir)
-    arguments = config_arguments(sys.argv[1:])
     selection = selection_runs(cfg, workdir)
     if flags.FLAGS.list:
-        return _list(cfg, workdir, selection, arguments)
+        _list(cfg, workdir, selection)
+        return 0
     grid = {}
     for i, run in enumerate(selection):
-        part = f"selection, run {i + 1} of {len(selection)}"
-        value, status = _finish(cfg, run, arguments, part)
-        if status == PREEMPTED:
-            return status
+        try:
+            value = _finish(cfg, run, f"selection, run {i + 1} of {len(selection)}")
+        except Diverged as e:  # a learning rate that is too high must not end the sweep
+            say(f"sweep        lr {run.learning_rate!r}: {e}")
+            value = math.nan
+        if value is None:
+            return PREEMPTED
         grid[run.learning_rate] = value
     if grid and all(math.isnan(v) for v in grid.values()):
         raise UserError(f"none of the {len(grid)} runs of the grid finished: see above")
     chosen = best(grid, cfg.sweep.metric) if grid else cfg.sweep.learning_rates[0]
     final = []
     for i, run in enumerate(final_runs(cfg, workdir, chosen)):
-        part = f"final, run {i + 1} of {cfg.sweep.seeds}"
-        value, status = _finish(cfg, run, arguments, part)
-        if status:
-            return status
+        value = _finish(cfg, run, f"final, run {i + 1} of {cfg.sweep.seeds}")
+        if value is None:
+            return PREEMPTED
         final.append(value)
     found = summary(chosen, grid, final)
     text = json.dumps(found, indent=2, allow_nan=False) + "\n"
@@ -185,7 +191,7 @@ def config_arguments(argv: Sequence[str]) -> list[str]:
     return kept
 
 
-def _list(cfg: Config, workdir: str, selection: list[Run], arguments: list[str]) -> int:
+def _list(cfg: Config, workdir: str, selection: list[Run]) -> None:
     grid = {r.learning_rate: result(cfg, r) for r in selection}
     runs = [r for r in selection if grid[r.learning_rate] is None]
     if not runs:
@@ -194,67 +200,39 @@ def _list(cfg: Config, workdir: str, selection: list[Run], arguments: list[str])
         runs = final_runs(cfg, workdir, chosen)
         runs = [r for r in runs if result(cfg, r) is None]
     for run in runs:
-        print(shlex.join(run.command(arguments)))
-    return 0
+        print(shlex.join(run.command(config_arguments(sys.argv[1:]))))
 
 
-def _finish(
-    cfg: Config, run: Run, arguments: list[str], part: str
-) -> tuple[float, int]:
-    """Starts or continues a run unless it is finished: its metric and exit status.
+def _finish(cfg: Config, run: Run, part: str) -> float | None:
+    """Trains or continues a run unless it is finished: its metric; None: it was asked to
+    stop.
 
-    A run that failed counts as nan: too high a learning rate must not end the sweep.
+    Raises:
+      Diverged: its loss stayed non-finite.
     """
     name = f"{part}: lr {run.learning_rate!r} seed {run.seed}"
+    if result(cfg, run) is None:
+        say(f"sweep        {name}")
+        if train.train(run.configured(cfg), run.workdir).preempted:
+            return None
     value = result(cfg, run)
     if value is None:
-        _say(f"sweep        {name}")
-        status, reason = _call(run.command(arguments))
-        value = result(cfg, run)
-        if value is None:
-            status = status or 1
-            reason = reason or f"no {cfg.sweep.metric}"
-            _say(f"sweep        {name} ended with exit status {status}: {reason}")
-            return math.nan, status
-    _say(f"sweep        {name}: {cfg.sweep.metric} {value:.4f}")
-    return value, 0
-
-
-def _call(command: list[str]) -> tuple[int, str]:
-    """Exit status of a command, and the last line of its standard error. It is told to
-    stop when this process is told to."""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    last = ""
-    previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-    try:
-        for line in process.stderr or ():
-            print(line, end="", file=sys.stderr, flush=True)
-            last = line.strip() or last
-        return process.wait(), last
-    except KeyboardInterrupt:
-        process.wait()  # the terminal has told the run as well
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+        raise UserError(f"{run.workdir} has no {cfg.sweep.metric} of its last step")
+    say(f"sweep        {name}: {cfg.sweep.metric} {value:.4f}")
+    return value
 
 
 def _report(cfg: Config, workdir: str, found: dict[str, Any]) -> None:
     for lr, value in found["selection"].items():
         mark = "  <- best" if float(lr) == found["learning_rate"] else ""
-        _say(f"lr {lr:<9} held-out {cfg.sweep.metric} {_text(value)}{mark}")
+        say(f"lr {lr:<9} held-out {cfg.sweep.metric} {_text(value)}{mark}")
     seeds = len(found["final"])
     spread = f" +- {_text(found['std'])} over {seeds} seeds" if seeds > 1 else ""
-    _say(f"{cfg.sweep.metric} {_text(found['mean'])}{spread}; {workdir}/sweep.json")
+    say(f"{cfg.sweep.metric} {_text(found['mean'])}{spread}; {workdir}/sweep.json")
 
 
 def _text(value: float | None) -> str:
     return "none" if value is None else f"{value:.4f}"
-
-
-def _say(message: str) -> None:
-    # Not progress.say: asking JAX which process this is would take the accelerator away
-    # from the runs.
-    print(message, flush=True)
 
 
 def _rank(value: float) -> float:

@@ -20,7 +20,7 @@ from jax.experimental import topologies
 
 from vit_jax.config import nearest
 from vit_jax.errors import UserError
-from vit_jax.hardware import CHIPS, SLICES, Chip
+from vit_jax.hardware import CHIPS, SLICES, Chip, slice_of
 
 
 class Topology(NamedTuple):
@@ -96,7 +96,7 @@ class Compiled:
 
 def compile(lowered: jax.stages.Lowered, target: Topology) -> Compiled:
     """Compiles for ``target``, or takes what :func:`cached` has of an earlier time."""
-    slices = len({getattr(d, "slice_index", 0) or 0 for d in target.devices})
+    slices = len(set(map(slice_of, target.devices)))
     key = (target.name, str(slices), lowered.as_text())
     return Compiled(**cached(key, lambda: dataclasses.asdict(_compile(lowered))))
 

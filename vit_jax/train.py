@@ -384,15 +384,14 @@ def _initial_state(program: Program) -> State:
 
 def _say_sizes(program: Program, info: data.DataInfo) -> None:
     cfg = program.cfg
-    params = sum(
-        math.prod(p.shape) for p in jax.tree.leaves(program.state_shape.params)
-    )
     say(
         f"{'':<12} {info.num_train:,} training and {info.num_test:,} test images, {info.num_classes} classes"
     )
     per_device = cfg.batch // sharding.batch_parts(program.mesh)
     batch = sharding.batch_text(cfg.batch, per_device, cfg.accumulate)
-    say(f"{'':<12} {batch}; {cfg.model.name or 'ViT'} with {params:,} parameters")
+    say(
+        f"{'':<12} {batch}; {cfg.model.name or 'ViT'} with {program.num_parameters:,} parameters"
+    )
 
 
 def _say_end(

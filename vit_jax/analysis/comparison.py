@@ -79,6 +79,10 @@ def draw_lines(
         stds = [v.std(ddof=1) if len(v) > 1 else 0.0 for v in found]
         axis.errorbar(at[rows], means, stds, marker="o", ms=4, lw=1.2, capsize=2.5, color=color, label=line)  # fmt: skip
     axis.set_xscale("log")
+    places = np.unique(at)
+    if len(places) < len(at):  # chosen numbers, such as of images, that lines share
+        axis.set_xticks(places, [f"{place:,.0f}" for place in places])
+        axis.minorticks_off()
     if metric == "speed/images_per_second":
         axis.set_yscale("log")
     axis.set_xlabel(x_label)

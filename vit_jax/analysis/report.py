@@ -13,7 +13,7 @@ import numpy as np
 
 from vit_jax.analysis import figures
 from vit_jax.analysis.drawing import DPI
-from vit_jax.errors import UserError
+from vit_jax.errors import writing
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -56,12 +56,10 @@ def write(out: str | Path, name: str, arrays: Mapping[str, Any]) -> Path:
     """
     path = Path(out) / f"{name}.png"
     figure = figures.draw(name, arrays)
-    try:
+    with writing(f"--out={out}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(path.with_suffix(".npz"), **arrays)
         figure.savefig(path, dpi=DPI)
-    except OSError as e:
-        raise _not_written(path, e) from e
     return path
 
 
@@ -112,10 +110,8 @@ def write_html(
         ),
     )
     path = Path(path)
-    try:
+    with writing(f"--out={path.parent}"):
         path.write_text(page)
-    except OSError as e:
-        raise _not_written(path, e) from e
     return path
 
 
@@ -124,7 +120,3 @@ def png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()
-
-
-def _not_written(path: Path, e: OSError) -> UserError:
-    return UserError(f"cannot write {path}: {e.strerror}; choose another --out")

@@ -4,7 +4,6 @@
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -172,18 +171,10 @@ class Subject:
 
     def patch_tokens(self, shown: np.ndarray) -> np.ndarray:
         """Tokens (n, h, w, D) float32 of the patches, after the last norm."""
-        grid, _ = attention.geometry(self.model, self.size)
-
-        @jax.jit
-        def tokens(params: Any, x: jax.Array) -> jax.Array:
-            found: Any = self.model.apply(
-                {"params": params}, inference.normalize(x), method="forward"
-            )
-            _, out = found
-            return out["tokens"][:, -math.prod(grid) :]
-
-        found = [tokens(self.params, x[None]) for x in shown]
-        return np.concatenate(found).astype(np.float32).reshape(len(shown), *grid, -1)
+        function = functools.partial(inference.vectors, pooling="none")
+        devices = jax.devices()[:1]
+        tokens = inference.create(self.model.cfg, self.params, devices, function)
+        return np.concatenate([tokens(x[None]) for x in shown])
 
 
 def to_uint8(x: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from vit_jax import objectives
 from vit_jax.config import DataConfig
 from vit_jax.errors import UserError
-from vit_jax.evaluators.context import Batch, Context, name_of
+from vit_jax.evaluators.context import Context, name_of
 
 
 def accuracy(
@@ -29,11 +29,7 @@ def accuracy(
     ``loss`` is nan if an output is.
     """
     config = classified(context, data)
-    loss = context.cfg.loss
-
-    def step(outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
-        return _step(outputs["logits"], batch["label"], batch["mask"], loss=loss)
-
+    step = functools.partial(_step, loss=context.cfg.loss)
     return means(context.sum(step, config, split, finite=False))
 
 

@@ -19,7 +19,7 @@ from vit_jax import objectives
 from vit_jax.config import Positive
 from vit_jax.errors import UserError
 from vit_jax.evaluators.accuracy import classified, hits, labelled
-from vit_jax.evaluators.context import Batch, Context
+from vit_jax.evaluators.context import Context
 
 
 def calibration(
@@ -36,12 +36,7 @@ def calibration(
     are written to ``calibration.npz`` where the run has a folder for them.
     """
     config = classified(context, data)
-    loss = context.cfg.loss
-
-    def step(outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
-        logits, label = outputs["logits"], batch["label"]
-        return bin_sums(logits, label, batch["mask"], bins=bins, loss=loss)
-
+    step = functools.partial(bin_sums, bins=bins, loss=context.cfg.loss)
     s = context.sum(step, config, split, finite=False)
     count = np.asarray(s["count"], np.float64)
     total = count.sum()

@@ -10,6 +10,7 @@ import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -22,7 +23,7 @@ from vit_jax import config
 from vit_jax import data as datasets
 from vit_jax.config import Amount, Config, DataConfig, Positive
 from vit_jax.data import DataInfo
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, writing
 from vit_jax.inference import Batch, Predictor
 
 
@@ -36,6 +37,8 @@ class _Filled:
         return "a list with at least one entry"
 
 
+# (output of the model (B, ...), labels (B,) or (B, K), mask (B,)) -> what is summed
+Step = Callable[[jax.Array, jax.Array, jax.Array], dict[str, jax.Array]]
 Counts = Annotated[Sequence[Positive], _Filled()]
 Amounts = Annotated[Sequence[Amount], _Filled()]
 
@@ -91,13 +94,14 @@ class Context:
 
     def sum(
         self,
-        step: Callable[[Mapping[str, jax.Array], Batch], dict[str, jax.Array]],
+        step: Step,
         data: DataConfig,
         split: str,
         *,
+        output: str = "logits",
         finite: bool = True,
     ) -> dict[str, Any]:
-        """Sums ``step(outputs, batch)`` over a data set; fetches once, at the end.
+        """Sums ``step(output, label, mask)`` over a data set; fetches once, at the end.
 
         Integers are summed exactly, floats with a compensated sum, so that 10,000
         batches do not lose digits.
@@ -106,6 +110,7 @@ class Context:
           step: what is summed.
           data: the data set.
           split: of it.
+          output: which of the model's the step reads.
           finite: refuse outputs that are not; False where the numbers themselves become
             nan, for then a run in training may go on.
 
@@ -114,7 +119,7 @@ class Context:
         """
         total: Any = None
         for outputs, batch in self.outputs(data, split):
-            part = step(outputs, batch)
+            part = step(outputs[output], batch["label"], batch["mask"])
             if finite:
                 part["broken"] = _broken(outputs, batch["mask"])
             before = total
@@ -156,15 +161,9 @@ class Context:
         """
         if not self.out or jax.process_index():
             return
-        path = os.path.join(self.out, name)
-        try:
+        with writing(f"--out={self.out}"):
             os.makedirs(self.out, exist_ok=True)
-            with open(path, "wb") as f:
-                f.write(content)
-        except OSError as e:
-            raise UserError(
-                f"cannot write {path}: {e.strerror}; choose another --out"
-            ) from e
+            Path(self.out, name).write_bytes(content)
 
 
 def changed(data: DataConfig, fields: Mapping[str, Any] | None) -> DataConfig:

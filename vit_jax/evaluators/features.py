@@ -16,7 +16,7 @@ import numpy as np
 
 from vit_jax.config import DataConfig
 from vit_jax.errors import UserError
-from vit_jax.evaluators.context import Batch, Context, check_finite, fetch, name_of
+from vit_jax.evaluators.context import Context, check_finite, fetch, name_of
 
 
 def collect(
@@ -34,11 +34,11 @@ def collect(
     features = np.empty((0, 0), np.float32)
     labels = np.empty((0,), np.int32)
     size = 0
-    pending: Any = None
+    pending: tuple[jax.Array, ...] = ()
 
-    def store(outputs: Mapping[str, Any], batch: Batch) -> None:
+    def store(*batch: jax.Array) -> None:
         nonlocal features, size
-        x, y, mask = fetch((representation(outputs), batch["label"], batch["mask"]))
+        x, y, mask = fetch(batch)
         if y.ndim != 1:
             raise UserError(
                 f"the data set {name_of(data)!r} has several labels per image: features are "
@@ -56,11 +56,11 @@ def collect(
 
     for outputs, batch in context.outputs(data, split):
         # Storing lags one batch behind, so that the device computes meanwhile.
-        small = {"label": batch["label"], "mask": batch["mask"]}
-        if pending is not None:
+        if pending:
             store(*pending)
-        pending = ({"pre_logits": outputs["pre_logits"]}, small)
-    if pending is not None:
+        x = representation(outputs["pre_logits"])
+        pending = (x, batch["label"], batch["mask"])
+    if pending:
         store(*pending)
     if not size:
         raise UserError(f"the {split} split of {name_of(data)!r} has no examples")
@@ -71,10 +71,9 @@ def collect(
     return features, labels
 
 
-def representation(outputs: Mapping[str, jax.Array]) -> jax.Array:
+def representation(x: jax.Array) -> jax.Array:
     """What the head reads, (B, D); of a model without a pooled vector, the mean over
     its tokens."""
-    x = outputs["pre_logits"]
     return x if x.ndim == 2 else x.mean(1)
 
 
@@ -96,11 +95,10 @@ def score(
       By the same names, float64 (...); and the count.
     """
 
-    def step(outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
-        chosen = classify(representation(outputs).astype(jnp.float32))
-        return _right(chosen, batch["label"], batch["mask"])
+    def step(x: jax.Array, label: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+        return _right(classify(representation(x).astype(jnp.float32)), label, mask)
 
-    sums = context.sum(step, data, split)
+    sums = context.sum(step, data, split, output="pre_logits")
     count = int(sums.pop("count"))
     return {n: np.float64(v) / count for n, v in sums.items()}, count
 

@@ -28,7 +28,7 @@ from vit_jax.evaluators.accuracy import (
     means,
     top_sums,
 )
-from vit_jax.evaluators.context import Batch, Context, name_of
+from vit_jax.evaluators.context import Context, name_of
 
 # Test sets are often class folders and no more: every image counts.
 WHOLE = {"test_share": 1.0}
@@ -63,16 +63,18 @@ def real(
     lists = _by_position(labels, files, name_of(config), context.class_names)
     start = 0
 
-    def step(outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
+    def step(
+        logits: jax.Array, label: jax.Array, mask: jax.Array
+    ) -> dict[str, jax.Array]:
         nonlocal start
-        size = len(batch["label"])
+        size = len(label)
         multi_hot = np.zeros((size, k), np.float32)
         # Batches hold the data in order, whatever the number of processes.
         for row, chosen in enumerate(lists[start : start + size]):
             multi_hot[row, chosen] = 1
         start += size
         new = context.put(multi_hot, context.predictor.mesh.axis_names)
-        return _real(outputs["logits"], new, batch["label"], batch["mask"])
+        return _real(logits, new, label, mask)
 
     s = context.sum(step, config, split)
     original = int(s["original"]) / max(int(s["images"]), 1)
@@ -105,12 +107,8 @@ def imagenet_v2(
     config = context.other_data(data)
     check_classes(context, config)
     names = context.describe(config).class_names
-    lookup = context.put(_one_to_one(names, context.class_names, name_of(config)))
-
-    def step(outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
-        args = (outputs["logits"], batch["label"], batch["mask"])
-        return _one_to_one_sums(*args, lookup)
-
+    to_model = context.put(_one_to_one(names, context.class_names, name_of(config)))
+    step = functools.partial(_one_to_one_sums, to_model=to_model)
     return means(context.sum(step, config, split))
 
 
@@ -145,12 +143,9 @@ def objectnet(
     config = context.other_data({**WHOLE, **data}) if data else context.cfg.data
     names = context.describe(config).class_names
     of_model = _many_to_one(mapping, names, context.class_names)
-    to_set = context.put(of_model)
-
-    def step(outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
-        args = (outputs["logits"], batch["label"], batch["mask"])
-        return _many_to_one_sums(*args, to_set, restrict=restrict)
-
+    step = functools.partial(
+        _many_to_one_sums, to_set=context.put(of_model), restrict=restrict
+    )
     sums = context.sum(step, config, split)
     known = np.unique(of_model[of_model >= 0])
     return means(sums) | {"classes": float(len(known))}
@@ -169,7 +164,7 @@ def _real(
 
 @jax.jit
 def _one_to_one_sums(
-    logits: jax.Array, label: jax.Array, mask: jax.Array, to_model: jax.Array
+    logits: jax.Array, label: jax.Array, mask: jax.Array, *, to_model: jax.Array
 ) -> dict[str, jax.Array]:
     label = jnp.where(label < 0, -1, to_model[label])
     return top_sums(hits(likeliest(logits), label), labelled(label, mask))
@@ -180,8 +175,8 @@ def _many_to_one_sums(
     logits: jax.Array,
     label: jax.Array,
     mask: jax.Array,
-    to_set: jax.Array,
     *,
+    to_set: jax.Array,
     restrict: bool,
 ) -> dict[str, jax.Array]:
     """``to_set`` (K,): class of the test set for each class of the model, or -1."""

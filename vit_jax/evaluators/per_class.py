@@ -11,7 +11,7 @@ import numpy as np
 
 from vit_jax.errors import UserError
 from vit_jax.evaluators.accuracy import classified, labelled
-from vit_jax.evaluators.context import Batch, Context
+from vit_jax.evaluators.context import Context
 
 # A confusion matrix of 21,843 classes would take 2 GB.
 MAX_CLASSES = 4096
@@ -37,14 +37,15 @@ def per_class(
             f"than {MAX_CLASSES}"
         )
 
-    def step(outputs: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
-        if batch["label"].ndim != 1:
+    def step(
+        logits: jax.Array, label: jax.Array, mask: jax.Array
+    ) -> dict[str, jax.Array]:
+        if label.ndim != 1:
             raise UserError(
                 "per_class counts one label per image, but the data has several: use the "
                 "evaluator 'accuracy'"
             )
-        args = (outputs["logits"], batch["label"], batch["mask"])
-        return {"confusion": count_confusion(*args)}
+        return {"confusion": count_confusion(logits, label, mask)}
 
     matrix = np.asarray(context.sum(step, config, split)["confusion"], np.int64)
     count = matrix.sum(1)

@@ -167,8 +167,8 @@ def load_for_training(source: str | Path, cfg: ModelConfig) -> dict[str, Any]:
     with sources.open_source(where) as (contents, tree):
         report = Report(contents.where)
         asked = {field: getattr(cfg, field) for field in ("heads", "map_heads")} | said
-        arrays, facts, about = understand(contents, tree, asked, report)
-        stored = infer.infer(arrays, facts, (0, 0))
+        arrays, facts, about = understand(contents, tree, asked, report, cfg.image_size)
+        stored = infer.infer(arrays, facts)
         for line in _contradictions(stored, cfg, facts):
             report.problem(line)
         report.check()
@@ -225,8 +225,9 @@ def model_config(
     overrides = _checked(said | overrides)
     with sources.open_source(where) as (contents, tree):
         report = Report(contents.where)
-        arrays, facts, _ = understand(contents, tree, overrides, report)
-        stored = infer.infer(arrays, facts, _pair(image_size or 0))
+        size = _pair(image_size or 0)
+        arrays, facts, _ = understand(contents, tree, overrides, report, size)
+        stored = infer.infer(arrays, facts)
         report.check()
     return stored
 
@@ -290,8 +291,8 @@ def _read(
         asked = {k: v for k, v in asked.items() if k in _TAKEN}
     with sources.open_source(where) as (contents, tree):
         report = Report(contents.where)
-        arrays, facts, about = understand(contents, tree, asked, report)
-        stored = infer.infer(arrays, facts, size)
+        arrays, facts, about = understand(contents, tree, asked, report, size)
+        stored = infer.infer(arrays, facts)
         report.check()
         sized = {"image_size": size} if size != (0, 0) else {}
         wanted = models.resolve(dataclasses.replace(stored, **overrides, **sized))

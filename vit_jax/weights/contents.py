@@ -8,6 +8,7 @@ first weight is read, and the peak memory of loading is the parameters plus one 
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,6 +103,15 @@ def count_up(numbers: Iterable[int], first: int, what: str) -> int:
     if len(found) > end - first:
         raise UserError(f"{what}{end} is missing")
     return end - first
+
+
+def unchunked(arrays: dict[str, Array]) -> dict[str, Array]:
+    """Without the numbers of the pieces into which DINOv2's training cuts the blocks, as
+    in Franca and WebSSL: ``blocks.PIECE.BLOCK.norm1``, where BLOCK counts all blocks."""
+    renamed = {re.sub(r"\bblocks\.\d+\.(?=\d+\.)", "blocks.", n): n for n in arrays}
+    if len(renamed) < len(arrays):
+        return arrays
+    return {new: arrays[old] for new, old in renamed.items()}
 
 
 def in_memory(name: str, values: Any) -> Array:

@@ -19,7 +19,10 @@ _RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # of Pillow
 
 
 def describe(
-    files: Mapping[str, dict[str, Any]], family: Family | None, where: str
+    files: Mapping[str, dict[str, Any]],
+    family: Family | None,
+    where: str,
+    roles: Collection[str] = (),
 ) -> Metadata:
     """What the JSON files beside torch weights state.
 
@@ -27,13 +30,14 @@ def describe(
       files: JSON objects by file name, such as "config.json".
       family: of the weights; None: nobody has looked, so the one that is named.
       where: the folder, for messages.
+      roles: which of ``roles.ROLES`` the weights have.
 
     Raises:
       UserError: an entry that cannot be, or that no model here has.
     """
     values = files.get("config.json", {})
     if timm_config.is_timm(values):
-        return timm_config.read(values, f"{where}/config.json")
+        return timm_config.read(values, f"{where}/config.json", roles)
     if values and family is None:
         kind = values.get("model_type", "vit")
         known = (f for f in FAMILIES if f.hub and kind in f.hub.kinds)
@@ -97,10 +101,6 @@ def _of_transformers(
             f"hidden_act in {where_config}", act, entries.GELU
         )
         model |= {"mlp": "geglu"} if gated else {}
-    if inner.get("is_native") is True:
-        raise UserError(
-            f"{where_config}: is_native=true (AIMv2 of any size) is not covered"
-        )
     architectures = values.get("architectures") or [""]
     plain = all(str(x).endswith("Model") for x in architectures)
     if plain and inner.get("pooler_act", "tanh") != "tanh":
@@ -233,7 +233,7 @@ def to_transformers(
     if cfg.num_classes and hub.kinds[0].startswith("siglip"):  # has no flat config
         outer = {"architectures": values.pop("architectures"), "dtype": "float32"}
         values = {**outer, "model_type": hub.kinds[1], "vision_config": values}
-    if hub.classifier.startswith("CLIP") or hub.classifier == "":
+    if hub.classifier.startswith("CLIP"):
         values["projection_dim"] = cfg.num_classes or 512
     elif cfg.num_classes:
         labels = about.class_names or [f"LABEL_{i}" for i in range(cfg.num_classes)]
@@ -291,7 +291,8 @@ def _extra(
     if kind == "aimv2_vision_model":
         return {
             **({"hidden_act": "silu"} if cfg.mlp == "swiglu" else {}),
-            "use_head": False,
+            "use_head": cfg.head == "map",
+            "is_native": not has("position_embedding.weight"),
             "qkv_bias": qkv_bias,
             "mlp_bias": has("up_proj.bias"),
         }

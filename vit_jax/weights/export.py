@@ -20,6 +20,7 @@ from vit_jax.weights import (
     infer,
     metadata,
     npz,
+    positions,
     recognise,
     roles,
     safetensors,
@@ -118,7 +119,21 @@ class _Layout:
             present = frozenset(n for n in present if not n.endswith("mask_token"))
         names = _first(family, present)
         tower = family.tower if cfg.num_classes or family.inside else ""
+        if cfg.num_classes and family.hub and not family.hub.classifier:
+            self.reasons.append("its class has no head")
+        if "pool_k" in names:
+            usual = roles.only_attention(cfg.width, cfg.map_heads or cfg.heads)
+            same = lambda n, x: n in usual and np.array_equal(x, usual[n])
+            flat = {n: x for n, x in flat.items() if not same(n, x)}
         flat, self.cfg = _with_table(flat, cfg, self.reasons)
+        if (
+            own
+            and family.name.startswith("aimv2")
+            and names["positions"] not in present
+        ):
+            table = positions.waves(models.token_grid(cfg, cfg.image_size), cfg.width)
+            if np.array_equal(flat[POSITIONS], table):
+                flat = {n: x for n, x in flat.items() if n != POSITIONS}
         rows = infer.positioned_tokens(cfg)
         if OF_REGISTERS in present:
             zeros = np.zeros((1, cfg.registers, cfg.width), np.float32)
@@ -173,8 +188,9 @@ class _Layout:
             if not self.itself:
                 self.reasons.append(f"it would be taken for {taken}")
                 return
-            found, facts, _ = understand(contents, "", {}, report)
-            back = infer.infer(found, facts, self.cfg.image_size)
+            size = self.cfg.image_size
+            found, facts, _ = understand(contents, "", {}, report, size)
+            back = infer.infer(found, facts)
             report.check()
         except UserError as e:
             self.reasons.append(str(e))
@@ -273,13 +289,15 @@ def _notes(cfg: ModelConfig) -> list[str]:
 
 def _first(family: Family, present: frozenset[str]) -> dict[str, str]:
     """One spelling per role: the one in ``present``, else the first."""
-    names = {}
+    names, tails = {}, ("", ".weight", "weight")
+    there = lambda name: any(name + tail in present for tail in tails)
     for role, spellings in family.names.items():
         options = spellings.split("|")
         # What a file has once for all blocks is written for each.
         options = [o for o in options if ("{i}" in o) == ("{i}" in options[0])]
-        tails = ("", ".weight", "weight")
-        known = [o for o in options if any(o.strip("/") + t in present for t in tails)]
+        known = [o for o in options if there(o)]
+        # In a file without a tower nothing is outside it.
+        known += [o for o in options if there(o.removeprefix("/"))]
         names[role] = (known or options)[0]
     return names
 

@@ -49,6 +49,8 @@ class Facts:
       asked: by the caller.
       assumed: what the family usually is, where nobody says.
       report: told of each contradiction, and of what was assumed.
+      wanted: (height, width) of the caller's images, where nothing shows those of the
+        file; (0, 0): none.
     """
 
     def __init__(
@@ -57,11 +59,12 @@ class Facts:
         asked: Mapping[str, Any],
         assumed: Mapping[str, Any],
         report: Report,
+        wanted: tuple[int, int] = (0, 0),
     ):
         self.stated = {k: v for k, v in stated.items() if v or k not in _DERIVED}
         self.asked = {k: v for k, v in asked.items() if v or k not in _DERIVED}
         self.assumed = assumed
-        self.report = report
+        self.report, self.wanted = report, wanted
         self.settled: dict[str, Any] = {}
         self.known: set[str] = set()  # stated or shown, not only asked for or assumed
 
@@ -120,17 +123,8 @@ def guess_heads(
     )
 
 
-def infer(
-    arrays: dict[str, Array], facts: Facts, image_size: tuple[int, int]
-) -> ModelConfig:
-    """The ModelConfig that ``arrays`` were trained with.
-
-    Args:
-      arrays: under the released names.
-      facts: what else is known.
-      image_size: the caller's, used where the arrays show no size and a position table
-        is no square; (0, 0): none.
-    """
+def infer(arrays: dict[str, Array], facts: Facts) -> ModelConfig:
+    """The ModelConfig that ``arrays``, under the released names, were trained with."""
     report = facts.report
     shown = _resnet(arrays, report)
     stem = arrays.get("conv_root/kernel") or arrays.get("embedding/kernel")
@@ -160,7 +154,7 @@ def infer(
         if field not in ("name", "image_size", *facts.settled):
             facts.settle(field)
     cfg = ModelConfig(**{**_normal(facts.settled), "name": ""})
-    size = _image_size(cfg, arrays, facts, image_size)
+    size = _image_size(cfg, arrays, facts)
     if max(size) > _LARGEST:
         raise UserError(f"{report.where} states image_size={size}: at most {_LARGEST}")
     cfg = dataclasses.replace(cfg, image_size=size)
@@ -379,10 +373,10 @@ def _positions(arrays: dict[str, Array], facts: Facts) -> None:
 
 
 def _image_size(
-    cfg: ModelConfig, arrays: dict[str, Array], facts: Facts, wanted: tuple[int, int]
+    cfg: ModelConfig, arrays: dict[str, Array], facts: Facts
 ) -> tuple[int, int]:
     """(height, width) that the stored tables were made for."""
-    report, unit = facts.report, variants.token_stride(cfg)
+    report, wanted, unit = facts.report, facts.wanted, variants.token_stride(cfg)
     stated = tuple(
         facts.stated.get("image_size") or facts.asked.get("image_size") or ()
     )

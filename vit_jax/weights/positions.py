@@ -49,6 +49,14 @@ def resize_table(
     return np.concatenate([table[0, :extra], grid.reshape(-1, width)])[None]
 
 
+def waves(grid: tuple[int, int], width: int) -> np.ndarray:
+    """(1, h w, D) in float32: AIMv2's table for images of any size."""
+    omega = 10_000.0 ** (-np.arange(width // 4) / (width // 4))
+    y, x = np.indices(grid).reshape(2, -1, 1) * omega.reshape(1, 1, -1)
+    table = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=-1)
+    return table[None].astype(np.float32)
+
+
 def resize_relative(
     table: np.ndarray, old: tuple[int, int], new: tuple[int, int], rule: str = "bicubic"
 ) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from vit_jax.errors import UserError
 from vit_jax.weights import roles
-from vit_jax.weights.contents import Array, count_up
+from vit_jax.weights.contents import Array, count_up, in_memory
 from vit_jax.weights.families import FAMILIES, Family
 from vit_jax.weights.report import Report
 
@@ -33,7 +33,7 @@ _UNUSED = {
     r"(^|\.)(text_model|text|transformer|token_embedding|ln_final|text_projection)\b": (
         "the text encoder"
     ),
-    r"^(module\.)?positional_embedding$": "the text encoder",
+    r"(^|\.)positional_embedding$": "the text encoder",
     r"(^|\.)logit_(scale|bias)$": "the loss of image and text",
     r"(input_resolution|context_length|vocab_size)$": "the text encoder",
     r"relative_position_index$|position_ids$|num_batches_tracked$": "counters",
@@ -42,19 +42,27 @@ _UNUSED = {
     ),
 }
 
-# What other networks' files contain, for the message that refuses them.
+# What other networks' files contain, and none of a family that is known here: the first
+# array that a pattern finds is named as the part that is unknown.
 _LOOKS_LIKE = {
-    r"relative_position_bias_table.*": "a Swin Transformer",
     r"layers\.\d+\.blocks\.\d+\.": "a Swin Transformer",
     r"stages\.\d+\.(blocks\.\d+\.)?conv_dw|dwconv": "a ConvNeXt",
+    r"patch_embed\.(proj\.1|backbone\.bn1)\.": "a hybrid with another stem",
     r"(^|\.)layer1\.0\.conv1": "a ResNet",
-    r"image_encoder\.|neck\.": "a Segment Anything model",
+    r"^(stages|blocks|network)\.\d+\.(\d+|blocks)\.": "a network of several stages",
+    r"\.rel_pos_[hw]$|^neck\.": "a Segment Anything model",
     r"encoder\.layers?\.\d+\.attention\.self\.": "a text model such as BERT",
     r"model\.layers\.\d+\.(self_attn|mlp)\.": "a language model",
-    r"patch_embed\.proj\.1\.": "a hybrid with another stem",
     r"patch_generator|radio_model": "C-RADIO",
     r"beit3\.": "BEiT-3",
     r"temporal|video": "a video model",
+    r"\.attns\.\d+\.": "a ViT with branches side by side",
+    r"\.lambda_[qk]\d$": "a ViT with differential attention",
+    r"(^|\.)rope\.freqs$": "a ViT with mixed rotary positions",
+    r"rel_pos\.mlp\.": "a ViT with relative positions that an MLP computes",
+    r"\.attn\.proj_[lw]\.": "a CaiT",
+    r"(^|\.)blocks\.\d+\.(proj|attn\.(pool|norm)_[qkv])\.": "a Hiera or MViT",
+    r"mlp_(tokens|channels)\.": "an MLP-Mixer",
 }
 
 
@@ -76,6 +84,8 @@ def recognise(arrays: dict[str, Array], timm: bool, where: str) -> Found:
     Raises:
       UserError: it is none of ours, or there are several.
     """
+    if message := _looks_like(arrays, where):
+        raise UserError(message)
     for family in FAMILIES:
         if timm and not family.timm:
             continue
@@ -192,6 +202,9 @@ def convert(
                     f"ignored: {name}.{leaf} (the classifier does not read it)"
                 )
     result, present = roles.read(left, names, found.family.kinds, sizes, report.where)
+    if "pool_k" in names:
+        rest = roles.only_attention(sizes.width, sizes.pool_heads)
+        result |= {name: in_memory(name, values) for name, values in rest.items()}
     if "mask" in names:
         report.change(f"ignored: {names['mask']} (masked image modelling only)")
     if folded := sorted(n for r, n in names.items() if r in roles.FOLDED):
@@ -207,9 +220,8 @@ def convert(
         )
     _fill(result, sizes.depth, report)
     start = found.prefix
-    outer = {n for n in present if not n.startswith(start)}
-    relative = [n.removeprefix(start) if n not in outer else n for n in present]
-    return result, tuple(relative)
+    inside = lambda n: n.removeprefix(start) if n.startswith(start) else f"/{n}"
+    return result, tuple(map(inside, present))
 
 
 def _ignore(found: Found, left: dict[str, Array], report: Report) -> None:
@@ -271,26 +283,23 @@ def _fill(arrays: dict[str, Array], depth: int, report: Report) -> None:
         report.change(f"zeros: the biases of {', '.join(layers)}, which the file lacks")
 
 
-def _refusal(arrays: dict[str, Array], where: str) -> str:
-    text = "\n".join(arrays)
-    looks = next((w for p, w in _LOOKS_LIKE.items() if re.search(p, text, re.M)), "")
-    if not looks:
-        partial = [
-            family.name
-            for family in FAMILIES
-            if any(
-                name.endswith(f"{patch}.weight")
-                for patch in family.names["patch"].split("|")
-                for name in arrays
+def _looks_like(arrays: dict[str, Array], where: str) -> str:
+    for pattern, looks in _LOOKS_LIKE.items():
+        if found := [name for name in arrays if re.search(pattern, name)]:
+            name = found[0]
+            return (
+                f"{where} looks like {looks}, which is none of the families known here: no "
+                f"model here has anything like {name} {arrays[name].shape}"
             )
-        ]
-        looks = f"part of {partial[0]}, without its blocks" if partial else ""
-    like = f" looks like {looks}, which" if looks else ""
-    known = (
-        "(patch_embed.proj, embeddings.patch_embeddings.projection, visual.conv1, ...)"
-    )
+    return ""
+
+
+def _refusal(arrays: dict[str, Array], where: str) -> str:
+    partial = [f.name for f in FAMILIES if _prefixes(arrays, f)]
+    like = f" looks like part of {partial[-1]}, which" if partial else ""
+    known = "(patch_embed.proj, embeddings.patch_embeddings.projection, conv1, ...)"
+    lacks = "none of its blocks" if partial else f"no patch embedding {known}"
     return (
-        f"{where}{like} is none of the families known here: no patch embedding of theirs "
-        f"{known} with its blocks is among its {len(arrays)} arrays, "
-        f"which begin with {sorted(arrays)[:4]}"
+        f"{where}{like} is none of the families known here: {lacks} is among its "
+        f"{len(arrays)} arrays, which begin with {sorted(arrays)[:4]}"
     )

@@ -77,6 +77,20 @@ def _from_torch(kind: str, x: np.ndarray, k: int) -> np.ndarray:
     return np.ascontiguousarray(x.reshape(shape))
 
 
+def only_attention(width: int, heads: int) -> dict[str, np.ndarray]:
+    """What our attention pooling has beside AIMv2's, which asks with the probe itself and
+    ends with the attention: arrays that change nothing."""
+    eye, mlp = np.eye(width, dtype=np.float32), "MAPHead_0/MlpBlock_0/Dense_"
+    zeros = lambda *shape: np.zeros(shape, np.float32)
+    return {
+        f"{_POOL_QKV[0]}/kernel": eye.reshape(width, heads, -1),
+        f"{_POOL_QKV[0]}/bias": zeros(heads, width // heads),
+        "MAPHead_0/LayerNorm_0/scale": np.ones(width, np.float32),
+        **{f"{mlp}0/kernel": zeros(width, 1), f"{mlp}0/bias": zeros(1)},
+        **{f"{mlp}1/kernel": zeros(1, width), f"{mlp}1/bias": zeros(width)},
+    }
+
+
 class Sizes(NamedTuple):
     """What the names and shapes in a torch file depend on."""
 
@@ -151,6 +165,8 @@ ROLES: dict[str, tuple[Part, ...]] = {
     "probe": _array("MAPHead_0/probe"),
     "pool_qkv": _layer(*_POOL_QKV, **_IN),
     "pool_q": _layer(_POOL_QKV[0], **_IN),
+    "pool_k": _layer(_POOL_QKV[1], **_IN),
+    "pool_v": _layer(_POOL_QKV[2], **_IN),
     "pool_kv": _layer(*_POOL_QKV[1:], **_IN),
     "pool_out": _layer(f"{_POOL}/out", **_OUT),
     "pool_norm": _norm("MAPHead_0/LayerNorm_0"),

@@ -30,6 +30,7 @@ from vit_jax.weights.contents import (
     in_memory,
     is_weight,
     parsing,
+    unchunked,
 )
 
 _TORCH = (".bin", ".pth", ".pt")
@@ -306,7 +307,7 @@ def _open_torch(files: list[Path], folder: Path | None, wanted: _Wanted) -> Cont
     about = metadata.of_safetensors(header, where)
     own = folder is not None
     documents = {} if about.model else beside(folder or files[0].parent, own)
-    return Contents(where, arrays, about, tuple(notes), True, documents)
+    return Contents(where, unchunked(arrays), about, tuple(notes), True, documents)
 
 
 # What Hugging Face, timm and OpenCLIP write beside the weights.

@@ -99,12 +99,18 @@ AIMV2_ORIGINAL = {
     "up": "trunk.blocks.{i}.mlp.fc3",
     "down": "trunk.blocks.{i}.mlp.fc2",
     "norm": "trunk.post_trunk_norm",
+    "probe": "head.cls_token",
+    "pool_k": "head.k",
+    "pool_v": "head.v",
+    "pool_out": "head.linear",
 }
 
 
 def _old_and_new(old: str, new: str) -> str:
-    """A name in a block before transformers 5, and from then on."""
-    return f"encoder.layer.{{i}}.{old}|layers.{{i}}.{new}|encoder.layer.{{i}}.{new}"
+    """A name in a block before transformers 5, and from then on; MSN's classifier has
+    its blocks outside the tower."""
+    first = f"encoder.layer.{{i}}.{old}"
+    return f"{first}|layers.{{i}}.{new}|encoder.layer.{{i}}.{new}|/{first}"
 
 
 HF_VIT: Names = {
@@ -207,4 +213,9 @@ HF_AIMV2 = {
     "up": "encoder.layers.{i}.ffn.up_proj",
     "down": "encoder.layers.{i}.ffn.down_proj",
     "norm": "rms_norm",
+    "probe": "head.cls_token",
+    "pool_k": "head.k_proj",
+    "pool_v": "head.v_proj",
+    "pool_out": "head.output_proj",
+    "head": "/visual_projection",
 }

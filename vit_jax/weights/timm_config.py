@@ -2,7 +2,7 @@
 """``config.json`` of timm: an architecture by name, and what differs from it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from vit_jax import config
@@ -41,10 +41,8 @@ _ARCHITECTURES: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"^vit_pe_core", {"map_heads": 8}),
 )
 # Parts that no array shows and no model here has.
-_UNKNOWN = (
-    (r"^eva02_enormous|_rpn_", "norms of what attention and MLP return"),
-    (r"_reg\d_map_", "attention pooling that leaves the registers out"),
-)
+_UNKNOWN = ((r"^eva02_enormous|_rpn_", "norms of what attention and MLP return"),)
+_NORMS = {"layernorm", "layernormfp32", "rmsnorm", "rmsnormfp32"}
 # Heads that do not follow from the width, where config.json does not give them.
 _HEADS = (
     (r"vit_base_patch16_gap_224|^vit_pe_\w+_gigantic|giantopt|so400m", 16),
@@ -73,7 +71,14 @@ def known_by(architecture: str, where: str) -> dict[str, Any]:
     return model
 
 
-def read(values: dict[str, Any], where: str) -> Metadata:
+def read(values: dict[str, Any], where: str, roles: Collection[str] = ()) -> Metadata:
+    """Fields of ``ModelConfig``, class names and preprocessing.
+
+    ``roles``: which of ``roles.ROLES`` the weights have.
+
+    Raises:
+      UserError: an entry that cannot be, or that no model here has.
+    """
     about = entries.field(values, "pretrained_cfg", values, dict, where)
     arguments = entries.field(values, "model_args", {}, dict, where)
     architecture = str(values.get("architecture", ""))
@@ -111,6 +116,18 @@ def read(values: dict[str, Any], where: str) -> Metadata:
     pool = arguments.get("global_pool", values.get("global_pool"))
     if pool is not None:
         model["head"] = config.choose("global_pool in config.json", str(pool), POOLS)
+    usual = pool == "map" and re.match("vit_pe_|test_vit3", architecture) is not None
+    takes_all = arguments.get("pool_include_prefix", usual)
+    misfit = pool == "avg" if takes_all else "probe" in roles
+    if misfit and not {"cls", "registers"}.isdisjoint(roles):
+        raise UserError(
+            f"{where}: global_pool={pool!r} with pool_include_prefix={bool(takes_all)} is "
+            "not covered: here 'map' pools all tokens, and 'avg' those of patches"
+        )
+    if (norm := arguments.get("norm_layer")) and norm not in _NORMS:
+        raise UserError(
+            f"{where}: norm_layer is {norm!r:.60}, not one of {sorted(_NORMS)}"
+        )
     if arguments.get("pos_embed") == "none":
         model["positions"] = "none"
     labels = get("label_names", (), entries.names) or entries.field(

@@ -9,14 +9,22 @@ from vit_jax.weights import (
     documents,
     layout,
     metadata,
+    positions,
     recognise,
     roles,
     sources,
     timm_config,
 )
-from vit_jax.weights.contents import Array, Contents, Metadata, count_up
+from vit_jax.weights.contents import (
+    Array,
+    Contents,
+    Metadata,
+    count_up,
+    in_memory,
+)
 from vit_jax.weights.families import BY_NAME
 from vit_jax.weights.infer import Facts, guess_heads
+from vit_jax.weights.layout import POSITIONS
 from vit_jax.weights.report import Report
 
 # Stands among the names of a file's arrays where its position table has no row for the
@@ -27,7 +35,11 @@ OF_REGISTERS = "positions of registers too"
 
 
 def understand(
-    contents: Contents, tree: str, asked: dict[str, Any], report: Report
+    contents: Contents,
+    tree: str,
+    asked: dict[str, Any],
+    report: Report,
+    size: tuple[int, int] = (0, 0),
 ) -> tuple[dict[str, Array], Facts, Metadata]:
     """Arrays under the released names, what is known of the model, and what travels along.
 
@@ -36,6 +48,7 @@ def understand(
       tree: which subtree to read, as in ``file.npz:img``; "": found.
       asked: fields of ModelConfig that the caller states.
       report: told what was renamed, folded, ignored and assumed.
+      size: (height, width) of the caller's images; (0, 0): not said.
 
     Raises:
       UserError: it is not a Vision Transformer, or of a family that is not known here.
@@ -46,14 +59,17 @@ def understand(
         arrays = layout.canonical(contents.arrays, tree, report)
         about = contents.metadata
         about = dataclasses.replace(about, resize=about.resize or "corners")
-        return arrays, Facts(about.model, asked, {}, report), about
+        return arrays, Facts(about.model, asked, {}, report, size), about
     about, found = describe(contents)
     family = found.family
-    facts = Facts(about.model, asked, family.model, report)
-    if "input_resolution" in contents.arrays and not contents.files:
+    facts = Facts(about.model, asked, family.model, report, size)
+    numbers = {name.rpartition(".")[2] for name in contents.arrays}
+    if "input_resolution" in numbers and not contents.files:
         facts.stated["gelu"] = "quick"  # only OpenAI's own files have these numbers
     sizes = _sizes(found, contents, facts, report)
     arrays, names = recognise.convert(found, contents.arrays, sizes, report)
+    if family.name.startswith("aimv2") and "positions" not in found.names:
+        arrays[POSITIONS] = _native(found, arrays, facts)
     if facts.stated.get("final_norm") == "none":  # though the file may have one
         last = [name for name in arrays if "encoder_norm" in name]
         for name in last:
@@ -106,7 +122,9 @@ def describe(contents: Contents) -> tuple[Metadata, recognise.Found]:
         return dataclasses.replace(
             about, transforms=about.transforms or metadata.DEFAULT_TRANSFORMS
         ), found
-    about = documents.describe(contents.files, found.family, contents.where)
+    about = documents.describe(
+        contents.files, found.family, contents.where, found.names
+    )
     return about, found
 
 
@@ -130,6 +148,16 @@ def _sizes(
     return roles.Sizes(
         found.depth, found.width, heads, pool_heads, _stages(found, arrays, report)
     )
+
+
+def _native(found: recognise.Found, arrays: dict[str, Array], facts: Facts) -> Array:
+    """Positions of an AIMv2 for images of any size: fixed waves, here for one size."""
+    if facts.wanted != (0, 0):
+        facts.stated["image_size"] = facts.wanted
+    size = facts.stated.setdefault("image_size", (224, 224))
+    rows, columns = (n // arrays["embedding/kernel"].shape[0] for n in size)
+    facts.report.change(f"computed: positions of {rows} x {columns} patches")
+    return in_memory("positions", positions.waves((rows, columns), found.width))
 
 
 def _stages(
