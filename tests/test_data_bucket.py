@@ -374,7 +374,9 @@ def drawn(cfg):
     split = sources.load(cfg).train
     if split.sequence is None:
         return [(i, int(*y)) for i, y in zip(*split.read(np.arange(20)), strict=True)]
-    rows = split.sequence(np.arange(20), 20, 0).draw(0, {})
+    sequence = split.sequence(np.arange(20), 20, 0)
+    rows = sequence.draw(0, {})
+    sequence._pool.shutdown()  # what is read ahead belongs to this pass
     return [(i, int(*y)) for i, y in zip(rows.images, rows.labels, strict=True)]
 
 
