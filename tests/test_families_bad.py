@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -50,6 +51,16 @@ def test_family_that_is_not_covered(tmp_path, names, looks):
     save_file({name: np.zeros((4, 4), np.float32) for name in names}, file)
     message = refused(file, f"looks like {looks}, which is none of the families")
     assert names[0] in message
+
+
+@pytest.mark.parametrize("around", ["neck.", "video.", "model."])
+def test_what_stands_around_and_beside_an_encoder_is_no_other_network(folder, around):
+    path, arrays = folder
+    want = weights.read(path).params
+    text = "text.transformer.encoder.layer.0.attention.self.query.weight"
+    arrays = {around + name: values for name, values in arrays.items()}
+    save_file(arrays | {text: np.zeros((4, 4), np.float32)}, path / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, weights.read(path).params, want)
 
 
 def test_unknown_part_of_a_known_family(folder):

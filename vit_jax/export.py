@@ -264,8 +264,8 @@ def max_pool(
             continue
         part = functools.partial(jax.lax.slice_in_dim, axis=axis)
         # What repeats the edge of a window does not change its largest number.
-        edges = [part(x, 0, 1)] * low, [part(x, -1, None)] * high
-        x = jnp.concatenate([*edges[0], x, *edges[1]], axis)
+        first, last = part(x, 0, 1), part(x, -1, None)
+        x = jnp.concatenate([*[first] * low, x, *[last] * high], axis)
         end = x.shape[axis] - size + 1
         shifted = [part(x, i, end + i, stride) for i in range(size)]
         x = functools.reduce(jnp.maximum, shifted)

@@ -84,8 +84,6 @@ def recognise(arrays: dict[str, Array], timm: bool, where: str) -> Found:
     Raises:
       UserError: it is none of ours, or there are several.
     """
-    if message := _looks_like(arrays, where):
-        raise UserError(message)
     for family in FAMILIES:
         if timm and not family.timm:
             continue
@@ -104,8 +102,10 @@ def recognise(arrays: dict[str, Array], timm: bool, where: str) -> Found:
             )
         if fits:
             prefix, names = fits[0]
+            if message := _looks_like(arrays, prefix, where):
+                raise UserError(message)
             return _measured(arrays, family, prefix, names, where)
-    raise UserError(_refusal(arrays, where))
+    raise UserError(_looks_like(arrays, "", where) or _refusal(arrays, where))
 
 
 def _prefixes(arrays: dict[str, Array], family: Family) -> list[str]:
@@ -237,7 +237,7 @@ def _ignore(found: Found, left: dict[str, Array], report: Report) -> None:
         ):
             reasons.setdefault("another encoder", []).append(name)
         else:
-            why = next((w for p, w in _UNUSED.items() if re.search(p, name)), "")
+            why = _unused(name)
             if why or not left[name].shape:
                 why = why or "a number, no parameter"
                 reasons.setdefault(why, []).append(name)
@@ -245,6 +245,11 @@ def _ignore(found: Found, left: dict[str, Array], report: Report) -> None:
         for name in names:
             left.pop(name, None)
         report.change(f"ignored: {len(names)} arrays such as {names[0]} ({why})")
+
+
+def _unused(name: str) -> str:
+    """What an array is that belongs to no image encoder; "": perhaps it does."""
+    return next((what for p, what in _UNUSED.items() if re.search(p, name)), "")
 
 
 def _other_family(left: dict[str, Array], found: Found) -> str:
@@ -283,9 +288,12 @@ def _fill(arrays: dict[str, Array], depth: int, report: Report) -> None:
         report.change(f"zeros: the biases of {', '.join(layers)}, which the file lacks")
 
 
-def _looks_like(arrays: dict[str, Array], where: str) -> str:
+def _looks_like(arrays: dict[str, Array], prefix: str, where: str) -> str:
+    """Refuses what shows another network under ``prefix``; "": nothing does. What is
+    beside an image encoder, such as BERT for the text, may be anything."""
+    inside = [n for n in arrays if n.startswith(prefix) and not _unused(n)]
     for pattern, looks in _LOOKS_LIKE.items():
-        if found := [name for name in arrays if re.search(pattern, name)]:
+        if found := [n for n in inside if re.search(pattern, n.removeprefix(prefix))]:
             name = found[0]
             return (
                 f"{where} looks like {looks}, which is none of the families known here: no "
