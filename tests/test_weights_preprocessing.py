@@ -57,6 +57,15 @@ def test_same_as_the_data_pipeline(photo, tmp_path, transforms):
     assert np.abs(got - want).max() <= 1.01 / 127.5
 
 
+@pytest.mark.parametrize("size", [(32, 40), (61, 90), (150, 201)])
+@pytest.mark.parametrize("method", ["bilinear", "bicubic", "area", "nearest"])
+def test_a_crop_right_after_a_resize_computes_the_same_pixels(photo, size, method):
+    whole = preprocessing.resize(photo, size, method)
+    got = preprocessing.resize(photo, size, method, crop=(21, 32))
+    top, left = (size[0] - 21) // 2, (size[1] - 32) // 2
+    np.testing.assert_array_equal(got, whole[top : top + 21, left : left + 32])
+
+
 def test_range():
     image = np.array([0, 255], np.uint8).reshape(1, 2, 1)
     got = preprocessing.prepare(image, ({"op": "value_range"},), (1, 2))

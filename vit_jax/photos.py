@@ -208,16 +208,24 @@ def apply(
       For each name what ``function`` gives for its image, or an error: that of the image,
       or that numbers are not finite.
     """
-    images = iter(images)
-    while chunk := list(itertools.islice(images, size)):
-        good = [x for _, x in chunk if isinstance(x, np.ndarray)]
-        if good:
-            batch = np.zeros((size, *good[0].shape), np.float32)
-            batch[: len(good)] = good
-            good = list(np.asarray(function(batch))[: len(good)])
+
+    def started() -> Iterator[tuple[Sequence[tuple[str, np.ndarray | UserError]], Any]]:
+        rest = iter(images)
+        while chunk := list(itertools.islice(rest, size)):
+            good = [x for _, x in chunk if isinstance(x, np.ndarray)]
+            batch = np.zeros((size, *good[0].shape), np.float32) if good else None
+            if batch is not None:
+                batch[: len(good)] = good
+            yield chunk, None if batch is None else function(batch)
+
+    # A batch is collected and handed over while the device still works at the one before.
+    for (chunk, given), _ in itertools.pairwise(
+        itertools.chain(started(), [((), None)])
+    ):
+        good = iter(() if given is None else np.asarray(given))
         for name, image in chunk:
             if isinstance(image, np.ndarray):
-                image = good.pop(0)
+                image = next(good)
                 if not np.isfinite(image).all():
                     image = UserError(
                         f"what the model gives for {name} is not finite: the checkpoint "
