@@ -6,7 +6,7 @@ import pytest
 import vit_jax
 from vit_jax.errors import UserError
 from vit_jax.weights import __main__ as command
-from vit_jax.weights import catalogue, fetch
+from vit_jax.weights import augreg, catalogue, fetch
 from vit_jax.weights.catalogue import CATALOGUE
 
 
@@ -30,8 +30,8 @@ def test_ids_and_cache_names_are_unique(monkeypatch, tmp_path):
 def test_every_row_is_a_model(name):
     p = CATALOGUE[name]
     cfg = vit_jax.create_model(p.model, image_size=p.image_size).cfg
-    assert cfg.depth in (12, 24, 27, 32, 40, 50)
-    assert all(s.startswith(("hf://", "gs://")) for s in p.sources)
+    assert cfg.depth in (12, 24, 26, 27, 32, 40, 50)
+    assert all(s.startswith(("hf://", "gs://", "https://")) for s in p.sources)
     assert (p.head == "zeroed") == ("imagenet21k/" in p.file)
     assert bool(p.accuracy) == bool(p.measured_by)
     assert p.accuracy < 90.1
@@ -39,7 +39,7 @@ def test_every_row_is_a_model(name):
         p.head, (512, 768, 1000, 1024, 1280, 21843)
     )
     if "augreg" in p.file:
-        about = catalogue.parse_name(p.file)
+        about = augreg.parse_name(p.file)
         assert about.model == p.model
         assert about.image_size == p.image_size
         assert bool(about.adapt_data) == ("->" in p.data)
@@ -47,16 +47,16 @@ def test_every_row_is_a_model(name):
 
 def test_parser():
     name = "gs://a/R26_S_32-i21k-30ep-lr_0.001-aug_light0-wd_0.03-do_0.1-sd_0.1.npz"
-    assert catalogue.parse_name(name) == (
+    assert augreg.parse_name(name) == (
         ("R26+ViT-S/32", "i21k", 30, 0.001, "light0", 0.03, 0.1, 0.1, "", 0, 0.0, 224)
     )
     tuned = name.removesuffix(".npz") + "--cifar100-steps_0k-lr_0.003-res_384.npz"
-    about = catalogue.parse_name(tuned)
+    about = augreg.parse_name(tuned)
     assert about[8:] == ("cifar100", 0, 0.003, 384)
     short = "Ti_16-i1k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0"
-    assert catalogue.parse_name(short).model == "ViT-Ti/16"
+    assert augreg.parse_name(short).model == "ViT-Ti/16"
     with pytest.raises(UserError, match="no AugReg file name"):
-        catalogue.parse_name("ViT-B_16.npz")
+        augreg.parse_name("ViT-B_16.npz")
 
 
 def test_command(capsys, tmp_path, monkeypatch):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published architectures by the names that timm and Hugging Face gave them.
+"""Published architectures by the names that timm, Hugging Face or their authors gave them.
 
 A name selects what the arrays have to be and what is computed with them, but neither
 the weights nor the colours and classes they were trained with: those come with a file.
@@ -53,7 +53,8 @@ def _sizes(width: int, depth: int, heads: int, mlp_dim: int, **others: Any) -> F
 _DINOV2_GIANT = {"giant": _sizes(1536, 40, 24, 4096, mlp="swiglu")}
 
 # (name, sizes and patches, side of the images, what all have, what some sizes have)
-_ROWS: tuple[tuple[str, str, int, Fields, dict[str, Fields]], ...] = (
+_Row = tuple[str, str, int, Fields, dict[str, Fields]]
+_TIMM: tuple[_Row, ...] = (
     (
         "vit_{size}_patch{patch}_{image}",
         "tiny/16 small/8 small/16 small/32 base/8 base/16 base/32 large/14 large/16 "
@@ -188,10 +189,45 @@ _ROWS: tuple[tuple[str, str, int, Fields, dict[str, Fields]], ...] = (
     ),
 )
 
+# Not in timm: vits.py of moco-v3; backbones.py of Franca; vision_transformer.py of webssl.
+_OTHERS: tuple[_Row, ...] = (
+    (
+        "mocov3_{size}_patch{patch}_{image}",
+        "small/16 base/16",
+        224,
+        {},
+        {"small": {"heads": 12}},
+    ),
+    (
+        "franca_{size}_patch{patch}_{image}",
+        "base/14 large/14 giant/14",
+        224,
+        {"mlp": "swiglu"},
+        {
+            "base": {"mlp_dim": 2048},
+            "large": {"mlp_dim": 2736},
+            **_DINOV2_GIANT,
+        },
+    ),
+    (
+        "webssl_dino_{size}_patch{patch}_{image}",
+        "1b/14 2b/14 3b/14 5b/14 7b/14",
+        224,
+        {"mlp": "swiglu"},
+        {
+            "1b": _sizes(1536, 40, 24, 4096),
+            "2b": _sizes(2688, 24, 21, 7168),
+            "3b": _sizes(3072, 26, 24, 8192),
+            "5b": _sizes(3584, 32, 28, 9560),
+            "7b": _sizes(4096, 32, 32, 10928),
+        },
+    ),
+)
 
-def _architectures() -> dict[str, Fields]:
+
+def _architectures(rows: tuple[_Row, ...]) -> dict[str, Fields]:
     found = {}
-    for name, sizes, image, shared, special in _ROWS:
+    for name, sizes, image, shared, special in rows:
         for size, patch in (entry.split("/") for entry in sizes.split()):
             row = SIZES[_WORDS[size]]._asdict() if size in _WORDS else {}
             row |= {"gelu": "exact", "patch": int(patch), "image_size": (image, image)}
@@ -201,10 +237,11 @@ def _architectures() -> dict[str, Fields]:
     return found
 
 
-# By timm's names, each at one size of images.
-ARCHITECTURES = _architectures()
+# Each at one size of images.
+TIMM = _architectures(_TIMM)
+ARCHITECTURES = TIMM | _architectures(_OTHERS)
 
-# Ids of Hugging Face: their pattern, timm's name, and what their classes do differently.
+# Ids of Hugging Face: their pattern, the name above, and what their classes do differently.
 _HUGGING_FACE: tuple[tuple[str, str, Fields], ...] = (
     (
         r"google/vit-(base|large|huge)-patch(\d+)-(\d+)(-in21k)?",
@@ -271,6 +308,11 @@ _HUGGING_FACE: tuple[tuple[str, str, Fields], ...] = (
         r"beit_\1_patch16_\2",
         _EPSILON,
     ),
+    (
+        r"facebook/webssl-dino(1b|2b|3b|5b|7b)-.*-(\d+)",
+        r"webssl_dino_\1_patch14_\2",
+        {},
+    ),
     (r"apple/aimv2-(large|huge|1b|3b)-patch14-(\d+).*", r"aimv2_\1_patch14_\2", {}),
 )
 
@@ -283,9 +325,9 @@ def fields_of(name: str) -> Fields:
     """
     differs: Fields = {}
     name = name.removeprefix("timm/").split(".")[0].lower()
-    for pattern, timm, fields in _HUGGING_FACE:
+    for pattern, known, fields in _HUGGING_FACE:
         if match := re.fullmatch(pattern, name):
-            name, differs = match.expand(timm).strip("_"), fields
+            name, differs = match.expand(known).strip("_"), fields
     if name in ARCHITECTURES:
         return ARCHITECTURES[name] | differs
     of_any_size: dict[str, Fields] = {}

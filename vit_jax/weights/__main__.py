@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vit_jax import cli
 from vit_jax.errors import UserError
-from vit_jax.weights import catalogue
+from vit_jax.weights import augreg, catalogue
 
 
 def main(arguments: list[str]) -> int:
@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
     elif command == "show" and len(rest) == 1:
         _show(rest[0])
     elif command == "parse" and len(rest) == 1:
-        for key, value in catalogue.parse_name(rest[0])._asdict().items():
+        for key, value in augreg.parse_name(rest[0])._asdict().items():
             print(f"{key:<20} {value}")
     else:
         raise UserError(

@@ -4,20 +4,20 @@
 Ids are unique, file names are not: four different models are called ``ViT-B_16.npz``.
 Accuracies are top-1 on the ImageNet validation set: "timm" as timm's maintainers
 measured the file (bicubic resize, central crop 0.9 at 224, exact GELU), "readme" as the
-official README states; none of them was measured with this code.
+official README states; of features "linear probe", as the README of their authors states.
+None of them was measured with this code.
 """
 
 import fnmatch
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 from vit_jax.config import nearest
 from vit_jax.errors import UserError
 from vit_jax.models import published
-from vit_jax.weights import fetch, hub
+from vit_jax.weights import augreg, fetch, hub
 
 _BUCKET = "gs://vit_models"
 # Why some sources are listed first: the bucket refused anonymous readers in 2026.
@@ -40,30 +40,13 @@ class Published:
     file: str = ""  # the original npz
     alternatives: tuple[str, ...] = ()  # the same weights elsewhere
     pre_logits: bool = False  # the npz has the tanh layer
-    accuracy: float = 0.0  # top-1 in per cent; 0: not known, or no ImageNet head
+    accuracy: float = 0.0  # top-1 in per cent; 0: not known
     measured_by: str = ""
     licence: str = "apache-2.0"  # "": see the page of the source
 
     @property
     def sources(self) -> tuple[str, ...]:
         return (*self.alternatives, *((self.file,) if self.file else ()))
-
-
-class AugReg(NamedTuple):
-    """The settings in a file name of "How to train your ViT?" (arXiv 2106.10270)."""
-
-    model: str
-    data: str  # i1k, i21k
-    epochs: int
-    learning_rate: float
-    augmentation: str  # none, light0, light1, medium1, medium2, strong1, strong2
-    weight_decay: float
-    dropout: float
-    stochastic_depth: float
-    adapt_data: str = ""  # fine-tuned on this; "": only pre-trained
-    adapt_steps: int = 0  # in whole thousands, as printed: 500 steps read 0
-    adapt_learning_rate: float = 0.0
-    image_size: int = 224
 
 
 def resolve(source: str) -> str:
@@ -105,52 +88,6 @@ def matching(pattern: str) -> list[Published]:
         ):
             found.append(p)
     return found
-
-
-def parse_name(name: str) -> AugReg:
-    """Decodes an AugReg file name, with or without folder and suffix.
-
-    Raises:
-      UserError: it does not follow that scheme.
-    """
-    stem = name.rsplit("/", 1)[-1].removesuffix(".npz")
-    match = _AUGREG.fullmatch(stem)
-    if not match:
-        raise UserError(
-            f"{name!r} is no AugReg file name, which reads MODEL-DATA-EPOCHSep-lr_X-aug_X-"
-            "wd_X-do_X-sd_X, and for fine-tuned ones --DATASET-steps_Nk-lr_X-res_N"
-        )
-    x: dict[str, Any] = match.groupdict()
-    *stems, size, patch = x["name"].split("_")
-    model = f"{stems[0]}+ViT-{size}/{patch}" if stems else f"ViT-{size}/{patch}"
-    pre = AugReg(
-        model,
-        x["ds"],
-        int(x["epochs"]),
-        float(x["lr"]),
-        x["aug"],
-        float(x["wd"]),
-        float(x["do"]),
-        float(x["sd"]),
-    )
-    if not x["adapt"]:
-        return pre
-    return pre._replace(
-        adapt_data=x["adapt"],
-        adapt_steps=1000 * int(x["steps"]),
-        adapt_learning_rate=float(x["adapt_lr"]),
-        image_size=int(x["res"]),
-    )
-
-
-_NUMBER = r"\d+(?:\.\d+)?(?:e-?\d+)?"
-_AUGREG = re.compile(
-    rf"(?P<name>(?:R\d*_)?[A-Z][a-z]?_\d+)-(?P<ds>i1k|i21k)-(?P<epochs>\d+)ep"
-    rf"-lr_(?P<lr>{_NUMBER})-aug_(?P<aug>\w+)-wd_(?P<wd>{_NUMBER})-do_(?P<do>{_NUMBER})"
-    rf"-sd_(?P<sd>{_NUMBER})"
-    rf"(?:--(?P<adapt>[\w.]+)-steps_(?P<steps>\d+)k-lr_(?P<adapt_lr>{_NUMBER})"
-    rf"-res_(?P<res>\d+))?"
-)
 
 
 def _in_cache(source: str) -> bool:
@@ -265,7 +202,7 @@ _AUGREG_NOT_PRETRAINED = (
 def _augreg() -> list[Published]:
     rows = []
     for stem, timm, finetuned in _AUGREG_FILES:
-        about = parse_name(stem)
+        about = augreg.parse_name(stem)
         slug = f"{_slug(about.model)}_augreg_{about.data}"
         tag = f"augreg_in{about.data[1:]}"
         listed = not any(part in stem for part in _AUGREG_NOT_PRETRAINED)
@@ -425,15 +362,73 @@ _FAMILIES: tuple[tuple[str, str, str, int, float], ...] = (
     ("timm/vit_pe_core_large_patch14_336.fb", "image-text pairs", _APACHE, 1024, 0),
     ("timm/vit_pe_core_gigantic_patch14_448.fb", "image-text pairs", _APACHE, 1280, 0),
     ("facebook/ijepa_vith14_1k", "i1k", _NC, 0, 0),
+    ("facebook/webssl-dino1b-full2b-224", "mc2b", "", 0, 0),
+    ("facebook/webssl-dino2b-full2b-224", "mc2b", "", 0, 0),
+    ("facebook/webssl-dino3b-full2b-224", "mc2b", "", 0, 0),
+    ("facebook/webssl-dino5b-full2b-224", "mc2b", "", 0, 0),
+    ("facebook/webssl-dino7b-full8b-224", "mc2b", "", 0, 0),
+    ("facebook/webssl-dino7b-full8b-518", "mc2b", "", 0, 0),
     ("timm/flexivit_small.1200ep_in1k", "i1k", "", 1000, 82.52),
     ("timm/flexivit_base.1200ep_in1k", "i1k", "", 1000, 84.68),
     ("timm/flexivit_large.1200ep_in1k", "i1k", "", 1000, 85.65),
 )
 
 
+# Top-1 of a linear probe of features (README.md of dinov2 and dino, FINETUNE.md of mae).
+_PROBES = {
+    "facebook/dinov2-base": 84.5,
+    "timm/vit_small_patch14_dinov2.lvd142m": 81.1,
+    "timm/vit_base_patch14_dinov2.lvd142m": 84.5,
+    "timm/vit_large_patch14_dinov2.lvd142m": 86.3,
+    "facebook/dinov2-with-registers-base": 84.6,
+    "timm/vit_base_patch14_reg4_dinov2.lvd142m": 84.6,
+    "timm/vit_giant_patch14_reg4_dinov2.lvd142m": 87.1,
+    "timm/vit_small_patch16_224.dino": 77.0,
+    "timm/vit_base_patch16_224.dino": 78.2,
+    "facebook/dino-vits8": 79.7,
+    "timm/vit_base_patch16_224.mae": 67.8,
+    "timm/vit_large_patch16_224.mae": 76.0,
+    "timm/vit_huge_patch14_224.mae": 77.2,
+    "facebook/vit-mae-base": 67.8,
+}
+
+# Files that no repository of Hugging Face holds: (address, model, trained on, licence,
+# top-1 of a linear probe by CONFIG.md of moco-v3 and README.md of Franca).
+_MOCO = "https://dl.fbaipublicfiles.com/moco-v3"
+_FRANCA = "https://github.com/valeoai/Franca/releases/download"
+_RAIL = "research-only-rail"
+_ADDRESSES: tuple[tuple[str, str, str, str, float], ...] = (
+    (
+        f"{_MOCO}/vit-s-300ep/vit-s-300ep.pth.tar",
+        *("mocov3_small_patch16_224", "i1k", _NC, 73.2),
+    ),
+    (
+        f"{_MOCO}/vit-b-300ep/vit-b-300ep.pth.tar",
+        *("mocov3_base_patch16_224", "i1k", _NC, 76.7),
+    ),
+    (
+        f"{_FRANCA}/v1.1.0/franca_vitb14_In21K_224.pth",
+        *("franca_base_patch14_224", "i21k", _RAIL, 82.0),
+    ),
+    (
+        f"{_FRANCA}/v1.0.0/franca_vitb14_In21K.pth",
+        *("franca_base_patch14_518", "i21k", _RAIL, 82.6),
+    ),
+    (
+        f"{_FRANCA}/v1.1.0/franca_vitl14_Laion600M_224.pth",
+        *("franca_large_patch14_224", "laion600m", _RAIL, 84.5),
+    ),
+    (
+        f"{_FRANCA}/v1.1.0/franca_vitl14_Laion_518.pth",
+        *("franca_large_patch14_518", "laion600m", _RAIL, 85.2),
+    ),
+)
+
+
 def _families() -> Iterator[Published]:
     """By the name of the repository; the model, too, is what its owner calls it."""
     for source, data, licence, classes, accuracy in _FAMILIES:
+        probe = _PROBES.get(source, 0.0)
         owner, name = source.split("/")
         yield Published(
             name,
@@ -443,8 +438,21 @@ def _families() -> Iterator[Published]:
             classes,
             "valid" if classes else "none",
             alternatives=(f"hf://{source}",),
-            accuracy=accuracy,
-            measured_by="timm" if accuracy else "",
+            accuracy=accuracy or probe,
+            measured_by="timm" if accuracy else "linear probe" if probe else "",
+            licence=licence,
+        )
+    for address, model, data, licence, probe in _ADDRESSES:
+        yield Published(
+            f"{model}.{data}",
+            model,
+            data,
+            published.fields_of(model)["image_size"][0],
+            0,
+            "none",
+            alternatives=(address,),
+            accuracy=probe,
+            measured_by="linear probe",
             licence=licence,
         )
 

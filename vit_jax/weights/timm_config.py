@@ -278,7 +278,7 @@ _SIZES = ("width", "depth", "heads", "mlp_dim", "map_mlp_dim", "patch", "image_s
 def _architecture(cfg: ModelConfig) -> str:
     """The published architecture that is this model, but for sizes if need be."""
     found = []
-    for name, row in published.ARCHITECTURES.items():
+    for name, row in published.TIMM.items():
         fields = {*_ELSEWHERE, "registers", *row} - {"image_size", "gelu"}
         other = {
             f for f in fields if getattr(cfg, f) != row.get(f, getattr(ModelConfig, f))
