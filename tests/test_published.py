@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The names of timm and Hugging Face, and the parameters behind them to the last one."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,8 @@ from vit_jax import models
 from vit_jax.config import ModelConfig
 from vit_jax.errors import UserError
 from vit_jax.models import published
+from vit_jax.weights.families import FAMILIES
+from vit_jax.weights.infer import guess_heads
 
 
 def count(name, **fields):  # a scan is traced once
@@ -87,6 +91,23 @@ def test_every_row_makes_a_model():
             if field != "image_size":
                 assert getattr(cfg, field) == value, (name, field)
         assert vit_jax.create_model(name).cfg.image_size == row["image_size"]
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("mocov3", "mocov3_"),
+        ("dinov2", "webssl_|franca_|vit_.*_dinov2"),
+        ("dinov3", "vit_.*_dinov3"),
+    ],
+)
+def test_heads_that_no_file_states_are_those_of_its_family(family, names):
+    known = next(row for row in FAMILIES if row.name == family)
+    rows = {n: r for n, r in published.ARCHITECTURES.items() if re.match(names, n)}
+    assert len(rows) > 1
+    for name, row in rows.items():
+        given = (row["width"], row["mlp_dim"], known.heads, known.head_width, name)
+        assert guess_heads(*given) == row["heads"]
 
 
 @pytest.mark.parametrize(

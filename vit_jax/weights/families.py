@@ -65,6 +65,9 @@ _PE = {
 # What a plain ViT with the names of timm has not.
 _SPECIAL = ("scale1", "registers", "norm_pre", "probe", "relative", "gate", "q_bias")
 
+# Of DINOv2's g, and of Web-SSL from 2 to 7 billion parameters.
+_DINOV2_HEADS = {1536: 24, 2688: 21, 3072: 24, 3584: 28, 4096: 32}
+
 # The first row that fits a file is its family.
 FAMILIES = (
     # --- Hugging Face: a folder with config.json -----------------------------------------
@@ -75,7 +78,7 @@ FAMILIES = (
         has=("scale1", "registers"),
         tower="dinov2_with_registers.",
         model={**IMAGENET, **EXACT},
-        heads={1536: 24},
+        heads=_DINOV2_HEADS,
         resize="bicubic_antialias",
         hub=Hub(
             ("dinov2_with_registers",),
@@ -91,7 +94,7 @@ FAMILIES = (
         has=("scale1",),
         tower="dinov2.",
         model={**IMAGENET, **EXACT},
-        heads={1536: 24},
+        heads=_DINOV2_HEADS,
         hub=Hub(
             ("dinov2",),
             "Dinov2Model",
@@ -281,7 +284,7 @@ FAMILIES = (
         kinds={"mask": "matrix"},
         has=("registers", "scale1", "positions"),
         model={**IMAGENET, **EXACT},
-        heads={1536: 24},
+        heads=_DINOV2_HEADS,
         resize="bicubic_antialias",
     ),
     Family(
@@ -291,7 +294,7 @@ FAMILIES = (
         has=("mask", "scale1", "positions", "cls"),
         lacks=("relative",),
         model={**IMAGENET, **EXACT},
-        heads={1536: 24},
+        heads=_DINOV2_HEADS,
         resize="bicubic_offset",
     ),
     Family(
