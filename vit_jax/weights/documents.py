@@ -127,9 +127,7 @@ def _of_transformers(
 
 def _gated(values: Mapping[str, Any], family: Family) -> bool:
     keys = ("use_swiglu_ffn", "use_gated_mlp")
-    return any(values.get(key) is True for key in keys) or family.name.startswith(
-        "aimv2"
-    )
+    return "gate" in family.has or any(values.get(key) is True for key in keys)
 
 
 def _mlp_dim(values: Mapping[str, Any], gated: bool, get: entries.Get) -> int:

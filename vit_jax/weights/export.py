@@ -126,11 +126,7 @@ class _Layout:
             same = lambda n, x: n in usual and np.array_equal(x, usual[n])
             flat = {n: x for n, x in flat.items() if not same(n, x)}
         flat, self.cfg = _with_table(flat, cfg, self.reasons)
-        if (
-            own
-            and family.name.startswith("aimv2")
-            and names["positions"] not in present
-        ):
+        if own and family.waves and names["positions"] not in present:
             table = positions.waves(models.token_grid(cfg, cfg.image_size), cfg.width)
             if np.array_equal(flat[POSITIONS], table):
                 flat = {n: x for n, x in flat.items() if n != POSITIONS}

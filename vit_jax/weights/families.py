@@ -52,6 +52,7 @@ class Family:
         default_factory=dict
     )  # or it is, by width
     resize: str = "bicubic"  # of tables of positions, see positions.py
+    waves: bool = False  # where it has no such table, positions are computed
     crop: float = 0.875  # share of the resized short side that is cropped
     hub: Hub | None = None  # how transformers writes it, if it does
     timm: bool = False  # a layout of timm, whose config.json names an architecture
@@ -218,6 +219,7 @@ FAMILIES = (
         has=("patch_norm", "gate"),
         kinds={"positions": "rows"},
         tower="vision_model.",
+        waves=True,
         model=_AIM,
         head_width=128,
         crop=1.0,
@@ -257,6 +259,7 @@ FAMILIES = (
         "aimv2",
         spellings.AIMV2_ORIGINAL,
         has=("patch_norm", "gate"),
+        waves=True,
         model=_AIM,
         head_width=128,
         crop=1.0,

@@ -68,7 +68,7 @@ def understand(
         facts.stated["gelu"] = "quick"  # only OpenAI's own files have these numbers
     sizes = _sizes(found, contents, facts, report)
     arrays, names = recognise.convert(found, contents.arrays, sizes, report)
-    if family.name.startswith("aimv2") and "positions" not in found.names:
+    if family.waves and "positions" not in found.names:
         arrays[POSITIONS] = _native(found, arrays, facts)
     if facts.stated.get("final_norm") == "none":  # though the file may have one
         last = [name for name in arrays if "encoder_norm" in name]
