@@ -93,11 +93,11 @@ class Attend:
     @property
     def compiler_options(self) -> dict[str, Any]:
         """For the program around the kernel: where there is plenty of vector memory,
-        what is fused may use half of it, which XLA does not dare by itself (L/16 on
-        v5e: 8 % fewer cycles)."""
+        what is fused may use 48 MiB of it, which XLA does not dare by itself (L/16 on
+        v5e: 8 % fewer cycles; docs/kernel.md compares sizes)."""
         plenty = self.kind == "pallas" and self.vmem >= 128 * 2**20
         plenty = plenty and not self.interpret
-        return {"xla_tpu_scoped_vmem_limit_kib": "65536"} if plenty else {}
+        return {"xla_tpu_scoped_vmem_limit_kib": "49152"} if plenty else {}
 
     def per_device(self, f: Any, operands: int, results: Any) -> Any:
         """``f`` of what each device has of arrays that are divided by images."""
