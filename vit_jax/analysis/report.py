@@ -113,10 +113,3 @@ def write_html(
     with writing(f"--out={path.parent}"):
         path.write_text(page)
     return path
-
-
-def png(figure: Any) -> bytes:
-    """The picture as bytes, for a notebook."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()

@@ -35,16 +35,6 @@ _REPLACEABLE = {
     "mask_token": "masked patch prediction only",
     "Transformer/posembed_input/": "model.positions is another",
 }
-ARCHITECTURE = (
-    "width",
-    "depth",
-    "mlp_dim",
-    "heads",
-    "patch",
-    "resnet",
-    "resnet_width",
-)
-
 Params = dict[str, Any]
 
 
