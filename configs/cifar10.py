@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small hybrid from scratch on CIFAR-10 as class folders, sized for a CPU.
+"""A small hybrid from scratch on CIFAR-10 as class folders, sized for a CPU. Argument:
+short (default) or long.
 
     python -m vit_jax.main --config=configs/cifar10.py --config.data.path=cifar10/ \
         --workdir=RUN
@@ -15,5 +16,5 @@ from vit_jax import demos
 from vit_jax.config import config_dict
 
 
-def get_config():
-    return config_dict(demos.cifar10())
+def get_config(length="short"):
+    return config_dict(demos.cifar10(length))

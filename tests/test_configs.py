@@ -30,6 +30,7 @@ ARGUMENTS = {
     "augreg_i1k": list(recipes.AUGREG_DEFAULT["imagenet"]),
     "augreg_i21k": list(recipes.AUGREG_DEFAULT["imagenet21k"]),
     "masked_patch": ["imagenet", "jft"],
+    "cifar10": ["short", "long"],
     "small_pretrain": ["supervised", "masked"],
     "small_finetune": ["mnist", "cifar10"],
     "small_augreg": ["augreg", "none"],

@@ -68,9 +68,11 @@ def small(**changes: Any) -> Config:
     return replace(cfg, **changes)
 
 
-def cifar10() -> Config:
+def cifar10(length: str) -> Config:
     """A hybrid: one residual stage, then two blocks that are wide enough for a CPU to
     multiply fast, trained with Muon; the rate is constant until it cools down."""
+    lengths = {"short": (1_600, 500), "long": (9_600, 2_400)}
+    steps, cooldown = choose("length of the CIFAR-10 recipe", length, lengths)
     return small(
         model=ModelConfig(
             name="",
@@ -89,11 +91,11 @@ def cifar10() -> Config:
             learning_rate=3e-3,
             schedule="constant",
             warmup=75,
-            cooldown=500,
+            cooldown=cooldown,
             weight_decay=0.1,
             clip=1.0,
         ),
-        steps=1_600,
+        steps=steps,
     )
 
 

@@ -57,7 +57,8 @@ def _show(name: str) -> None:
     if name in catalogue.CATALOGUE:
         for key, value in dataclasses.asdict(catalogue.find(name)).items():
             text = ", ".join(value) if isinstance(value, tuple) else value
-            print(f"{key:<14} {text}")
+            if text or key == "classes":  # what is not known is left out
+                print(f"{key:<14} {text}")
         return
     if "/" not in name and "." not in name and not Path(name).exists():
         catalogue.find(name)
