@@ -559,7 +559,7 @@ def test_a_folder_without_records(path, message, tmp_path):
 
 
 def test_unknown_format(written, tmp_path):
-    with pytest.raises(UserError, match="--format is 'csv'"):
+    with pytest.raises(UserError, match="unknown --format 'csv'"):
         write_records.write(written["photos"], str(tmp_path), format="csv")
 
 

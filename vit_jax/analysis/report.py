@@ -4,7 +4,6 @@ network."""
 
 import base64
 import html
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

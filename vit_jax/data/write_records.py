@@ -20,7 +20,7 @@ from typing import Any
 from absl import flags
 
 from vit_jax import cli
-from vit_jax.config import DataConfig
+from vit_jax.config import DataConfig, choose
 
 if __name__ == "__main__":
     cli.need("tensorflow")
@@ -62,16 +62,14 @@ def write(
 
     Returns:
       The index of each split, which is also in ``dest/SPLIT.json``; its ``left_out``
-      lists what could not be decoded. Splits of which other processes have not finished
-      their shards are missing.
+      lists what could not be decoded. Splits that others have to finish are missing.
 
     Raises:
       UserError: the source is not a data set or holds no image that can be decoded,
         ``dest`` is not a folder or holds shards of another ``shorter_side`` or
         ``quality``, or the disk is full.
     """
-    if format not in FORMATS:
-        raise UserError(f"--format is {format!r}: choose one of {list(FORMATS)}")
+    choose("--format", format, dict.fromkeys(FORMATS))
     cfg = sources.named(source) or DataConfig(source="folder", path=source)
     if workers < 0:
         raise UserError(f"--workers is {workers}: it must be at least 0 (one per CPU)")

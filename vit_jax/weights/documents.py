@@ -261,7 +261,7 @@ def _extra(
             extra["num_register_tokens"] = cfg.registers
         return extra
     if kind == "dinov3_vit":
-        extra = {
+        return {
             "num_register_tokens": cfg.registers,
             "rope_theta": cfg.rope_theta or 100.0,
             "use_gated_mlp": gated,
@@ -271,8 +271,8 @@ def _extra(
             "proj_bias": has("o_proj.bias"),
             "mlp_bias": has("up_proj.bias"),
             "pos_embed_rescale": 2.0,
+            **({"hidden_act": "silu"} if cfg.mlp == "swiglu" else {}),
         }
-        return extra | ({"hidden_act": "silu"} if cfg.mlp == "swiglu" else {})
     if kind == "beit":
         return {
             "use_relative_position_bias": cfg.relative_bias,

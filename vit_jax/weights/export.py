@@ -127,9 +127,7 @@ class _Layout:
             flat = {n: x for n, x in flat.items() if not same(n, x)}
         flat, self.cfg = _with_table(flat, cfg, self.reasons)
         if own and family.waves and names["positions"] not in present:
-            table = positions.waves(models.token_grid(cfg, cfg.image_size), cfg.width)
-            if np.array_equal(flat[POSITIONS], table):
-                flat = {n: x for n, x in flat.items() if n != POSITIONS}
+            flat = _without_waves(flat, cfg)
         rows = infer.positioned_tokens(cfg)
         if OF_REGISTERS in present:
             zeros = np.zeros((1, cfg.registers, cfg.width), np.float32)
@@ -324,6 +322,16 @@ def _usual(family: Family, cfg: ModelConfig) -> tuple[str, ...]:
             0
         ]
     return ()
+
+
+def _without_waves(
+    flat: dict[str, np.ndarray], cfg: ModelConfig
+) -> dict[str, np.ndarray]:
+    """Without positions that are computed, unless they have been trained."""
+    table = positions.waves(models.token_grid(cfg, cfg.image_size), cfg.width)
+    if not np.array_equal(flat[POSITIONS], table):
+        return flat
+    return {n: x for n, x in flat.items() if n != POSITIONS}
 
 
 def _without_rows(flat: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:

@@ -2,7 +2,7 @@
 """``config.json`` of timm: an architecture by name, and what differs from it."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from vit_jax import config
@@ -71,6 +71,20 @@ def known_by(architecture: str, where: str) -> dict[str, Any]:
     return model
 
 
+# Arguments of timm's models, and the fields of ``ModelConfig`` that they are.
+_ARGUMENTS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
+    ("num_heads", "heads", entries.count),
+    ("embed_dim", "width", entries.count),
+    ("depth", "depth", entries.count),
+    ("patch_size", "patch", entries.square),
+    ("in_chans", "channels", entries.count),
+    ("attn_pool_num_heads", "map_heads", entries.count),
+    ("rope_temperature", "rope_theta", entries.positive),
+    ("rope_grid_offset", "rope_offset", entries.positive),
+    ("ref_feat_shape", "rope_grid", entries.pair),
+)
+
+
 def read(values: dict[str, Any], where: str, roles: Collection[str] = ()) -> Metadata:
     """Fields of ``ModelConfig``, class names and preprocessing.
 
@@ -91,17 +105,7 @@ def read(values: dict[str, Any], where: str, roles: Collection[str] = ()) -> Met
     model = known_by(architecture, where)
     if "embed_dim" in arguments:
         model.pop("heads", 0)  # of the published width
-    for key, ours, convert in (
-        ("num_heads", "heads", entries.count),
-        ("embed_dim", "width", entries.count),
-        ("depth", "depth", entries.count),
-        ("patch_size", "patch", entries.square),
-        ("in_chans", "channels", entries.count),
-        ("attn_pool_num_heads", "map_heads", entries.count),
-        ("rope_temperature", "rope_theta", entries.positive),
-        ("rope_grid_offset", "rope_offset", entries.positive),
-        ("ref_feat_shape", "rope_grid", entries.pair),
-    ):
+    for key, ours, convert in _ARGUMENTS:
         if value := given(key, None, convert):
             model[ours] = value
     size = given("img_size", None, entries.pair) or get(
