@@ -45,11 +45,14 @@ SHARED = ROOT.parent / "shared"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long come first: a worker that begins one when the other has
-    nothing left is waited for."""
-    long = lambda i: i.get_closest_marker("process") or i.get_closest_marker("heavy")
-    first = {item.path for item in items if long(item)}
-    items.sort(key=lambda item: item.path not in first)
+    """Files that take long come first, those that start processes before all: a worker
+    that begins one when the other has nothing left is waited for."""
+    rank = {}
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        own = 0 if "process" in marks else 1 if "heavy" in marks else 2
+        rank[item.path] = min(own, rank.get(item.path, 2))
+    items.sort(key=lambda item: rank[item.path])
 
 
 @pytest.fixture(scope="session")

@@ -131,6 +131,7 @@ def test_distance_is_the_sum_over_keys_and_the_mean_over_queries_and_images():
         np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("cfg", [TINY, HYBRID, dataclasses.replace(TINY, head="gap")])
 def test_capture_gives_rows_of_one_and_leaves_the_logits_alone(cfg):
     model, params, images = make(cfg)

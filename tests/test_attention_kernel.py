@@ -96,6 +96,7 @@ def fixed(monkeypatch):
     return fix
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "shape",
     [*shapes(), *(pytest.param(s, marks=pytest.mark.slow) for s in SLOW)],
@@ -238,6 +239,7 @@ def expected():
     return start, found
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "changes",
     [

@@ -87,6 +87,7 @@ def test_an_unknown_argument_is_refused_by_name(name):
         load(name, "nonsense")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", FILES)
 def test_a_step_traces(name):
     """Shapes only: what comes out is what goes in. Of Table 3 a ViT and a hybrid: the

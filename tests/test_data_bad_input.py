@@ -282,6 +282,7 @@ def bad_sets(tmp_path_factory):
 BAD_KINDS = ["folder", "folder cached", *WRITERS, *(f"{k} sequential" for k in WRITERS)]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", BAD_KINDS)
 def test_bad_examples_are_skipped_counted_and_named(kind, bad_sets, caplog):
     source, _, way = kind.partition(" ")

@@ -236,6 +236,7 @@ def test_records_that_the_disk_spoils_later_are_read_again(bucket, tmp_path):
     whole_pass(cached(tmp_path))
 
 
+@pytest.mark.heavy
 def test_the_cache_keeps_to_its_size_and_removes_what_other_sets_left(
     bucket, tmp_path, monkeypatch, caplog
 ):

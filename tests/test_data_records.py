@@ -99,6 +99,7 @@ def test_any_number_of_labels(multilabel, tmp_path, format, cache):
     assert {tuple(row) for row in labels} == everything
 
 
+@pytest.mark.heavy
 def test_training_on_any_number_of_labels(multilabel, tmp_path):
     """The sigmoid loss of eight images learned by heart, one without a label, one with
     all."""
@@ -563,6 +564,7 @@ def test_unknown_format(written, tmp_path):
         write_records.write(written["photos"], str(tmp_path), format="csv")
 
 
+@pytest.mark.heavy
 def test_cifar_and_mnist_as_folders_and_as_records(shared, tmp_path):
     """A sample of both sets, as they come and rewritten: the same labels per epoch."""
     import tarfile

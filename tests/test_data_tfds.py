@@ -236,6 +236,7 @@ def test_a_task_from_end_to_end(data_dir, tiny_task):
     assert (info.num_train, info.num_test) == (800, 200)
 
 
+@pytest.mark.heavy
 def test_crops_of_a_task_follow_the_image_size(data_dir, tiny_task, monkeypatch):
     """In one process, whichever size came first."""
     resized = []

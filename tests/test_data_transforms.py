@@ -80,6 +80,7 @@ def test_inception_crop_has_tensorflows_distribution():
     assert abs(place.std() - np.sqrt(1 / 12)) < 0.02
 
 
+@pytest.mark.heavy
 def test_flip_is_fair_and_mirrors(noise):
     run = compose({"op": "resize"}, {"op": "flip"})
     plain = compose({"op": "resize"})(tf.constant(noise), seeds(1)[0]).numpy()
@@ -115,6 +116,7 @@ def test_many_images_are_resized_as_one_is(size):
     np.testing.assert_array_equal(mirrored[~mirror], plain[~mirror])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "rest", [(), ("flip",), ("flip", "randaugment", "value_range")]
 )
@@ -369,6 +371,7 @@ def test_magnitudes_in_pixels_that_exceed_the_image_are_mentioned(caplog):
         assert caplog.text.count("many become one colour") == words
 
 
+@pytest.mark.heavy
 def test_randaugment_applies_n_layers():
     image = tf.zeros([8, 8, 3], tf.uint8) + 10
     # 12 of the 16 operations do something to a plain dark image, most of them visibly.

@@ -75,6 +75,7 @@ def run(line: str, command) -> None:
     assert ended.returncode == 0, f"{line}\n{ended.stderr}"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_every_block_runs(page, home, command):
     names: dict = {}

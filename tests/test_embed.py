@@ -57,6 +57,7 @@ def test_vectors_are_what_the_head_reads(checkpoint, folder, tmp_path):
     assert not (tmp_path / "x.npz.parts").exists()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("layers", ["loop", "scan"])
 def test_layers_and_poolings(checkpoint, folder, tmp_path, layers, monkeypatch):
     """The last layer, normalised, is the layer 0."""

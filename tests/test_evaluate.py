@@ -80,6 +80,7 @@ def npz(workdir, tmp_path_factory):
     return path
 
 
+@pytest.mark.heavy
 def test_every_evaluator_runs_on_a_file(npz, workdir, tmp_path):
     cfg = with_evaluators(
         {"type": "accuracy"},
@@ -125,6 +126,7 @@ def test_stated_normalisation_and_transforms_are_applied(npz, tmp_path):
     assert abs(losses[1] - expected) > 1e-4
 
 
+@pytest.mark.heavy
 def test_stored_sizes_follow_the_resolution_of_the_evaluation(npz, tmp_path):
     found = weights.read(npz)
     cut = lambda side: (

@@ -61,6 +61,7 @@ def check(case, io, logits, out, atol):
     np.testing.assert_allclose(got / largest, io[key] / largest, rtol=0, atol=atol)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_outputs(case):
     for file in sorted(case.glob("io*.npz")):
@@ -88,6 +89,7 @@ USED = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("case", USED, ids=lambda case: case.name)
 def test_fine_tuning_and_prediction(case):
     source, options = asked(case)
@@ -236,6 +238,7 @@ def test_what_only_a_file_name_tells(name, tmp_path):
         assert weights.read(path, heads=3).cfg.image_mean == mean
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("size", ["224x224", "518x518", "196x322"])
 def test_a_pretrained_model(shared, size):
     folder = shared / "pretrained" / "vit_s14_dinov2_saliency"

@@ -102,6 +102,7 @@ def test_from_npz_to_npz(photos, released, tmp_path, command):
     assert np.mean(right) == pytest.approx(accuracy["test/accuracy"])
 
 
+@pytest.mark.heavy
 def test_fine_tuning_starts_from_the_file(photos, released, tmp_path, command):
     """With every array frozen but the head, the rest stays what the file holds."""
     done = finetune(
@@ -138,6 +139,7 @@ def test_another_architecture_names_the_field(
     assert field in done.error
 
 
+@pytest.mark.heavy
 def test_a_file_alone_brings_its_architecture(tmp_path):
     """Six flags used to be needed for a model that is not the config's."""
     small = dataclasses.replace(TINY.model, num_classes=7, image_size=(16, 16))

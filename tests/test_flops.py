@@ -17,6 +17,7 @@ def test_vit_macs_are_the_papers(name, expected):
     assert models.macs(cfg) / 1e9 == pytest.approx(expected, abs=5e-4)  # three digits
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("name", "fields"),
     [

@@ -175,6 +175,7 @@ def test_more_parameter_counts(row):
     assert count(shapes_of(name, layers="scan", **fields)) == MORE_COUNTS[row]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", RESNET_COUNTS)
 def test_parameter_counts_of_resnets(name):
     assert count(shapes_of(name, 32, num_classes=1000)) == RESNET_COUNTS[name]
@@ -379,6 +380,7 @@ def test_images_of_another_size_name_both_sizes(fields, sized):
 # --- the Transformer -----------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_initial_values():
     model = vit_jax.create_model(
         "", width=192, depth=1, mlp_dim=768, heads=3, patch=16, head="map",
@@ -572,6 +574,7 @@ def stacked(params):
     return params | {"Transformer": encoder}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "fields",
     [
@@ -610,6 +613,7 @@ def gradient():
     return compute, plain
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("remat", "layers"), [("full", "loop"), ("dots", "scan")])
 def test_remat_gives_the_same_gradients(remat, layers, gradient):
     """With the same dropout: the recomputation must draw the same numbers."""
@@ -672,6 +676,7 @@ def test_forward_returns_what_the_head_reads(basic):
 # --- randomness ----------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("field", ["dropout", "attention_dropout", "stochastic_depth"])
 def test_dropout_only_in_training(field, basic):
     _, params, logits = basic

@@ -236,6 +236,7 @@ def test_adafactor_caps_its_second_decay_at_b2():
     np.testing.assert_allclose(v, (1 - 0.999) * 4, rtol=1e-3)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("depth", [3, 40])
 def test_adafactor_factors_the_layers_of_a_stack_one_by_one(depth):
     """Also where there are so many that a stack of biases looks like a matrix."""

@@ -53,6 +53,7 @@ def test_all_processes_hear_who_is_missing(capsys):
     assert all("process 2, 3 did not come within 1 s" in m for m in said.values()), said
 
 
+@pytest.mark.heavy
 def test_processes_meet_in_any_order_and_strangers_are_ignored(capsys):
     port = free_port()
 
@@ -78,6 +79,7 @@ def test_processes_meet_in_any_order_and_strangers_are_ignored(capsys):
     stranger.join()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "line", [b"Ubuntu-3\n", b"missing\n", b"vit_jax 3 0\n", b"vit_jax 2 1\n", b"\xff\n"]
 )

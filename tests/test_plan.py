@@ -166,6 +166,7 @@ def described(kind, devices):
     return tpu.Topology(kind, hardware.CHIPS["v5e"], devices)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("changes", "per_chip"),
     [

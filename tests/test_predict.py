@@ -43,6 +43,7 @@ def images(tmp_path_factory):
     return folder
 
 
+@pytest.mark.heavy
 def test_probabilities_and_names(checkpoint, images):
     """Against the model itself; a.png already has the model's size."""
     source, model, params = checkpoint
@@ -219,6 +220,7 @@ def test_probabilities_that_are_not_finite_are_an_error(checkpoint, images, tmp_
         list(predict.predict(str(tmp_path / "x.npz"), [str(images / "a.png")]))
 
 
+@pytest.mark.heavy
 def test_preprocessing_comes_from_the_checkpoint(checkpoint, images, tmp_path):
     _, model, params = checkpoint
     about = Metadata(

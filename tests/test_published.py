@@ -73,6 +73,7 @@ PUBLISHED = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("name", "classes", "folded", "expected"), PUBLISHED)
 def test_parameter_counts_are_the_published_ones(name, classes, folded, expected):
     ours, cfg = count(name, num_classes=classes)

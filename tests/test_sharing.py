@@ -127,6 +127,7 @@ def same_bits(a, b):
         np.testing.assert_array_equal(np.asarray(a[name]), np.asarray(b[name]), name)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("layout", ["hf", "timm"])
 @pytest.mark.parametrize("large", [True, False])
 def test_up_and_down_are_the_same_bits(hub, monkeypatch, layout, large):

@@ -230,6 +230,7 @@ def test_a_metric_that_no_run_has_is_refused_with_those_there_are(command_line):
         command_line(Runs(peak), cfg)
 
 
+@pytest.mark.heavy
 def test_a_real_sweep(command_line):
     grid = SweepConfig(learning_rates=(1e-3, 1e-9), seeds=2)
     cfg = config.replace(TINY, steps=12, sweep=grid)

@@ -331,6 +331,7 @@ def trickle(first, byte):
     return write
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("write", "message"),
     [

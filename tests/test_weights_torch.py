@@ -101,6 +101,7 @@ def test_training_knows_the_heads_of_a_torch_file(exported, tmp_path):
     assert_same(params, flat, but=("head/kernel", "head/bias"))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("width", "mlp_dim", "heads"),
     # Published sizes of another depth: ViT-mu, So400m, H; else heads of 64.
