@@ -69,6 +69,9 @@ def test_command(capsys, tmp_path, monkeypatch):
     assert "refused anonymous" in out
     command.main(["show", "vit_b16_i21k"])
     out = capsys.readouterr().out
+    assert "accuracy" not in out  # it has no head
+    command.main(["show", "vit_b16_i21k_ft_i1k_224"])
+    out += capsys.readouterr().out
     for field in dataclasses.fields(catalogue.Published):
         assert field.name in out
     command.main(["parse", "S_16-i1k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0"])
