@@ -6,8 +6,9 @@ short (default) or long.
         --workdir=RUN
 
 cifar10/ holds train/CLASS/*.jpg and test/CLASS/*.jpg. Cost: 1,600 steps of 128 images
-(4.1 epochs), 62 TFLOPs, 14 CPU minutes. Measured, three seeds: test accuracy 0.758. The
-plain ViT of small_pretrain.py has 0.551 after 23. Scales up by overrides alone:
+(4.1 epochs), 62 TFLOPs, 14 CPU minutes; long: 9,600 steps, 74. Measured: test accuracy
+0.758 (three seeds), long 0.849 (one seed). The plain ViT of small_pretrain.py has 0.551
+after 23. Scales up by overrides alone:
 --config.model.width=384 --config.model.depth=12 --config.model.mlp_dim=1536
 --config.model.heads=6 --config.steps=50000.
 """
