@@ -118,6 +118,7 @@ def rescaled(
     return tuple(result)
 
 
+# Of the resized image, worked on at a time.
 _ROWS = 32
 
 
