@@ -71,6 +71,7 @@ def levels(text, shape):
     return np.frombuffer(base64.b64decode(text), np.uint8).reshape(shape)
 
 
+@pytest.mark.heavy
 def test_answers_are_those_of_the_commands(viewer, checkpoint, folder):
     source, model, params = checkpoint
     photo = folder / "1.png"

@@ -257,6 +257,7 @@ def test_a_model_trains_the_same(everywhere, expected, changes):
     np.testing.assert_allclose(found, exact, rtol=1e-4)
 
 
+@pytest.mark.heavy
 def test_who_looks_at_the_weights_sees_the_same_logits():
     cfg = models.resolve(replace(SMALL, model__num_classes=5, model__image_size=(16, 16)).model)  # fmt: skip
     images = jax.random.uniform(jax.random.key(0), (2, 16, 16, 3), minval=-1)
@@ -299,6 +300,7 @@ def test_what_the_kernel_does_not_know_is_left_to_einsums(changes, knob):
 # The choice ------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_nothing_changes_on_a_cpu():
     """Not a character of the program: its text is that of a run that asks for xla."""
     texts = []
@@ -375,6 +377,7 @@ class Clock:
         return self.now
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("kernel", "einsum", "line"),
     [

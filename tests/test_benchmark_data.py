@@ -14,6 +14,7 @@ def run(folder, **options):
     return benchmark.run(cfg, batch=2, rounds=1, steps=1)
 
 
+@pytest.mark.heavy
 def test_files_that_are_not_good_jpegs_are_left_out(tmp_path, caplog):
     write_folder(tmp_path, {"a": 5, "b": 5}, ("train",))
     good = encoded(picture(0))

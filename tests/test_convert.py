@@ -62,6 +62,7 @@ def test_there_and_back(tmp_path, through):
     assert found.metadata.transforms == NAMES.transforms
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "fields",
     [
@@ -171,6 +172,7 @@ def _extra(path, arrays):
     return ours - theirs
 
 
+@pytest.mark.heavy
 def test_workdir_to_npz(tmp_path):
     """What training leaves behind: names and preprocessing travel from its files."""
     from vit_jax import checkpoint, config

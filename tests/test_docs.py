@@ -115,6 +115,7 @@ def test_images_and_links_of_the_pages_exist():
                 assert (page.parent / name).exists(), f"{page.name}: {name}"
 
 
+@pytest.mark.heavy
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("material", reason="needs the extra docs")
     from mkdocs.commands import build

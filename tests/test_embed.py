@@ -43,6 +43,7 @@ def pixels(path):
     return np.asarray(Image.open(path), np.float32)[None] / 127.5 - 1
 
 
+@pytest.mark.heavy
 def test_vectors_are_what_the_head_reads(checkpoint, folder, tmp_path):
     source, model, params = checkpoint
     done = embed.embed(source, [str(folder)], str(tmp_path / "x.npz"), batch=1)
@@ -184,6 +185,7 @@ def test_a_model_without_class_token_says_so(folder, tmp_path):
         )
 
 
+@pytest.mark.heavy
 def test_sources_of_data_give_the_vectors_of_their_images(
     checkpoint, tmp_path, monkeypatch
 ):

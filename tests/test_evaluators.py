@@ -87,6 +87,7 @@ def test_sums_keep_their_digits_over_many_batches():
     np.testing.assert_allclose(total[0]["loss"], 1e4 * np.float32(0.1), rtol=1e-7)
 
 
+@pytest.mark.heavy
 def test_calibration(tmp_path):
     n = 4000
     x = RNG.normal(size=(n, K)) * 3
@@ -138,6 +139,7 @@ def separable(batch=16):
     )
 
 
+@pytest.mark.heavy
 def test_knn_and_linear_probe_separate_what_is_separable():
     result = EVALUATORS["knn"].measure(separable(), k=(1, 5))
     assert result == {"accuracy_k1": 1.0, "accuracy_k5": 1.0, "count": 37}
@@ -281,6 +283,7 @@ def test_bad_input_has_one_message(name, options, message):
         EVALUATORS[name].measure(context(splits, EYE), **options)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("name", "split"),
     [

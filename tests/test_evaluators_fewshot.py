@@ -121,6 +121,7 @@ def test_shots_are_nested():
     np.testing.assert_array_equal(first[2], np.flatnonzero(labels == 2)[:3])
 
 
+@pytest.mark.heavy
 def test_chosen_l2_has_the_best_mean_rank():
     a = np.array([[0.1, 0.5, 0.5], [0.9, 0.8, 0.7]])  # (shots, l2) of one data set
     b = np.array([[0.1, 0.2, 0.9], [0.3, 0.2, 0.1]])

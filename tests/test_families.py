@@ -126,6 +126,7 @@ def test_bfloat16(case):
     check(case, io, np.asarray(logits, np.float32), out, 0.05)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("case", USED, ids=lambda case: case.name)
 def test_figures_leave_the_other_tokens_out(case):
     found = read(case)
@@ -155,6 +156,7 @@ def _inner(ours, theirs):
         yield full, value
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_own_layout_and_back(case, tmp_path):
     """load -> convert to its own layout -> load: equal bits, equal models."""

@@ -64,6 +64,7 @@ def test_scanned_and_recomputed_blocks_are_counted():
     assert step(layers="scan", remat="full") == step() + 2 * (blocks - last)
 
 
+@pytest.mark.heavy
 def test_a_step_that_trains_the_head_alone_costs_little_more_than_inference():
     model = {"name": "ViT-B/16", "image_size": (224, 224), "num_classes": 1000}
     cfg = Config(batch=8, model=ModelConfig(**model, attention="xla"))

@@ -10,6 +10,7 @@ from vit_jax.config import ModelConfig
 from vit_jax.weights import fit
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("count", [1, 4, 6, 7])
 def test_large_batches_go_through_a_cpu_in_parts(count, monkeypatch):
     model, flat = small_model()

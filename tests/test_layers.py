@@ -63,6 +63,7 @@ def is_command(path: Path) -> bool:
     return path.name == "__main__.py" or "def main(" in path.read_text()
 
 
+@pytest.mark.heavy
 def test_parts_import_from_their_tier_and_above():
     for path in FILES:
         own = part(module_of(path))

@@ -154,6 +154,7 @@ def count(tree):
     return sum(x.size for x in jax.tree.leaves(tree))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("row", COUNTS)
 def test_parameter_counts_of_the_paper(row):
     name, _, head = row.partition(" ")
@@ -181,6 +182,7 @@ def test_parameter_counts_of_resnets(name):
     assert count(shapes_of(name, 32, num_classes=1000)) == RESNET_COUNTS[name]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ARRAYS)
 def test_number_of_arrays(name):
     shapes = shapes_of(name, num_classes=1000)
@@ -627,6 +629,7 @@ def test_remat_gives_the_same_gradients(remat, layers, gradient):
     assert "remat" not in plain[layers][1]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("layers", ["loop", "scan"])
 def test_on_block_params_changes_what_blocks_read(layers):
     """Whatever else happens to the blocks; the names of parameters stay."""
@@ -712,6 +715,7 @@ def test_dropout_is_after_positions_and_every_dense_layer_but_qkv():
     assert found == [tokens, *2 * [attention, tokens, hidden, tokens]]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("layers", ["loop", "scan"])
 def test_stochastic_depth_grows_with_depth(layers):
     model = tiny(stochastic_depth=0.6, depth=3, layers=layers, positions="none")
@@ -764,6 +768,7 @@ def golden_params(path):
     return tree
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("case", "fields"),
     [

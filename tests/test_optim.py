@@ -309,6 +309,7 @@ def orthogonal(m):
     return u * s @ v
 
 
+@pytest.mark.heavy
 def test_muon_by_hand():
     params, grads = random_model(0), [random_model(1), random_model(2)]
     cfg = OptimConfig(
@@ -377,6 +378,7 @@ def test_lora_by_hand():
         np.testing.assert_allclose(after.reshape(w.shape), w + 8 * a @ b, atol=2e-5)
 
 
+@pytest.mark.heavy
 def test_lora_limits_the_rank_and_keeps_no_other_state():
     params = stacked(random_model(0))
     cfg = OptimConfig(lora=1, schedule="constant", clip=1.0, weight_decay=0.1)

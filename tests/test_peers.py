@@ -47,6 +47,7 @@ def told(ids, n, timeout, port):
     return said
 
 
+@pytest.mark.heavy
 def test_all_processes_hear_who_is_missing(capsys):
     said = told([1, 0], 4, 1, free_port())
     assert len(said) == 2

@@ -337,6 +337,7 @@ def test_micro_batches_that_are_not_needed_are_taken_back():
     assert pairs[0][0].accumulate == 1
 
 
+@pytest.mark.heavy
 def test_the_same_program_is_compiled_once():
     """On one chip a strategy changes nothing; on eight, () is (8,)."""
     _, tried, _ = found(BIG, POD[:1], lambda c: (1.0, 1.0), limit=100)

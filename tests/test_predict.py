@@ -116,6 +116,7 @@ def test_images_that_are_all_bad_are_named_together(command, images, tmp_path):
     assert "holds no images" in command(str(tmp_path / "folder"))[2]
 
 
+@pytest.mark.heavy
 def test_a_bad_image_among_good_ones_is_reported_and_the_rest_goes_on(
     checkpoint, command, images, tmp_path
 ):
@@ -195,6 +196,7 @@ def server(images):
         found.shutdown()
 
 
+@pytest.mark.heavy
 def test_addresses(checkpoint, images, server, monkeypatch):
     monkeypatch.setattr(photos, "PATIENCE", 0.5)
     monkeypatch.setattr(photos, "LARGEST", 5_000)

@@ -107,6 +107,7 @@ def test_strides_pad_after_rather_than_before():
     np.testing.assert_array_equal(seen, [[1, 1, 1, 0], [0, 0, 1, 1]])
 
 
+@pytest.mark.heavy
 def test_a_new_unit_is_the_identity_and_strides_on_the_3x3():
     x = jax.nn.relu(random(1, 4, 4, 128))
     unit = ResidualUnit(32, 1, "float32")
@@ -128,6 +129,7 @@ def test_a_new_unit_is_the_identity_and_strides_on_the_3x3():
     assert (size("conv1"), size("conv2"), size("conv_proj")) == (4, 2, 2)
 
 
+@pytest.mark.heavy
 def test_group_norm_has_32_groups_and_statistics_over_space():
     """The projection branch of a unit whose main branch is 0 shows the norm alone."""
     x = random(1, 3, 3, 64)
@@ -146,6 +148,7 @@ def test_group_norm_has_32_groups_and_statistics_over_space():
     np.testing.assert_allclose(y, np.maximum(expected, 0), atol=1e-4)
 
 
+@pytest.mark.heavy
 def test_a_baseline():
     fields = {"resnet": (1, 1), "resnet_width": 1, "num_classes": 3, "head_bias": -2.0}
     model = vit_jax.create_model("", remat="full", **fields)

@@ -48,6 +48,7 @@ def short(steps):
     return config.replace(TINY, steps=steps, trackers=("wandb",))
 
 
+@pytest.mark.heavy
 def test_training_tells_what_it_writes_down(recorder, tmp_path):
     run = shutil.copytree(trained_workdir(), tmp_path / "run")
     (run / "figures").mkdir()

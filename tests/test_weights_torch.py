@@ -456,6 +456,7 @@ def test_what_the_layouts_cannot_hold(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("positions", ["sincos2d", "learned2d", "none"])
 def test_other_positions_become_a_table(tmp_path, positions):
     model, flat = small_model(positions=positions, image_size=(16, 24))
