@@ -213,16 +213,16 @@ def apply(
         rest = iter(images)
         while chunk := list(itertools.islice(rest, size)):
             good = [x for _, x in chunk if isinstance(x, np.ndarray)]
-            batch = np.zeros((size, *good[0].shape), np.float32) if good else None
-            if batch is not None:
+            given: Any = ()
+            if good:
+                batch = np.zeros((size, *good[0].shape), np.float32)
                 batch[: len(good)] = good
-            yield chunk, None if batch is None else function(batch)
+                given = function(batch)
+            yield chunk, given
 
     # A batch is collected and handed over while the device still works at the one before.
-    for (chunk, given), _ in itertools.pairwise(
-        itertools.chain(started(), [((), None)])
-    ):
-        good = iter(() if given is None else np.asarray(given))
+    for (chunk, given), _ in itertools.pairwise(itertools.chain(started(), [((), ())])):
+        good = iter(np.asarray(given))
         for name, image in chunk:
             if isinstance(image, np.ndarray):
                 image = next(good)

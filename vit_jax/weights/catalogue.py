@@ -258,8 +258,9 @@ def _big_vision() -> list[Published]:
     ]
 
 
-# Repositories of other families: (source, trained on, licence, outputs, top-1 as timm
-# measured it in results/results-imagenet.csv). "": the licence was not looked up.
+# Repositories of other families: (source, trained on, licence, outputs, top-1: as timm
+# measured it in results/results-imagenet.csv or, of features, of a linear probe by
+# README.md of dinov2 and dino, FINETUNE.md of mae). "": the licence was not looked up.
 _MIT, _APACHE, _NC, _DINOV3 = "mit", "apache-2.0", "cc-by-nc-4.0", "dinov3-license"
 _FAMILIES: tuple[tuple[str, str, str, int, float], ...] = (
     ("timm/deit_tiny_patch16_224.fb_in1k", "i1k", _APACHE, 1000, 0),
@@ -283,20 +284,20 @@ _FAMILIES: tuple[tuple[str, str, str, int, float], ...] = (
     ("timm/deit3_base_patch16_224.fb_in22k_ft_in1k", "i22k -> i1k", "", 1000, 85.70),
     ("timm/deit3_large_patch16_384.fb_in22k_ft_in1k", "i22k -> i1k", "", 1000, 87.72),
     ("timm/deit3_huge_patch14_224.fb_in22k_ft_in1k", "i22k -> i1k", "", 1000, 87.19),
-    ("timm/vit_base_patch16_224.mae", "i1k", _NC, 0, 0),
-    ("timm/vit_large_patch16_224.mae", "i1k", _NC, 0, 0),
-    ("timm/vit_huge_patch14_224.mae", "i1k", _NC, 0, 0),
-    ("facebook/vit-mae-base", "i1k", _NC, 0, 0),
-    ("timm/vit_small_patch16_224.dino", "i1k", "", 0, 0),
-    ("timm/vit_base_patch16_224.dino", "i1k", "", 0, 0),
-    ("facebook/dino-vits8", "i1k", "", 0, 0),
-    ("facebook/dinov2-base", "lvd142m", _APACHE, 0, 0),
-    ("facebook/dinov2-with-registers-base", "lvd142m", _APACHE, 0, 0),
-    ("timm/vit_small_patch14_dinov2.lvd142m", "lvd142m", _APACHE, 0, 0),
-    ("timm/vit_base_patch14_dinov2.lvd142m", "lvd142m", _APACHE, 0, 0),
-    ("timm/vit_large_patch14_dinov2.lvd142m", "lvd142m", _APACHE, 0, 0),
-    ("timm/vit_base_patch14_reg4_dinov2.lvd142m", "lvd142m", _APACHE, 0, 0),
-    ("timm/vit_giant_patch14_reg4_dinov2.lvd142m", "lvd142m", _APACHE, 0, 0),
+    ("timm/vit_base_patch16_224.mae", "i1k", _NC, 0, 67.8),
+    ("timm/vit_large_patch16_224.mae", "i1k", _NC, 0, 76.0),
+    ("timm/vit_huge_patch14_224.mae", "i1k", _NC, 0, 77.2),
+    ("facebook/vit-mae-base", "i1k", _NC, 0, 67.8),
+    ("timm/vit_small_patch16_224.dino", "i1k", "", 0, 77.0),
+    ("timm/vit_base_patch16_224.dino", "i1k", "", 0, 78.2),
+    ("facebook/dino-vits8", "i1k", "", 0, 79.7),
+    ("facebook/dinov2-base", "lvd142m", _APACHE, 0, 84.5),
+    ("facebook/dinov2-with-registers-base", "lvd142m", _APACHE, 0, 84.6),
+    ("timm/vit_small_patch14_dinov2.lvd142m", "lvd142m", _APACHE, 0, 81.1),
+    ("timm/vit_base_patch14_dinov2.lvd142m", "lvd142m", _APACHE, 0, 84.5),
+    ("timm/vit_large_patch14_dinov2.lvd142m", "lvd142m", _APACHE, 0, 86.3),
+    ("timm/vit_base_patch14_reg4_dinov2.lvd142m", "lvd142m", _APACHE, 0, 84.6),
+    ("timm/vit_giant_patch14_reg4_dinov2.lvd142m", "lvd142m", _APACHE, 0, 87.1),
     ("facebook/dinov3-vits16-pretrain-lvd1689m", "lvd1689m", _DINOV3, 0, 0),
     ("timm/vit_small_patch16_dinov3.lvd1689m", "lvd1689m", _DINOV3, 0, 0),
     ("timm/vit_base_patch16_dinov3.lvd1689m", "lvd1689m", _DINOV3, 0, 0),
@@ -374,24 +375,6 @@ _FAMILIES: tuple[tuple[str, str, str, int, float], ...] = (
 )
 
 
-# Top-1 of a linear probe of features (README.md of dinov2 and dino, FINETUNE.md of mae).
-_PROBES = {
-    "facebook/dinov2-base": 84.5,
-    "timm/vit_small_patch14_dinov2.lvd142m": 81.1,
-    "timm/vit_base_patch14_dinov2.lvd142m": 84.5,
-    "timm/vit_large_patch14_dinov2.lvd142m": 86.3,
-    "facebook/dinov2-with-registers-base": 84.6,
-    "timm/vit_base_patch14_reg4_dinov2.lvd142m": 84.6,
-    "timm/vit_giant_patch14_reg4_dinov2.lvd142m": 87.1,
-    "timm/vit_small_patch16_224.dino": 77.0,
-    "timm/vit_base_patch16_224.dino": 78.2,
-    "facebook/dino-vits8": 79.7,
-    "timm/vit_base_patch16_224.mae": 67.8,
-    "timm/vit_large_patch16_224.mae": 76.0,
-    "timm/vit_huge_patch14_224.mae": 77.2,
-    "facebook/vit-mae-base": 67.8,
-}
-
 # Files that no repository of Hugging Face holds: (address, model, trained on, licence,
 # top-1 of a linear probe by CONFIG.md of moco-v3 and README.md of Franca).
 _MOCO = "https://dl.fbaipublicfiles.com/moco-v3"
@@ -428,7 +411,6 @@ _ADDRESSES: tuple[tuple[str, str, str, str, float], ...] = (
 def _families() -> Iterator[Published]:
     """By the name of the repository; the model, too, is what its owner calls it."""
     for source, data, licence, classes, accuracy in _FAMILIES:
-        probe = _PROBES.get(source, 0.0)
         owner, name = source.split("/")
         yield Published(
             name,
@@ -438,8 +420,8 @@ def _families() -> Iterator[Published]:
             classes,
             "valid" if classes else "none",
             alternatives=(f"hf://{source}",),
-            accuracy=accuracy or probe,
-            measured_by="timm" if accuracy else "linear probe" if probe else "",
+            accuracy=accuracy,
+            measured_by=("timm" if classes else "linear probe") if accuracy else "",
             licence=licence,
         )
     for address, model, data, licence, probe in _ADDRESSES:
