@@ -195,9 +195,9 @@ class DataConfig:
     disk_cache: str = ""
     disk_cache_gib: Amount = 100.0
     # Share of unreadable examples above which the run stops; one is always allowed unless
-    # it is 0. An image of more than 134 megapixels (2**27) counts as unreadable. Decoding
-    # takes 3 bytes per pixel and thread for most files, 18 at the worst: see
-    # data/image_files.py.
+    # it is 0. An image of more than 134 megapixels (2**27) counts as unreadable, and one
+    # of a few bytes that claims to need more than 200 MiB. JPEGs of more than some 26
+    # megapixels are decoded at a half or less: see data/image_files.py.
     max_bad: Share = 0.01
 
 

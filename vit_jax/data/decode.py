@@ -9,6 +9,7 @@ the pipeline tries it again at every position (``graph.torn``); any other file f
 whatever the crop.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ Image = Any  # tf.Tensor: string () or uint8 (H, W, 3)
 
 _FILE = tf.TensorSpec((), tf.string)
 _WINDOW = tf.TensorSpec((4,), tf.int32)
-_HEADER = tf.TensorSpec((3,), tf.int32)  # height and width as stored, orientation
+_HEADER = tf.TensorSpec((4,), tf.int32)  # see ``image_files.header``
 
 
 def _rarely(*signature: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -85,7 +86,10 @@ def decode_crop(image: Image, place: Callable[[Any], Any], *, target: int) -> Im
 
     if image.dtype != tf.string:
         return _rgb(full())
-    return _rgb(tf.cond(_is_whole_jpeg(image), fused, full))
+    quick = _is_whole_jpeg(image)
+    if not target:
+        quick &= _header(image)[3] == 0
+    return _rgb(tf.cond(quick, fused, full))
 
 
 def resize_to(
@@ -123,10 +127,7 @@ def resize_many(images: Sequence[Image], mirror: Any, size: int) -> Image:
     """
 
     def run(mirror: np.ndarray, *images: np.ndarray) -> np.ndarray:
-        count = len(images) * size * size * 3
-        made = np.empty(count + _ALIGNMENT, np.uint8)
-        start = -made.ctypes.data % _ALIGNMENT
-        made = made[start : start + count].reshape(-1, size, size, 3)
+        made = _aligned((len(images), size, size, 3))
         for out, image, mirrored in zip(made, images, mirror, strict=True):
             cv2.resize(image, (size, size), dst=out)
             if mirrored:
@@ -137,17 +138,22 @@ def resize_many(images: Sequence[Image], mirror: Any, size: int) -> Image:
     return tf.ensure_shape(made, (len(images), size, size, 3))
 
 
-_ALIGNMENT = 64  # tensorflow copies arrays that begin elsewhere
+def _aligned(shape: Sequence[int]) -> np.ndarray:
+    """uint8; tensorflow copies arrays that do not begin at a multiple of 64 bytes."""
+    count = math.prod(shape)
+    made = np.empty(count + 64, np.uint8)
+    start = -made.ctypes.data % 64
+    return made[start : start + count].reshape(shape)
 
 
 def _header(image: Image) -> Any:
-    """int32 (3,), see ``_HEADER``. Python looks at those files only that may be rotated
+    """int32 (4,), see ``_HEADER``. Python looks at those files only that may be rotated
     or too large."""
 
     def of_plain() -> Any:
-        return tf.concat([tf.image.extract_jpeg_shape(image)[:2], [1]], 0)
+        return tf.concat([tf.image.extract_jpeg_shape(image)[:2], [1, 0]], 0)
 
-    found = tf.cond(_is_plain_jpeg(image), of_plain, lambda: tf.zeros([3], tf.int32))
+    found = tf.cond(_is_plain_jpeg(image), of_plain, lambda: tf.zeros([4], tf.int32))
     pixels = tf.reduce_prod(tf.cast(found[:2], tf.int64))
     return tf.cond(
         (pixels > 0) & (pixels <= image_files.SMALL),
@@ -159,7 +165,7 @@ def _header(image: Image) -> Any:
 @_rarely(_FILE)
 def _any_header(image: Image) -> Any:
     return _in_python(
-        lambda data: np.array(image_files.header(data), np.int32), image, (3,)
+        lambda data: np.array(image_files.header(data), np.int32), image, (4,)
     )
 
 
@@ -167,10 +173,15 @@ def _any_header(image: Image) -> Any:
 def _decode_file(image: Image) -> Image:
     header = _header(image)
 
+    def jpeg(ratio: int) -> Callable[[], Image]:
+        return lambda: tf.io.decode_jpeg(
+            image, channels=3, ratio=ratio, dct_method="INTEGER_ACCURATE"
+        )
+
     def by_tensorflow() -> Image:
         pixels = tf.cond(
             is_jpeg(image),
-            lambda: tf.io.decode_jpeg(image, channels=3, dct_method="INTEGER_ACCURATE"),
+            lambda: tf.switch_case(header[3], [jpeg(1), jpeg(2), jpeg(4), jpeg(8)]),
             lambda: tf.io.decode_png(image, channels=3),
         )
         return tf.cond(
@@ -264,10 +275,19 @@ def _stored_window(window: Any, header: Any) -> Any:
 @_rarely(tf.TensorSpec((None, None, 3), tf.uint8), tf.TensorSpec((), tf.int32))
 def _upright(pixels: Image, orientation: Any) -> Image:
     """Undoes the rotation or mirroring that EXIF orientation 1 to 8 records."""
-    transposed, rows, columns = _turns(orientation)
-    pixels = tf.transpose(pixels, tf.where(transposed, [1, 0, 2], [0, 1, 2]))
-    dims = tf.stack([rows, columns, tf.constant(False)])
-    return tf.raw_ops.Reverse(tensor=pixels, dims=dims)
+
+    def run(pixels: np.ndarray, orientation: np.ndarray) -> np.ndarray:
+        transposed, rows, columns = image_files.turns(int(orientation))
+        height, width = pixels.shape[:2]
+        made = _aligned((width, height, 3) if transposed else pixels.shape)
+        if transposed:
+            pixels = cv2.transpose(pixels, dst=made)
+        if rows or columns:
+            cv2.flip(pixels, -1 if rows and columns else int(columns), dst=made)
+        return made
+
+    made = tf.numpy_function(run, [pixels, orientation], tf.uint8, stateful=False)
+    return _rgb(made)
 
 
 def _turns(orientation: Any) -> list[Any]:

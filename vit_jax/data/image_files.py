@@ -26,12 +26,14 @@ from PIL import (
 
 # An image of more pixels is not decoded.
 MAX_PIXELS = 2**27
-# What decoding takes at the most, in each thread: WebP 18, GIF and BMP 12, JPEG and PNG 3
-# in training and evaluation, 9 where they are progressive or to be turned.
-BYTES_PER_PIXEL = 18
-# Above SMALL, the file must have a byte for this many: a few bytes may claim anything.
-PIXELS_PER_BYTE = 1024
-SMALL = 2**24
+# What decoding may take beside three times the file: JPEGs that would take more are
+# decoded smaller.
+MEMORY = 200 * 2**20
+# So many pixels of a JPEG or PNG never take more.
+SMALL = MEMORY // 14
+# A few bytes may claim any size. Where a byte stands for more pixels than in photographs,
+# what cannot be decoded within that memory is refused.
+PIXELS_PER_BYTE = 64
 
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 # Not Image.open, which warns of images with two thirds of our limit.
@@ -50,27 +52,29 @@ class ImageFileError(ValueError):
     """A file that is not an image, claims too much, or is damaged."""
 
 
-def header(data: bytes) -> tuple[int, int, int]:
-    """(height, width, orientation): the sides of the pixels as they are stored, and the
-    EXIF orientation, in [1, 8], that says how to turn them.
+def header(data: bytes) -> tuple[int, int, int, int]:
+    """(height, width, orientation, halvings): the sides of the pixels as they are stored,
+    the EXIF orientation, in [1, 8], that says how to turn them, and how often the sides
+    are halved (in the DCT domain) while a JPEG of more than some 26 megapixels is decoded.
 
     Raises:
       ImageFileError: not an image, or one that claims too many pixels.
     """
-    height = width = 0
+    height = width = kind = 0
     if data.startswith(_PNG) and len(data) >= 24:
         width, height = struct.unpack_from(">II", data, 16)
     elif data.startswith(_JPEG):
-        frames = (
-            s for kind, s, e in _jpeg_segments(data) if kind in _FRAMES and e - s > 5
-        )
-        start = next(frames, 0)
+        segments = _jpeg_segments(data)
+        frames = ((k, s) for k, s, e in segments if k in _FRAMES and e - s > 5)
+        kind, start = next(frames, (0, 0))
         height, width = struct.unpack_from(">HH", data, start + 1) if start else (0, 0)
     else:
         with opened(io.BytesIO(data)) as image:
             width, height = image.size
-    _check_sides(height, width, len(data))
-    return height, width, _orientation(data)
+    orientation = _orientation(data)
+    progressive = kind in _PROGRESSIVE
+    halvings = _halvings(height, width, data, len(data), progressive)
+    return height, width, orientation, halvings
 
 
 def check(file: BinaryIO) -> None:
@@ -80,7 +84,10 @@ def check(file: BinaryIO) -> None:
       ImageFileError: certainly not an image, or one that claims too many pixels.
     """
     with opened(file) as image:
-        _check_sides(image.height, image.width, file.seek(0, io.SEEK_END))
+        file.seek(0)
+        start, size = file.read(32), file.seek(0, io.SEEK_END)
+        progressive = "progressive" in image.info
+        _halvings(image.height, image.width, start, size, progressive)
 
 
 def read(data: bytes, channels: int = 3) -> np.ndarray:
@@ -91,19 +98,38 @@ def read(data: bytes, channels: int = 3) -> np.ndarray:
       ImageFileError: see ``header``; also a file that is damaged or cut short.
     """
     with opened(io.BytesIO(data)) as image:
-        _check_sides(image.height, image.width, len(data))
+        progressive = "progressive" in image.info
+        halvings = _halvings(image.height, image.width, data, len(data), progressive)
         try:
-            if image.mode.startswith("I"):
-                grey = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
-                pixels = np.repeat(grey[..., None], channels, axis=2)
-            else:
-                mode = "RGB" if channels == 3 else "L"
-                pixels = np.asarray(
-                    image if image.mode == mode else image.convert(mode)
-                )
+            if halvings:
+                sides = (image.width >> halvings, image.height >> halvings)
+                image.draft(None, sides)
+            return _upright(image, channels, _orientation(data))
         except Exception as e:  # Pillow's decoders raise errors of any kind
             raise ImageFileError(f"it may be truncated: {_one_line(e)}") from e
-    return upright(pixels.reshape(*pixels.shape[:2], channels), _orientation(data))
+
+
+def _upright(image: Image.Image, channels: int, orientation: int) -> np.ndarray:
+    """uint8 (H, W, channels): converted and turned by strips, not in a copy of all."""
+    width, height = image.size
+    transposed, rows, columns = turns(orientation)
+    sides = (width, height) if transposed else (height, width)
+    pixels = np.empty((*sides, channels), np.uint8)
+    stored = pixels[:: -1 if rows else 1, :: -1 if columns else 1]
+    stored = stored.transpose(1, 0, 2) if transposed else stored
+    for top in range(0, height, _ROWS):
+        end = min(top + _ROWS, height)
+        strip = image.crop((0, top, width, end))
+        if image.mode.startswith("I"):  # 16 bits
+            strip = (np.asarray(strip) >> 8).clip(0, 255)[..., None]
+        else:
+            mode = "RGB" if channels == 3 else "L"
+            strip = np.asarray(strip if strip.mode == mode else strip.convert(mode))
+        stored[top:end] = strip.reshape(end - top, width, -1)
+    return pixels
+
+
+_ROWS = 64
 
 
 def turns(orientation: int) -> tuple[bool, bool, bool]:
@@ -113,13 +139,6 @@ def turns(orientation: int) -> tuple[bool, bool, bool]:
     """
     turn = (orientation - 1) % 4
     return orientation >= 5, turn >= 2, turn in (1, 2)
-
-
-def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """The pixels (H, W, C) turned as ``turns`` says."""
-    transpose, rows, columns = turns(orientation)
-    pixels = pixels.transpose(1, 0, 2) if transpose else pixels
-    return np.ascontiguousarray(pixels[:: -1 if rows else 1, :: -1 if columns else 1])
 
 
 def opened(file: BinaryIO) -> Image.Image:
@@ -139,15 +158,36 @@ def opened(file: BinaryIO) -> Image.Image:
         ) from e
 
 
-def _check_sides(height: int, width: int, size: int) -> None:
-    """Raises where the header of a file of ``size`` bytes claims too much or nothing."""
+def _halvings(
+    height: int, width: int, start: bytes, size: int, progressive: bool
+) -> int:
+    """See ``header``, of a file that begins with ``start`` and has ``size`` bytes.
+
+    Raises:
+      ImageFileError: it claims no pixels, or too many.
+    """
     pixels = height * width
     if not pixels:
         raise ImageFileError("the header is damaged: the image has no size")
     if pixels > MAX_PIXELS:
         raise ImageFileError(f"{height} x {width} is more than {MAX_PIXELS} pixels")
-    if pixels > max(SMALL, PIXELS_PER_BYTE * size):
-        raise ImageFileError(f"{height} x {width} pixels cannot be in {size} bytes")
+    # Bytes per pixel, the pixels (3) among them. Pillow holds 4 for colours and 1 for what
+    # is grey or has a palette; frames of other formats are drawn on a canvas and copied.
+    jpeg, png = start.startswith(_JPEG), start.startswith(_PNG)
+    few = png and start[25:26] in b"\x00\x03"
+    each = 4 if few else 8 if jpeg or png else 20
+    coefficients = 6 if progressive else 0  # which are held at once
+    limit, memory = MEMORY + 3 * size, 0.0
+    for halvings in range(4 if jpeg else 1):
+        memory = pixels * (coefficients + each / 4**halvings)
+        if memory <= limit:
+            return halvings
+    if pixels > PIXELS_PER_BYTE * size:
+        raise ImageFileError(
+            f"{height} x {width} pixels in {size} bytes: decoding would take "
+            f"{memory / 2**20:.0f} MiB, and so small a file may take {limit / 2**20:.0f}"
+        )
+    return 3 if jpeg else 0
 
 
 def _one_line(error: Exception) -> str:
@@ -219,6 +259,7 @@ def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 _MARKER = re.compile(rb"\xff([\x02-\xcf\xda-\xfe])")  # of segments that have a length
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # those three are tables
+_PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
 _CONTAINERS: dict[bytes, tuple[Callable, bytes | int]] = {
     _JPEG: (_jpeg_segments, 0xE1),
     _PNG: (_png_chunks, b"eXIf"),
