@@ -13,6 +13,7 @@ import argparse
 import collections
 import ctypes
 import io
+import os
 import struct
 import sys
 import time
@@ -36,9 +37,15 @@ def bound(size: int) -> int:
 
 
 class Memory:
-    """The most bytes that this process holds from here on, beyond what it held."""
+    """The most bytes that this process holds from here on, beyond what it held; 0 where
+    the system does not tell."""
+
+    KNOWN = os.path.exists("/proc/self/clear_refs")
 
     def __init__(self) -> None:
+        self._before = 0
+        if not self.KNOWN:
+            return
         # What earlier files left to malloc would be counted for this one.
         ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as stream:
@@ -46,7 +53,7 @@ class Memory:
         self._before = self._highest()
 
     def taken(self) -> int:
-        return self._highest() - self._before
+        return self._highest() - self._before if self.KNOWN else 0
 
     def _highest(self) -> int:
         with open("/proc/self/status") as stream:

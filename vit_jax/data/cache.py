@@ -16,7 +16,8 @@ from vit_jax.data.examples import Image, Labels, Split, Unreadable
 log = logging.getLogger(__name__)
 
 _SAMPLES = 32  # images that tell whether it is worth trying
-_AT_A_TIME = 8 * graph.THREADS  # images decoded before they are stored
+_AT_A_TIME = 8 * graph.THREADS  # images decoded before they are stored, at most
+_BESIDE = 0.05  # of the limit that those may take
 
 
 class Cached:
@@ -103,8 +104,9 @@ def _decode(split: Split, expected: float, limit: float) -> Cached | None:
             return graph.reason(e)
 
     end, labels = 0, []
-    for start in range(0, len(split), _AT_A_TIME):
-        index = np.arange(start, min(start + _AT_A_TIME, len(split)))
+    count = int(np.clip(_BESIDE * limit * len(split) / expected, 1, _AT_A_TIME))
+    for start in range(0, len(split), count):
+        index = np.arange(start, min(start + count, len(split)))
         images, some = split.read(index)
         labels += some
         for i, made in zip(index, graph.POOL.map(decode, images), strict=True):
