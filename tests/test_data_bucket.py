@@ -118,6 +118,11 @@ def test_resuming_late_reads_no_more_than_beginning(bucket):
     assert counts[1] < 1.5 * counts[0]
 
 
+def test_a_bucket_is_read_in_sequence_unless_told_otherwise(bucket):
+    assert data.describe(config()).in_sequence
+    assert not data.describe(config(access="random")).in_sequence
+
+
 def test_sharing_out_a_set_with_too_many_records_to_choose_among(bucket, monkeypatch):
     monkeypatch.setattr(shards, "_CHOSEN", RECORDS - 1)
     with pytest.raises(UserError, match=r"holds 2,000 records, and up to 1,999 can be"):

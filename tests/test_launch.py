@@ -167,6 +167,13 @@ def test_the_configs_they_name_exist():
             assert (ROOT / name).exists(), f"{path.name} names {name}"
 
 
+def test_what_the_image_copies_exists():
+    text = (LAUNCH / "Dockerfile").read_text()
+    for sources in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE):
+        for name in sources.split():
+            assert (ROOT / name).exists(), name
+
+
 # (script, arguments, environment, part of the message)
 GCP = {"PROJECT": "p", "ZONE": "z", "IMAGE": "i"}
 BAD = [
@@ -311,7 +318,13 @@ def test_gke_applies_a_complete_manifest(machine):
     lost, left = job["podFailurePolicy"]["rules"]
     assert lost["onPodConditions"][0]["type"] == "DisruptionTarget"
     assert left["onExitCodes"]["values"] == [75, 134, 143]
-    assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 3
+    assert lost["action"] == left["action"] == "FailJob"
+    policy = jobset["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] == 3
+    assert policy["rules"] == [{
+        "action": "RestartJobSetAndIgnoreMaxRestarts",
+        "onJobFailureReasons": ["PodFailurePolicy"],
+    }]  # fmt: skip
     assert pod["hostNetwork"]
     assert pod["dnsPolicy"] == "ClusterFirstWithHostNet"
     assert (slices["replicas"], job["parallelism"], job["completions"]) == (2, 8, 8)
@@ -385,7 +398,8 @@ def test_every_script_has_help(path, machine):
 )
 def test_tpu_vm_takes_the_runtime_that_fits(slice_type, version, machine):
     machine.fake("gcloud", "tar", runs=[0])
-    env = {"TYPE": slice_type, "WAIT": "2h", "NETWORK": "n", "SPOT": "0"}
+    env = {"TYPE": slice_type, "WAIT": "2h", "SPOT": "0", "INTERNAL_IPS": "1"}
+    env |= {"NETWORK": "n", "SUBNETWORK": "s", "SERVICE_ACCOUNT": "a"}
     result = machine.run("tpu_vm.sh", *RUN, BUCKET, PROJECT="p", ZONE="z", **env)
     assert result.returncode == 0, result
     create = next(c for c in machine.calls if "create" in c)
@@ -393,6 +407,9 @@ def test_tpu_vm_takes_the_runtime_that_fits(slice_type, version, machine):
         f"--runtime-version={version}",
         "--valid-until-duration=2h",
         "--network=n",
+        "--subnetwork=s",
+        "--service-account=a",
+        "--internal-ips",
     }
     assert wanted <= set(create)
     assert "--spot" not in create

@@ -85,14 +85,14 @@ def test_processes_meet_in_any_order_and_strangers_are_ignored(capsys):
     "line", [b"Ubuntu-3\n", b"missing\n", b"vit_jax 3 0\n", b"vit_jax 2 1\n", b"\xff\n"]
 )
 def test_a_stranger_is_not_process_0(capsys, line):
-    """Another service at that address, or another run."""
+    """Another service at that address, or another run, whatever it says next."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve():
             with contextlib.suppress(OSError):
                 while True:
                     with server.accept()[0] as peer:
-                        peer.sendall(line)
+                        peer.sendall(line + b"missing\n")
                         peer.recv(100)
 
         threading.Thread(target=serve, daemon=True).start()

@@ -9,8 +9,9 @@ from etils import epath
 from etils.epath import backend, gpath
 from tiny import TINY
 
-from vit_jax import data
-from vit_jax.config import replace
+from vit_jax import checkpoint, data
+from vit_jax.checkpoint import Checkpointer
+from vit_jax.config import CheckpointConfig, replace
 from vit_jax.errors import UserError
 from vit_jax.workdir import Claim, MetricsWriter, read_metrics
 
@@ -68,6 +69,48 @@ def test_a_run_writes_and_continues_its_metrics(bucket):
     other = Claim(workdir, replace(CFG, seed=1), data.describe(CFG.data))
     with pytest.raises(UserError, match="holds a run with another config"), other:
         pass
+
+
+def test_a_bucket_out_of_reach_costs_the_line_and_not_the_run(
+    bucket, monkeypatch, caplog
+):
+    """The libraries behind gs:// raise errors of their own, which are no OSError."""
+    workdir = "gs://bucket/run"
+    writer = MetricsWriter(workdir, 0)
+
+    def refuse(self, data):
+        raise RuntimeError("503 Service Unavailable")
+
+    with monkeypatch.context() as unreachable:
+        unreachable.setattr(type(epath.Path(workdir)), "write_bytes", refuse)
+        writer.write(1, {"train/loss": 1.0})
+    assert "no line of step 1: 503 Service Unavailable" in caplog.text
+    writer.write(2, {"train/loss": 0.5})
+    assert read_metrics(workdir)[-1] == {"step": 2, "train/loss": 0.5}
+
+
+def test_a_checkpoint_in_a_bucket_is_deleted_by_its_mark_first(bucket, monkeypatch):
+    """A process that is killed meanwhile leaves no half of a checkpoint."""
+    folder = epath.Path("gs://bucket/run/checkpoints")
+    for step in (1, 2):
+        (folder / str(step)).mkdir(parents=True)
+        (folder / str(step) / "commit_success.txt").write_text("")
+    monkeypatch.setattr(type(folder), "rmtree", lambda self: None)
+    checkpoint._remove(folder / "1")
+    assert checkpoint.steps("gs://bucket/run") == [2]
+
+
+def test_a_bucket_out_of_reach_of_a_save_is_one_message(bucket, monkeypatch):
+    c = Checkpointer("gs://bucket/run", CheckpointConfig())
+
+    def refuse(self):
+        raise RuntimeError("503 Service Unavailable")
+
+    monkeypatch.setattr(type(epath.Path("gs://bucket/run")), "iterdir", refuse)
+    message = r"cannot be written .*503 Service Unavailable.*from the last checkpoint"
+    with pytest.raises(UserError, match=message):
+        c.wait()
+    c.close()
 
 
 @pytest.mark.parametrize(

@@ -323,8 +323,32 @@ def test_asked_to_stop_while_it_starts_a_run_leaves_before_it_restores(
         return describe(cfg)
 
     monkeypatch.setattr(data, "describe", slow)
-    monkeypatch.setattr(train, "Loop", pytest.fail)
+    for name in ("_initial_state", "Loop"):
+        begun = lambda *_, name=name, **__: pytest.fail(name)
+        monkeypatch.setattr(train, name, begun)
     assert train.train(TINY, str(tmp_path)).preempted
+
+
+def test_asked_to_stop_while_it_initializes_a_run_leaves_before_it_compiles(
+    tmp_path, monkeypatch
+):
+    initialize = train._initial_state
+
+    def slow(program):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return initialize(program)
+
+    monkeypatch.setattr(train, "_initial_state", slow)
+    monkeypatch.setattr(train.Loop, "_compile", lambda *_: pytest.fail("it compiles"))
+    result = train.train(TINY, str(tmp_path))
+    assert (result.step, result.preempted) == (0, True)
+
+
+def test_a_run_says_how_many_images_a_device_has(capsys):
+    """Those of a tensor axis share theirs."""
+    cfg = config.replace(TINY, sharding="tensor", mesh=(4, 2))
+    train._say_sizes(build(cfg), data.describe(cfg.data))
+    assert "batch 16 = 4 per device;" in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(finished, tmp_path):
@@ -385,15 +409,21 @@ def test_a_lack_of_memory_names_its_causes(program):
 
 
 def test_a_profile_may_be_resumed_in_its_middle(tmp_path):
-    profiler = Profiler("8:15", str(tmp_path))
+    profiler = Profiler("8:15", str(tmp_path), 20)
     profiler.step(15, {})  # resumed at step 9: there is nothing to stop
-    for window in (profiler, Profiler("1:3", str(tmp_path))):
+    for window in (profiler, Profiler("1:3", str(tmp_path), 20)):
         window.step(1, {})
         window.close()  # the run ended inside of the window
     with pytest.raises(UserError, match=r"config.profile='12:5'"):
-        Profiler("12:5", str(tmp_path))
+        Profiler("12:5", str(tmp_path), 20)
     with pytest.raises(UserError, match=r"config.profile='0:5'.* first step is 1"):
-        Profiler("0:5", str(tmp_path))  # no step 0 is ever trained
+        Profiler("0:5", str(tmp_path), 20)  # no step 0 is ever trained
+
+
+def test_a_profile_of_steps_that_never_come_is_refused(tmp_path):
+    cfg = config.replace(TINY, profile="21:25")
+    with pytest.raises(UserError, match=r"config.profile='21:25'.*config.steps=20"):
+        train.train(cfg, str(tmp_path))
 
 
 def test_a_workdir_that_cannot_be_written(program, tmp_path):

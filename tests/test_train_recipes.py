@@ -75,7 +75,10 @@ def test_accumulation_equals_the_large_batch(at_once):
         assert a == pytest.approx(b, rel=1e-5)
 
 
-def test_every_micro_batch_has_its_own_key(monkeypatch):
+@pytest.fixture
+def drawn(monkeypatch):
+    """In place of a loss, the number ``u`` that its key draws, and its square."""
+
     def draw(model, cfg):
         def loss_fn(params, batch, key):
             u = jax.random.uniform(key)
@@ -86,6 +89,15 @@ def test_every_micro_batch_has_its_own_key(monkeypatch):
 
     softmax = dataclasses.replace(objectives.OBJECTIVES["softmax"], create=draw)
     monkeypatch.setitem(objectives.OBJECTIVES, "softmax", softmax)
+
+
+def test_the_first_step_has_another_key_than_the_initialisation(drawn):
+    _, _, (first,) = steps(CFG, devices=1)
+    key = jax.random.fold_in(jax.random.key(CFG.seed), 0)
+    assert first["u"] != jax.random.uniform(jax.random.fold_in(key, 1))
+
+
+def test_every_micro_batch_has_its_own_key(drawn):
     _, _, seen = steps(replace(CFG, accumulate=8), count=2, devices=1)
     for m in seen:  # the variance of equal draws would be 0
         assert m["squared"] - m["u"] ** 2 > 1e-3

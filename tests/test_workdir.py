@@ -53,6 +53,7 @@ def test_a_live_workdir_is_refused(info, tmp_path):
         {"data__path": "gs://elsewhere"},
         {"data__eval_transforms": ({"op": "resize", "size": 16},)},
         {"data__test_split": "validation"},
+        {"data__disk_cache": "/elsewhere"},
         {"eval__every": 3},
     ],
 )
@@ -62,6 +63,27 @@ def test_a_moved_data_set_and_what_only_evaluation_reads_may_change(
     with Claim(str(saved), config.replace(CFG, **change), info) as claim:
         claim.write()
     assert next(iter(change)).replace("__", ".") in capsys.readouterr().out
+
+
+def test_what_only_begins_like_a_field_that_may_change_may_not(saved, info):
+    """model.attention, which computes the same, is not model.attention_dropout."""
+    with Claim(str(saved), config.replace(CFG, model__attention="xla"), info):
+        pass
+    other = config.replace(CFG, model__attention_dropout=0.1)
+    with pytest.raises(UserError, match=r"model.attention_dropout: 0.0 -> 0.1"):
+        Claim(str(saved), other, info).__enter__()
+
+
+def test_examples_in_another_order_are_refused(saved, info):
+    """Shards that moved to a bucket are read in sequence, unless data.access says
+    otherwise."""
+    moved = config.replace(CFG, data__path="gs://elsewhere")
+    there = dataclasses.replace(info, in_sequence=True)
+    message = r"in_sequence of the data \(config.data.access\): False -> True"
+    with pytest.raises(UserError, match=message):
+        Claim(str(saved), moved, there).__enter__()
+    with Claim(str(saved), config.replace(moved, data__access="random"), info):
+        pass
 
 
 def test_other_examples_under_the_same_path_are_refused(saved, info):

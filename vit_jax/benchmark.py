@@ -49,7 +49,9 @@ def train(cfg: Config, rounds: int, steps: int) -> dict[str, Any]:
     ``loop_over_step`` is the ratio of their images/s: 1 means that data, logging and
     dispatch cost nothing.
     """
-    cfg = config.replace(cfg, eval__every=0, eval__evaluators=(), pretrained="")
+    cfg = config.replace(
+        cfg, eval__every=0, eval__evaluators=(), pretrained="", profile=""
+    )
     info = data.describe(cfg.data)
     program = build(cfg, info=info)
     start = time.perf_counter()

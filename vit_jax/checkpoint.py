@@ -150,13 +150,21 @@ class Checkpointer:
         """What Orbax reports of a save that failed, at the next save or wait."""
         try:
             yield
-        except (ValueError, OSError) as e:
-            done = _steps(self._root) if self._root.exists() else []
+        except Exception as e:  # on gs:// an error class of tensorflow's or gcsfs's own
+            if "://" not in str(self._root) and not isinstance(e, ValueError | OSError):
+                raise
             raise UserError(
                 f"a checkpoint cannot be written to {self._root} "
                 f"({_reason(e)}): make room or give access, and start the same command "
-                f"to continue from {f'step {done[-1]}' if done else 'the beginning'}"
+                f"to continue from {self._where_to_continue()}"
             ) from e
+
+    def _where_to_continue(self) -> str:
+        try:
+            done = _steps(self._root) if self._root.exists() else []
+        except Exception:  # what cannot be written may be out of reach as a whole
+            return "the last checkpoint"
+        return f"step {done[-1]}" if done else "the beginning"
 
 
 def steps(workdir: str) -> list[int]:

@@ -65,15 +65,19 @@ class Interval:
 
 class Profiler:
     """Traces the steps "first:last" of the config into the workdir, for TensorBoard's
-    profile tab."""
+    profile tab. ``last`` is the last step of the run."""
 
-    def __init__(self, steps: str, workdir: str):
+    def __init__(self, steps: str, workdir: str, last: int):
         self._workdir, self._running = workdir, False
         match = re.fullmatch(r"(\d+):(\d+)", steps)
         self._first, self._last = map(int, match.groups()) if match else (0, 0)
         if steps and not 1 <= self._first < self._last:
             raise UserError(
                 f"config.profile={steps!r}: write FIRST:LAST, for example 100:110; the first step is 1"
+            )
+        if self._first > last:
+            raise UserError(
+                f"config.profile={steps!r} begins after the last step, config.steps={last}"
             )
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:

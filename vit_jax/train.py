@@ -137,7 +137,7 @@ class Loop:
         self.evaluated = any(map(is_evaluation, rows))
         self.writer = MetricsWriter(workdir, start)
         self.trackers = trackers
-        self.profiler = Profiler(self.cfg.profile, workdir)
+        self.profiler = Profiler(self.cfg.profile, workdir, self.cfg.steps)
         self.interval = Interval(self.cfg)
         self.results: dict[str, float] = {}  # of the last evaluation
         self.bad_in_row = 0
@@ -157,6 +157,8 @@ class Loop:
             done = self._evaluate(state, start)
             if start >= last or not done:
                 return Result(start, self.results, preempted=not done)
+        if self._asked_to_stop():  # compiling may take longer than there is
+            return Result(start, self.results, preempted=True)
         feed, bar = self._feed(), Bar(last, start)
         try:
             # The first batch is read while the program is traced and compiled.

@@ -32,10 +32,12 @@ METRICS = "metrics.jsonl"
 _LOG = logging.getLogger(__name__)
 
 # A run may be resumed with other values of these only: they leave its model, the order
-# of its training examples and its optimizer state as they are.
+# of its training examples (of which dataset.json says how they are read) and its
+# optimizer state as they are. A dot at the end stands for a whole section.
 _MAY_CHANGE = (
     "steps", "eval.", "checkpoint.", "sweep.", "log_every", "profile", "trackers", "max_bad_steps", "sharding", "mesh", "accumulate",
-    "model.remat", "model.attention", "data.path", "data.cache_gib", "data.max_bad", "data.eval_transforms", "data.test_split",
+    "model.remat", "model.attention", "data.path", "data.access", "data.disk_cache", "data.disk_cache_gib",
+    "data.cache_gib", "data.max_bad", "data.eval_transforms", "data.test_split",
     "optim.learning_rate", "optim.schedule", "optim.end_learning_rate", "optim.warmup", "optim.cooldown", "optim.timescale",
 )  # fmt: skip
 
@@ -127,7 +129,7 @@ class Claim:
             return
         changes = config.difference(config.read(stored), self._cfg)
         lines = {k: f"{k}: {old!r} -> {new!r}" for k, (old, new) in changes.items()}
-        fatal = [line for k, line in lines.items() if not k.startswith(_MAY_CHANGE)]
+        fatal = [line for k, line in lines.items() if not _may_change(k)]
         fatal += self._other_examples()
         if fatal:
             raise UserError(
@@ -141,9 +143,16 @@ class Claim:
         try:
             old = json.loads((self._folder / "dataset.json").read_text())
             new = self._dataset()
-            keys = ("num_train", "num_classes", "class_names")
-            return [f"{k} of the data: {old[k]} -> {new[k]}" for k in keys if old[k] != new[k]]  # fmt: skip
-        except (OSError, ValueError, LookupError):
+            # Runs of an earlier version do not say how their examples were read.
+            old = {"in_sequence": new["in_sequence"]} | old
+            keys = ("num_train", "num_classes", "class_names", "in_sequence")
+            knob = {"in_sequence": " (config.data.access)"}
+            return [
+                f"{k} of the data{knob.get(k, '')}: {old[k]} -> {new[k]}"
+                for k in keys
+                if old[k] != new[k]
+            ]
+        except (OSError, ValueError, TypeError, LookupError):
             return []
 
     def _dataset(self) -> dict[str, Any]:
@@ -156,10 +165,16 @@ class Claim:
             "class_names": list(info.class_names),
             "num_train": info.num_train,
             "num_test": info.num_test,
+            "in_sequence": info.in_sequence,
             "multilabel": info.multilabel,
             "image_size": list(cfg.model.image_size),
             "eval_transforms": config.to_dict(cfg.data)["eval_transforms"],
         }
+
+
+def _may_change(field: str) -> bool:
+    section = field.split(".")[0] + "."
+    return field in _MAY_CHANGE or section in _MAY_CHANGE
 
 
 @contextlib.contextmanager
@@ -213,8 +228,11 @@ class MetricsWriter:
             self._append(self._path, line.encode())
             if self._encode:
                 self._append(self._events, self._encode(step, metrics))
-        except OSError as e:
-            _LOG.warning("%s has no line of step %d: %s", self._path, step, e.strerror)
+        except Exception as e:  # on gs:// an error class of tensorflow's or gcsfs's own
+            if _is_local(self._path) and not isinstance(e, OSError):
+                raise
+            why = getattr(e, "strerror", None) or " ".join(str(e).split())[:300]
+            _LOG.warning("%s has no line of step %d: %s", self._path, step, why)
 
     def _append(self, path: epath.Path, more: bytes) -> None:
         if not _is_local(path):

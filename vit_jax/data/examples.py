@@ -33,6 +33,7 @@ class DataInfo:
     num_train: int  # training examples really used, after holdout and subset
     num_test: int  # examples evaluated in place of the test set
     multilabel: bool
+    in_sequence: bool = False  # training examples come in an order of their own
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,12 +60,14 @@ def describe(cfg: DataConfig) -> DataInfo:
       UserError: the data set does not exist, is empty or contradicts itself.
     """
     dataset = _load(cfg)
+    train = _split(cfg, "train")
     return DataInfo(
         num_classes=dataset.num_classes,
         class_names=dataset.class_names,
-        num_train=len(_split(cfg, "train")),
+        num_train=len(train),
         num_test=len(_split(cfg, "test")),
         multilabel=dataset.multilabel,
+        in_sequence=train.sequence is not None,
     )
 
 
