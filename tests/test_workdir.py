@@ -92,6 +92,14 @@ def test_other_examples_under_the_same_path_are_refused(saved, info):
         Claim(str(saved), CFG, other).__enter__()
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", "{", "7"])
+def test_a_damaged_description_of_the_data_is_written_anew(saved, info, text):
+    (saved / "dataset.json").write_text(text)
+    with Claim(str(saved), CFG, info) as claim:
+        claim.write()
+    assert json.loads((saved / "dataset.json").read_text())["num_train"] == 1024
+
+
 def test_damaged_lines_are_left_out(tmp_path):
     lines = [b'{"step": 1, "train/loss": 1.5}', b"\xff\xfe{", b"[1]", b"7", b'{"a": 1}']
     lines += [b'{"step": "2"}', b"\0\0\0", b'{"step": 3, "test/loss": null}']
