@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 from trained import trained_workdir
 
@@ -244,7 +245,6 @@ def test_heat_shows_on_black_and_white_pictures(value):
 def overflow(figure):
     """Pixels by which any text reaches out of the figure."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.text import Text
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -290,6 +290,60 @@ def test_no_name_of_the_rollout_and_the_confusion_is_cut_off(count):
     assert overflow(figures.draw("rollout_grid", arrays)) <= 1
     arrays = {"confusion": np.eye(count, dtype=int), "class_names": names}
     assert overflow(figures.draw("confusion", arrays)) <= 1
+
+
+IMAGE = np.zeros((1, 8, 8, 3), np.uint8)
+SAID = {
+    "positions": (
+        {"similarity": np.zeros((2, 3, 2, 3))},
+        ["of 2 x 3 patches", "cosine similarity"],
+    ),
+    "distance": (
+        {"distance": np.ones((2, 3)), "uniform": 4.0, "images": 1, "model": "B/16"},
+        ["B/16, average over 1 image\n", "one of 3 heads"],
+    ),
+    "rollout": (
+        {"images": IMAGE, "maps": np.ones((1, 2, 2)), "predicted": np.array(["cat"])},
+        ["input", "attention", "both", "cat", "98th"],
+    ),
+    "rollout_grid": (
+        {"images": IMAGE, "maps": np.ones((1, 2, 2)), "predicted": np.array(["cat"])},
+        ["Pairs of image and attention", "cat"],
+    ),
+    "heads": (
+        {"image": IMAGE[0], "maps": np.ones((2, 3, 2, 2))},
+        ["layer", "attention by head", "\n3\n", "98th"],
+    ),
+    "curves": (
+        {
+            "names": np.array(["train/loss", "train/images_per_second"]),
+            "steps": np.array([1, 1]),
+            "values": np.array([1.0, 2.0]),
+        },
+        ["images per second"],
+    ),
+    "confusion": (
+        {"confusion": np.array([[3, 1], [0, 0]]), "class_names": np.array(["a", "b"])},
+        ["a (4)", "b (0)", "75"],
+    ),
+    "calibration": (
+        dict.fromkeys(("count", "confidence", "accuracy"), np.ones(15)),
+        ["15 images", "perfect calibration"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_figures_say_what_they_show(name):
+    arrays, words = SAID[name]
+    figure = figures.draw(name, arrays)
+    figure.draw_without_rendering()
+    drawn, whole = figure.get_tightbbox(), figure.bbox_inches
+    assert min(drawn.min) >= 0
+    assert np.all(drawn.max <= whole.max)
+    found = [t.get_text() for t in figure.findobj(Text) if t.get_visible()]
+    text = "\n".join(["", *found, ""])
+    assert [word for word in words if word not in text] == []
 
 
 def test_filters_of_grey_pictures_are_grey(tmp_path, photos):

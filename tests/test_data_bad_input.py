@@ -343,6 +343,9 @@ def test_bad_examples_are_skipped_counted_and_named(kind, bad_sets, caplog):
     found = {n: r for n, r in data.bad_examples().items() if n.startswith(train)}
     assert len(found) == len(BAD)
     assert "60000 x 60000 is more than 134217728 pixels" in found.values()
+    assert {"not an image, size in bytes: 0", "not an image, size in bytes: 5"} <= {
+        *found.values()
+    }
     reasons = [*found.values()]
     assert all("error" not in r and "node" not in r for r in reasons), reasons
     if source == "folder":

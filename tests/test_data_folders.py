@@ -163,6 +163,8 @@ def test_classes_may_look_a_little_like_splits(tmp_path):
     names = ("contest", "test tube", "train station")
     touch(tmp_path, *(f"{name}/{i}.jpg" for name in names for i in range(2)))
     assert described(tmp_path).class_names == names
+    touch(tmp_path, "__MACOSX/contest/._0.jpg", "__pycache__/x.pyc", ".cache/x.jpg")
+    assert described(tmp_path).class_names == names
     views = [f"{c}/{view}/1.jpg" for c in "abc" for view in ("back", "front")]
     touch(tmp_path / "views", *views)
     assert described(tmp_path / "views").class_names == ("a", "b", "c")
@@ -244,6 +246,25 @@ def test_a_class_without_images(tmp_path, name, message):
     touch(tmp_path, "dog/1.jpg", "cat/.hidden", *([f"cat/{name}"] if name else []))
     with pytest.raises(UserError, match=rf"cat {message}"):
         described(tmp_path)
+
+
+def test_classes_are_not_compared_each_with_each(tmp_path, monkeypatch):
+    """Of 20,000 that would take a minute. A dict finds a name by its hash."""
+    compared = []
+
+    class Name(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            compared.append(other)
+            return str.__eq__(self, other)
+
+    touch(tmp_path, *(f"train/{i}/1.jpg" for i in range(100)))
+    touch(tmp_path, *(f"test/{i}/1.jpg" for i in range(100)))
+    monkeypatch.setattr(folders, "nfc", Name)
+    assert described(tmp_path).num_test == 100
+    assert len(compared) < 10 * 100
 
 
 def test_drawings_among_photographs_are_mentioned(tmp_path, caplog):

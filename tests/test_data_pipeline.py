@@ -306,6 +306,26 @@ def test_a_bad_example_costs_its_own_decoding(tmp_path, monkeypatch):
     assert calls["group"] >= 48
 
 
+def test_every_thread_has_work_however_small_the_batch(monkeypatch):
+    """Two groups of a step each, where a step is one group."""
+    monkeypatch.setattr(graph, "THREADS", 8)
+    begun = []
+
+    class Pool:
+        def submit(self, function, *args):
+            begun.append(args)
+            return real.submit(function, *args)
+
+    real = graph.POOL
+    monkeypatch.setattr(graph, "POOL", Pool())
+    for batch, groups in ((4, 1), (32, 4)):
+        begun.clear()
+        cfg = DataConfig(source="digits", image_size=8)
+        stream = data.train_batches(cfg, batch=batch, seed=0)
+        take(stream, 1)
+        assert 16 <= len(begun) <= 16 + groups
+
+
 def test_new_files_in_deep_folders_are_seen(tmp_path, monkeypatch):
     write_folder(tmp_path / "photos", {"a/b/c": 3, "d": 3})
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -2,10 +2,13 @@
 """Writing records, reading them back, and everything that can be wrong with them."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import shutil
+import threading
+from concurrent.futures import wait
 
 import data_files
 import numpy as np
@@ -238,6 +241,29 @@ def test_images_that_cannot_be_decoded_are_listed_and_left_out(tmp_path, capsys)
     shown = capsys.readouterr().err
     assert "14/14" in shown  # images, not shards
     assert "images/s" in shown
+
+
+def test_a_shard_is_not_waited_for_to_show_progress(written, tmp_path, monkeypatch):
+    """The last image of the only shard is not written before the bar has moved."""
+    moved, made = threading.Event(), itertools.count(1)
+
+    class Bar(shard_writer.tqdm):
+        def update(self, n=1):
+            super().update(n)
+            if 0 < self.n < self.total:
+                moved.set()
+
+    def record(*args, real=shard_writer._record):
+        assert next(made) < 10 or moved.wait(30), "nothing was shown"
+        return real(*args)
+
+    often = lambda left, timeout, return_when: wait(left, 0.01, return_when)
+    monkeypatch.setattr(shard_writer, "wait", often)
+    monkeypatch.setattr(shard_writer, "tqdm", Bar)
+    monkeypatch.setattr(shard_writer, "_record", record)
+    write_records.write(
+        written["photos"], str(tmp_path), split="train", shards=1, progress=True
+    )
 
 
 class Patient:

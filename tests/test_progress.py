@@ -69,3 +69,11 @@ def test_a_log_file_gets_plain_lines(capsys):
 )
 def test_numbers_have_three_digits(value, text):
     assert progress.significant(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1359.0, "1,359"), (0.86125, "0.8612"), (1.0, "1.0000"), (2.5, "2.5000")],
+)
+def test_counts_have_no_decimals(value, text):
+    assert progress.number(value) == text

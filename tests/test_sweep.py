@@ -73,7 +73,9 @@ def peak(lr, seed, held_out):
     return 1 - 0.1 * abs(math.log10(lr) + 1) - (0.05 if held_out else 0.01 * seed)
 
 
-def test_selects_on_the_held_out_slice_and_retrains_with_every_seed(command_line):
+def test_selects_on_the_held_out_slice_and_retrains_with_every_seed(
+    command_line, capsys
+):
     runs = Runs(peak)
     assert command_line(runs) == 0
     found = json.loads((command_line.workdir / "sweep.json").read_text())
@@ -83,6 +85,9 @@ def test_selects_on_the_held_out_slice_and_retrains_with_every_seed(command_line
     assert found["mean"] == pytest.approx(0.995)
     assert found["std"] == pytest.approx(0.01 / 2**0.5)  # of a sample
     assert [holdout for _, holdout in runs.started] == [0.1] * 3 + [0.0] * 2
+    said = capsys.readouterr().out
+    assert "selection, run 2 of 3: lr 0.01 seed 0\n" in said
+    assert "final, run 2 of 2: lr 0.1 seed 1\n" in said
 
 
 def test_continues_after_being_stopped(command_line):

@@ -9,6 +9,8 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -396,6 +398,16 @@ def test_a_workdir_that_is_removed_ends_the_run(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="was removed or replaced"):
         train.train(config.replace(TINY, steps=4, eval__every=2), str(workdir))
     assert not workdir.exists()
+
+
+def test_the_last_lines_name_the_run_and_count_without_decimals(capsys):
+    """TensorBoard would call a --logdir "."."""
+    done = train.Result(4, {"test/count": 359.0}, preempted=False)
+    checkpoints: Any = SimpleNamespace(latest=0)
+    train._say_end(done, TINY, "runs/a", checkpoints)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["test/count", "359"]
+    assert any(x.endswith("tensorboard --logdir_spec a:runs/a") for x in lines)
 
 
 def test_a_lack_of_memory_names_its_causes(program):
