@@ -179,6 +179,7 @@ def test_a_space_holds_all_that_it_needs(checkpoint, tmp_path, command):
     assert all("==" in pin for pin in pins)
     assert any(pin.startswith("jax==") for pin in pins)
     assert "exists" in convert(f"--space={made}").error
+    assert "must be a local path" in convert("--space=gs://bucket/space").error
     assert "--figure is of no use" in convert("--space=y", "--figure=x.png").error
     assert "--licence='MIT'" in convert("--space=y", "--licence=MIT").error
     assert "SOURCE and --space" in convert("x.npz", "--space=y").error

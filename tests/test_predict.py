@@ -4,6 +4,7 @@ import contextlib
 import csv
 import http.server
 import json
+import os
 import re
 import subprocess
 import sys
@@ -159,6 +160,28 @@ def test_a_bad_image_among_good_ones_is_reported_and_the_rest_goes_on(
     np.testing.assert_allclose(
         columns["probability"], [float(r["probability"]) for r in rows], rtol=1e-6
     )
+
+
+def test_a_folder_is_listed_as_for_training(images, tmp_path, monkeypatch):
+    """Neither what archivers leave behind nor pipes, on which a reader would wait; no
+    folder that cannot be read is left out without a word."""
+    folder = tmp_path / "photos"
+    for name in ("deep/1.jfif", "2.JPEG", "__MACOSX/._2.JPEG", ".hidden/3.jpg"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes((images / "c.jpg").read_bytes())
+    os.mkfifo(folder / "pipe.jpg")
+    found = [str(folder / name) for name in ("2.JPEG", "deep/1.jfif")]
+    assert photos.find([str(folder)]) == found
+    scandir = os.scandir
+
+    def closed(place):
+        if str(place).endswith("deep"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(UserError, match=r"cannot read the folder .*deep: Permission"):
+        photos.find([str(folder)])
 
 
 @pytest.fixture

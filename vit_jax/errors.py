@@ -24,10 +24,18 @@ def one_line(error: BaseException) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)[:300]
 
 
+def check_local(what: str) -> None:
+    """Refuses an address as a place to write to: a folder "gs:" would be made of it.
+    ``what`` is the knob and its value."""
+    if "://" in what:
+        raise UserError(f"{what} cannot be written: it must be a local path")
+
+
 @contextlib.contextmanager
 def writing(what: str) -> Iterator[None]:
     """An OSError meanwhile as one line; ``what`` is the knob and its value,
     ``--out=DIR``."""
+    check_local(what)
     try:
         yield
     except OSError as e:

@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data import image_files, sources
+from vit_jax.data import folders, image_files, sources
 from vit_jax.data.examples import Split, Unreadable
 from vit_jax.errors import UserError
 from vit_jax.weights import fetch, preprocessing
 from vit_jax.weights.contents import Metadata
 from vit_jax.weights.metadata import DEFAULT_TRANSFORMS
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 # An address that takes longer, in seconds, or sends more bytes is given up.
 PATIENCE = 30.0
 LARGEST = 64 << 20
@@ -37,7 +36,7 @@ def find(places: Iterable[str], knob: str = "") -> list[str]:
       knob: what named them, for messages.
 
     Raises:
-      UserError: there is no image at all, or a list cannot be read.
+      UserError: there is no image at all, or a list or a folder cannot be read.
     """
     places = list(places)
     found: list[str] = []
@@ -46,8 +45,8 @@ def find(places: Iterable[str], knob: str = "") -> list[str]:
         if is_address(place):
             found.append(place)
         elif path.is_dir():
-            inside = (p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS)
-            found += sorted(map(str, inside))
+            inside = folders.files(path)
+            found += sorted(f for f in inside if f.lower().endswith(folders.EXTENSIONS))
         elif path.suffix == ".txt" and path.is_file():
             found += find(_lines(path), knob)
         else:  # where there is no such file, ``read`` says so
@@ -55,7 +54,7 @@ def find(places: Iterable[str], knob: str = "") -> list[str]:
     if not found:
         raise UserError(
             f"{knob}{', '.join(places) or 'the list'} holds no images: name files, "
-            f"folders with {', '.join(EXTENSIONS)}, lists (.txt) or https:// addresses"
+            f"folders with {', '.join(folders.EXTENSIONS)}, lists (.txt) or https:// addresses"
         )
     return found
 

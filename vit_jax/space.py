@@ -10,7 +10,7 @@ from pathlib import Path
 
 import vit_jax
 from vit_jax import config_file, sharing, weights
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, check_local
 
 APP = '''"""Serves the page: python app.py, then http://127.0.0.1:7860."""
 
@@ -61,6 +61,7 @@ def write(
     Raises:
       UserError: the folder exists or cannot be written, or wrong weights.
     """
+    check_local(f"--space={folder}")
     to = Path(folder)
     if to.exists():
         raise UserError(f"--space={folder} exists: give a folder that does not")

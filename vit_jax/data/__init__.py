@@ -2,7 +2,7 @@
 """Images and labels, from files to arrays on the host.
 
 ``describe`` says what a data set holds, ``train_batches`` and ``eval_batches`` deliver
-it. To add a data set, add a function to ``sources.SOURCES``; to add an augmentation,
+it. To add a data set, add a module to ``sources.SOURCES``; to add an augmentation,
 add one to ``transforms.TRANSFORMS``. Nothing here imports tensorflow until a source
 that needs it is read.
 """

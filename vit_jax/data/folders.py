@@ -204,8 +204,8 @@ def _classes(root: Path) -> dict[str, list[str]]:
     for folder in _subfolders(root):
         classes.setdefault(nfc(folder), []).append(folder)
     if not classes:
-        files = [f for f in _files(root) if _suffix(f) in EXTENSIONS]
-        loose = f" ({len(files)} images lie in it directly)" if files else ""
+        images = [f for f in files(root) if _suffix(f) in EXTENSIONS]
+        loose = f" ({len(images)} images lie in it directly)" if images else ""
         raise UserError(
             f"{root} has no class folders{loose}: put the images of each class into a "
             "folder of its own, such as photos/cat/1.jpg, or write a .csv table with the "
@@ -228,9 +228,9 @@ def _images(
     labels: list[int] = []
     kinds: collections.Counter[str] = collections.Counter()
     for name in sorted(classes):
-        files = [f for folder in classes[name] for f in _files(root / folder)]
-        suffixes = [_suffix(f) for f in files]
-        images = [f for f, s in zip(files, suffixes, strict=True) if s in EXTENSIONS]
+        found = [f for folder in classes[name] for f in files(root / folder)]
+        suffixes = [_suffix(f) for f in found]
+        images = [f for f, s in zip(found, suffixes, strict=True) if s in EXTENSIONS]
         kinds.update(suffixes)
         if not images:
             others = _counted(collections.Counter(suffixes))
@@ -328,7 +328,7 @@ def _entries(folder: str | Path) -> Iterator[os.DirEntry[str]]:
         ) from e
 
 
-def _files(root: Path) -> list[str]:
+def files(root: Path) -> list[str]:
     """Every file below ``root`` in a fixed order, without hidden ones."""
     found: list[str] = []
     visited: list[str] = []  # real paths of ``root`` and of links that were followed
