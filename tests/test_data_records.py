@@ -499,6 +499,28 @@ def test_shards_that_are_wrong_without_an_index(change, message, written, tmp_pa
         data.describe(config(copy, num_classes=2))
 
 
+@pytest.mark.parametrize("name", ["train.json", SIDECAR, SIDECAR[: -len(".npz")]])
+def test_what_cannot_be_opened_is_named(name, written, tmp_path):
+    """A folder in its place fails as a file does that one may not read."""
+    copy = copy_of(written["tfrecord"], tmp_path)
+    if name.endswith(".tfrecord"):  # where no index says how long it is
+        for file in [*copy.glob("*.json"), *copy.glob("*.npz")]:
+            file.unlink()
+    (copy / name).unlink()
+    (copy / name).mkdir()
+    with pytest.raises(UserError, match=rf"{name} cannot be read: Is a directory"):
+        next(data.train_batches(config(copy, num_classes=2), batch=10, seed=0))
+
+
+def test_a_folder_that_cannot_be_listed_is_named(written, monkeypatch):
+    def closed(folder):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "listdir", closed)
+    with pytest.raises(UserError, match=r"tfrecord.* cannot be read: Permission"):
+        data.describe(config(written["tfrecord"], holdout=0.1))
+
+
 def write_tfrecord(file, labels):
     return data_files.write_tfrecord(
         file, [(encoded(picture(i)), found) for i, found in enumerate(labels)]

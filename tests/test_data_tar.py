@@ -234,6 +234,13 @@ def test_an_index_is_made_once_and_again_when_the_file_changes(
     assert not [*tmp_path.glob("**/*.tmp")]
 
 
+def test_a_link_to_nowhere_is_named(tmp_path):
+    (tmp_path / "train.tar").symlink_to("/nowhere.tar")
+    cfg = DataConfig(source="tar", path=str(tmp_path))
+    with pytest.raises(UserError, match=r"train.tar cannot be read: .*No such file"):
+        data.describe(cfg)
+
+
 def test_a_file_that_changes_while_it_is_read(tmp_path):
     file = write_tar(tmp_path / "x.tar", GOOD)
     images = tar.Tars([str(file)], tar_index.webdataset)

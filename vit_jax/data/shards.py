@@ -30,11 +30,11 @@ from vit_jax.data.storage import (
     at_once,
     binary,
     in_order,
+    stat,
     tail,
     timed,
     whole,
 )
-from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 
 TFRECORD, ARRAY_RECORD = "tfrecord", "array_record"
@@ -314,7 +314,7 @@ def scan(file: str) -> np.ndarray:
     Raises:
       UserError: the file ends in the middle of a record.
     """
-    size = tf.io.gfile.stat(file).length
+    size = stat(file).length
     offsets, at = [0], 0
     with binary(file) as stream:
         while at < size:

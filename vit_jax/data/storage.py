@@ -48,9 +48,16 @@ def is_remote(path: str) -> bool:
 
 def binary(file: str) -> Any:
     """A stream of bytes, local or remote; large pieces of a remote file are read ahead."""
-    return (
-        io.BufferedReader(Remote(file), PIECE) if is_remote(file) else open(file, "rb")
-    )
+    with _reading(file):
+        if is_remote(file):
+            return io.BufferedReader(Remote(file), PIECE)
+        return open(file, "rb")
+
+
+def stat(file: str) -> Any:
+    """``length`` and ``mtime_nsec`` of a file."""
+    with _reading(file):
+        return tf.io.gfile.stat(file)
 
 
 def names(folder: str) -> list[str]:
@@ -59,7 +66,8 @@ def names(folder: str) -> list[str]:
         found = _called(folder, _store(folder).kv.list())
         # A bucket knows no folders, and lists what lies below them as well.
         return sorted({key.decode().split("/")[0] for key in found})
-    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    with _reading(folder):
+        return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
 
 
 def whole(file: str) -> bytes | None:
@@ -70,7 +78,7 @@ def whole(file: str) -> bytes | None:
         return None if found.state == "missing" else found.value
     if not os.path.exists(file):
         return None
-    with open(file, "rb") as stream:
+    with _reading(file), open(file, "rb") as stream:
         return stream.read()
 
 
@@ -177,7 +185,7 @@ class Remote(io.RawIOBase):
     def __init__(self, file: str):
         super().__init__()
         self._file, self._at = file, 0
-        self._size = tf.io.gfile.stat(file).length
+        self._size = stat(file).length
 
     def readable(self) -> bool:
         return True
@@ -296,5 +304,14 @@ def _called(where: str, asked: Any) -> Any:
         raise _failed(where, e) from e
 
 
+@contextlib.contextmanager
+def _reading(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, tf.errors.OpError) as e:
+        raise _failed(where, e) from e
+
+
 def _failed(where: str, error: Exception) -> UserError:
-    return UserError(f"{where} cannot be read: {str(error).splitlines()[0][:200]}")
+    text = getattr(error, "strerror", None) or str(error)
+    return UserError(f"{where} cannot be read: {text.splitlines()[0][:200]}")

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.data import classes
-from vit_jax.data.storage import binary
+from vit_jax.data.storage import binary, stat
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 from vit_jax.runtime import cache_folder
@@ -67,7 +67,7 @@ def read(file: str, build: Build) -> Index:
     Raises:
       UserError: it is compressed, cut short or no tar file; also by ``build``.
     """
-    about = tf.io.gfile.stat(file)
+    about = stat(file)
     stamp = f"{_VERSION} {build.__name__} {about.length} {about.mtime_nsec}"
     digest = hashlib.sha256(os.path.abspath(file).encode()).hexdigest()[:32]
     places = [f"{file}.npz", str(cache_folder() / "tar" / f"{digest}.npz")]
