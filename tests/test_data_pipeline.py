@@ -335,6 +335,17 @@ def test_new_files_in_deep_folders_are_seen(tmp_path, monkeypatch):
     assert data.describe(cfg).num_train + data.describe(cfg).num_test == 7
 
 
+def test_a_list_that_is_written_again_is_read_again(tmp_path):
+    """Which changes no folder."""
+    root = write_folder(tmp_path / "photos", {"a": 2, "b": 2}, ("train", "val"))
+    cfg = DataConfig(source="folder", path=str(tmp_path), test_split="val.txt")
+    for count in (1, 2):
+        lines = [f"00{i}.jpg b\n" for i in range(count)]
+        (root / "val.txt").write_text("".join(lines))
+        os.utime(root / "val.txt", (count, count))  # clocks of file systems are coarse
+        assert data.describe(cfg).num_test == count
+
+
 def test_a_listing_is_not_made_again_while_nothing_changes(photos, monkeypatch):
     cfg = DataConfig(source="folder", path=str(photos), image_size=8)
     first = data.describe(cfg)

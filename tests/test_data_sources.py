@@ -131,6 +131,7 @@ def test_subset_and_holdout():
 BROKEN = {
     "no path": (lambda p: "", "data.path is empty"),
     "missing": (lambda p: str(p / "nowhere"), "does not exist"),
+    "address": (lambda p: "gs://bucket/photos", "is an address.*write_records"),
     "empty": (lambda p: str(p), "has no class folders"),
     "loose images": (
         lambda p: ((p / "1.jpg").write_bytes(b"") and "") or str(p),

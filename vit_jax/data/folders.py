@@ -42,6 +42,12 @@ def load(cfg: DataConfig) -> Dataset:
             "config.data.source is 'folder' but config.data.path is empty: set "
             "--config.data.path to a folder of class folders or to a .csv or .jsonl table"
         )
+    if "://" in cfg.path:
+        raise UserError(
+            f"config.data.path {cfg.path!r} is an address, but folders are read from a "
+            "disk: write records there (python -m vit_jax.data.write_records FOLDER "
+            "gs://...) and set config.data.source=records"
+        )
     root = Path(os.path.expanduser(cfg.path))
     if not root.exists():
         raise UserError(

@@ -405,12 +405,14 @@ _listed: collections.OrderedDict[DataConfig, _Listed] = collections.OrderedDict(
 
 
 def _list(cfg: DataConfig) -> _Listed:
-    """What ``sources.load`` says, remembered until a file is added or removed:
-    evaluation during training asks again and again."""
+    """What ``sources.load`` says, remembered until a file is added or removed, or a
+    ``test_split`` that is a file is written again: evaluation during training asks again
+    and again."""
     key = _listing(cfg)
     found = _listed.get(key)
     if found is None or any(_changed(p) != t for p, t in found.changed.items()):
-        changed = _folders(cfg.path)  # first: what changes meanwhile is seen later
+        # First: what changes meanwhile is seen later.
+        changed = _folders(cfg.path, os.path.basename(cfg.test_split))
         found = _listed[key] = _Listed(sources.load(key), changed)
     _listed.move_to_end(key)
     while len(_listed) > 8:
@@ -437,8 +439,8 @@ def _listing(cfg: DataConfig) -> DataConfig:
     )
 
 
-def _folders(path: str) -> dict[str, int]:
-    """When each folder below ``path`` last changed."""
+def _folders(path: str, listed: str) -> dict[str, int]:
+    """When each folder below ``path``, and each file called ``listed``, last changed."""
     times: dict[str, int] = {}
     seen = set()
     todo = [os.path.expanduser(path)] if path and "://" not in path else []
@@ -451,7 +453,11 @@ def _folders(path: str) -> dict[str, int]:
         seen.add(real)
         # A file has no entries, and what cannot be read is for the source to say.
         with contextlib.suppress(OSError), os.scandir(folder) as entries:
-            todo += [e.path for e in entries if e.is_dir()]
+            for entry in entries:
+                if entry.is_dir():
+                    todo.append(entry.path)
+                elif entry.name == listed:
+                    times[entry.path] = _changed(entry.path)
     return times
 
 
