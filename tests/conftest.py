@@ -40,6 +40,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from commands import Command  # noqa: E402
 
+from vit_jax import runtime  # noqa: E402
+
+runtime.collect_rarely()
+
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
