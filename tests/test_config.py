@@ -55,6 +55,8 @@ def test_a_config_is_frozen():
         ),
         ({"optim": {"eps": 0.0}}, ["config.optim.eps is 0", "above 0"]),
         ({"optim": {"learning_rate": float("nan")}}, ["learning_rate is nan"]),
+        ({"optim": {"learning_rate": float("inf")}}, ["learning_rate is inf"]),
+        ({"model": {"head_bias": float("nan")}}, ["head_bias is nan", "finite"]),
         ({"mesh": (4, 0)}, ["config.mesh[1] is 0", "at least 1"]),
     ],
 )

@@ -42,13 +42,17 @@ def folder(tmp_path):
         (["blocks.0.attns.1.norm.weight"], "a ViT with branches side by side"),
         (["blocks.1.attn.lambda_q1"], "a ViT with differential attention"),
         (["rope.freqs"], "a ViT with mixed rotary positions"),
+        (["patch_embed.backbone.bn1.weight"], "a hybrid with another stem"),
         (["blocks.2.proj.weight"], "a Hiera or MViT"),
         (["encoder.layer.0.attention.self.query.weight"], "a text model such as BERT"),
     ],
 )
-def test_family_that_is_not_covered(tmp_path, names, looks):
+@pytest.mark.parametrize("beside", [False, True])
+def test_family_that_is_not_covered(tmp_path, names, looks, beside):
+    """Also where all else is there that a ViT has."""
     file = tmp_path / "x.safetensors"
-    save_file({name: np.zeros((4, 4), np.float32) for name in names}, file)
+    arrays = load_file(BEIT / "model.safetensors") if beside else {}
+    save_file(arrays | {name: np.zeros((4, 4), np.float32) for name in names}, file)
     message = refused(file, f"looks like {looks}, which is none of the families")
     assert names[0] in message
 

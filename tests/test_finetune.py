@@ -142,7 +142,10 @@ def test_another_architecture_names_the_field(
 @pytest.mark.heavy
 def test_a_file_alone_brings_its_architecture(tmp_path):
     """Six flags used to be needed for a model that is not the config's."""
-    small = dataclasses.replace(TINY.model, num_classes=7, image_size=(16, 16))
+    colours = {"image_mean": (0.4, 0.5, 0.6), "image_std": (0.2, 0.3, 0.25)}
+    small = dataclasses.replace(
+        TINY.model, num_classes=7, image_size=(16, 16), **colours
+    )
     model = models.create(small)
     params = init(model)
     file = str(tmp_path / "small.npz")
@@ -156,6 +159,7 @@ def test_a_file_alone_brings_its_architecture(tmp_path):
     found = stored.model
     assert stored.data.image_size == 16
     assert (found.width, found.depth, found.heads, found.patch) == (16, 1, 2, 4)
+    assert {field: getattr(found, field) for field in colours} == colours
     # A run that is continued does not need the file.
     (tmp_path / "small.npz").rename(tmp_path / "moved.npz")
     train.train(config.replace(cfg, steps=4), str(tmp_path / "run"))

@@ -157,6 +157,10 @@ def test_a_name_twice(tmp_path):
         archive.writestr("cls.npy", archive.read("cls.npy"))
     with pytest.raises(UserError, match="holds one name twice"):
         weights.read(file)
+    entry = serialization.msgpack_serialize({"cls": np.ones(3, np.float32)})[1:]
+    (tmp_path / "x.msgpack").write_bytes(b"\x82" + entry + entry)  # a map of two
+    with pytest.raises(UserError, match="holds the name 'cls' twice"):
+        weights.read(tmp_path / "x.msgpack")
 
 
 @pytest.mark.parametrize("suffix", ["npz", "safetensors", "msgpack", "pth"])
@@ -285,6 +289,10 @@ def workdir(tmp_path_factory):
         ('{"format": "vit_jax", "transforms": null}', ""),
         ('{"format": "vit_jax", "model": 3}', "model is 3"),
         ('{"format": "vit_jax", "model": {"head": "gap"}}', "head is stated as 'gap'"),
+        (
+            '{"format": "vit_jax", "model": {"image_mean": [NaN]}}',
+            "image_mean.0. is nan",
+        ),
     ],
 )
 def test_file_beside_an_npz(tmp_path, text, message):

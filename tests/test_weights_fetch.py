@@ -34,6 +34,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         site.requests.append((path, dict(self.headers)))
         if path in site.raw:
             site.raw[path](self.wfile)
+            site.answered.append(path)
             return
         if path in site.redirects:
             self.send_response(302)
@@ -74,7 +75,7 @@ class Site:
     def __init__(self, handler=Handler):
         self.files, self.status, self.redirects, self.raw = {}, {}, {}, {}
         self.version, self.careless = {"ETag": '"v1"'}, False
-        self.cuts, self.requests = [], []
+        self.cuts, self.requests, self.answered = [], [], []
         self.server = http.server.ThreadingHTTPServer(
             ("127.0.0.1", 0), partial(handler, self)
         )
@@ -319,11 +320,11 @@ def answer(head, body=b""):
 
 
 def trickle(first, byte):
-    """A server that never stops, slowly."""
+    """A server that goes on and on, for five seconds in all."""
 
     def write(out):
         out.write(first)
-        while True:
+        for _ in range(100):
             out.write(byte)
             out.flush()
             threading.Event().wait(0.05)
@@ -340,6 +341,22 @@ def trickle(first, byte):
         (trickle(b"HTTP/1.0 200 OK\r\n\r\n", b"x"), "sends less than 10 kB/s"),
         (trickle(b"HTTP/1.0 200 OK\r\n\r\n", b"x" * 100_000), "no end: more than"),
         (lambda out: threading.Event().wait(3), "cannot be downloaded"),
+    ],
+)
+def test_every_download_ends(site, monkeypatch, tmp_path, write, message):
+    """Before such a server does."""
+    monkeypatch.setattr(fetch, "PATIENCE", 1.0)
+    monkeypatch.setattr(fetch, "LONGEST", 1_000_000)
+    site.raw["/x.npz"] = write
+    with pytest.raises(UserError, match=message):
+        fetch.download(f"{site.url}/x.npz")
+    assert site.answered == []
+    assert in_cache(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
         (answer("bad\x1b[2J news\n"), r"downloaded: bad\\x1b\[2J news\. Is there"),
         (
             answer(f"HTTP/1.0 200 OK\nContent-Length: {10**17}\n"),
@@ -347,9 +364,7 @@ def trickle(first, byte):
         ),
     ],
 )
-def test_every_download_ends(site, monkeypatch, tmp_path, write, message):
-    monkeypatch.setattr(fetch, "PATIENCE", 1.0)
-    monkeypatch.setattr(fetch, "LONGEST", 1_000_000)
+def test_answers_that_make_no_sense(site, tmp_path, write, message):
     site.raw["/x.npz"] = write
     with pytest.raises(UserError, match=message) as e:
         fetch.download(f"{site.url}/x.npz")
@@ -414,7 +429,7 @@ def test_one_of_several_downloads(site, tmp_path, good):
         thread.join()
     assert told["first"] == (b"x" if good else "bad")
     assert told["same"] == b"x"
-    assert "sha256" in told["other"]
+    assert "sha256" in str(told["other"])
     assert leftovers(tmp_path) == []
 
 

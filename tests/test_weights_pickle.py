@@ -66,6 +66,16 @@ def test_one_of_several_models(tmp_path):
         weights.read(f"{file}:model")
 
 
+def test_a_name_twice(tmp_path):
+    class Twice(dict):
+        def items(self):
+            return [*super().items(), ("norm.bias", np.ones(16, np.float32))]
+
+    file = save_torch(tmp_path / "x.pth", Twice(timm_arrays(tmp_path)[2]))
+    with pytest.raises(UserError, match=r"the name 'norm.bias' twice"):
+        weights.read(file, heads=2)
+
+
 @pytest.mark.parametrize("dtype", ["<f8", "<f2", "V2"])
 def test_types_and_strides(tmp_path, dtype):
     model, flat = small_model()

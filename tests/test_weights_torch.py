@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """timm and Hugging Face layouts, by the names that their authors document."""
 
+import dataclasses
 import json
 import re
 
@@ -99,6 +100,38 @@ def test_training_knows_the_heads_of_a_torch_file(exported, tmp_path):
     file = save_timm(tmp_path / "x.safetensors", arrays)
     params = weights.load_for_training(file, model.cfg)
     assert_same(params, flat, but=("head/kernel", "head/bias"))
+
+
+def test_training_says_what_it_has_otherwise_than_a_torch_file(
+    exported, tmp_path, caplog
+):
+    """What the file's family usually is, the file does not state: no refusal."""
+    _, model, _, arrays = exported
+    file = save_timm(tmp_path / "x.safetensors", arrays)
+    cfg = dataclasses.replace(model.cfg, gelu="tanh", image_mean=(0.4, 0.5, 0.6))
+    weights.load_for_training(file, cfg)
+    for flag in ("gelu=exact", "image_mean=()"):
+        assert f"set --config.model.{flag}" in caplog.text
+    caplog.clear()
+    weights.load_for_training(file, model.cfg)
+    assert "--config.model" not in caplog.text
+
+
+def test_training_with_another_number_of_heads_or_other_colours(tmp_path):
+    """No array shows them: the folder alone does."""
+    folder, model, _ = hf_folder(tmp_path)
+    colours = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(colours))
+    with pytest.raises(UserError) as e:
+        weights.load_for_training(folder, dataclasses.replace(model.cfg, heads=4))
+    for line in (
+        "model.heads: file 2, config 4",
+        "set --config.model.image_mean=(0.4, 0.5, 0.6)",
+        "set --config.model.image_std=(0.2, 0.3, 0.25)",
+    ):
+        assert line in str(e.value)
+    with pytest.raises(UserError, match="heads: the file's config says 2, the caller"):
+        weights.read(folder, heads=4)
 
 
 @pytest.mark.heavy
@@ -267,7 +300,15 @@ def test_preprocessing_that_is_refused_where_it_is_needed(tmp_path, stated):
 
 
 @pytest.mark.parametrize(
-    "stated", [{"image_mean": ["a"]}, {"crop_size": {"height": 3}}, {"size": [1, 2, 3]}]
+    "stated",
+    [
+        {"image_mean": ["a"]},
+        {"image_mean": [0.5, float("nan"), 0.5]},
+        {"image_std": 0},
+        {"image_std": [0.5, -0.5, 0.5]},
+        {"crop_size": {"height": 3}},
+        {"size": [1, 2, 3]},
+    ],
 )
 def test_damaged_preprocessor(tmp_path, stated):
     folder, _, _ = hf_folder(tmp_path)
@@ -406,6 +447,10 @@ def test_pooler_is_pre_logits(tmp_path):
     found = weights.read(tmp_path / "hf")
     assert_same(found.params, flat)
     assert found.cfg.pre_logits
+    config = tmp_path / "hf" / "config.json"
+    config.write_text(config.read_text().replace('"tanh"', '"relu"'))
+    with pytest.raises(UserError, match="pooler_act is 'relu', not 'tanh'"):
+        weights.read(tmp_path / "hf")
 
 
 def test_pooler_beside_a_classifier_is_ignored(tmp_path):
@@ -432,6 +477,10 @@ def test_several_files(tmp_path):
     index = {"weight_map": {k: file for file, part in parts.items() for k in part}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert_same(weights.read(folder).params, flat)
+    both = {k: arrays[k] + 1 for k in names[8:]}
+    safetensors.save_file(both, folder / "b.safetensors")
+    with pytest.raises(UserError, match=rf"b.safetensors holds '{names[8]}', as an"):
+        weights.read(folder)
     (folder / "b.safetensors").unlink()
     with pytest.raises(UserError, match=r"b.safetensors.*missing"):
         weights.read(folder)

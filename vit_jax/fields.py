@@ -190,6 +190,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             f"{path} is {value!r} of type {type(value).__name__}: "
             f"it must be of type {hint.__name__}"
         )
+    if hint is float and not math.isfinite(value):
+        raise UserError(f"{path} is {value!r}: it must be finite")
     return value
 
 

@@ -169,8 +169,7 @@ def load_for_training(source: str | Path, cfg: ModelConfig) -> dict[str, Any]:
         asked = {field: getattr(cfg, field) for field in ("heads", "map_heads")} | said
         arrays, facts, about = understand(contents, tree, asked, report, cfg.image_size)
         stored = infer.infer(arrays, facts)
-        for line in _contradictions(stored, cfg, facts):
-            report.problem(line)
+        _compare(stored, cfg, facts, report)
         report.check()
         if cfg.image_size == (0, 0):
             cfg = dataclasses.replace(cfg, image_size=stored.image_size)
@@ -192,20 +191,20 @@ _TAKEN = tuple(
 )
 
 
-def _contradictions(
-    stored: ModelConfig, cfg: ModelConfig, facts: infer.Facts
-) -> list[str]:
-    """Fields that the file states or shows and the config has otherwise, with flags."""
-    lines = []
+def _compare(
+    stored: ModelConfig, cfg: ModelConfig, facts: infer.Facts, report: Report
+) -> None:
+    """Reports, with flags, what the config has otherwise than the file: a problem where
+    the file states or shows it, a warning where it is assumed."""
     for field in (f.name for f in dataclasses.fields(ModelConfig) if f.name in _TAKEN):
         old, new = getattr(stored, field), getattr(cfg, field)
+        line = f"config {new}: set --config.model.{field}={old}"
         if old != new and field in facts.known:
-            lines.append(
-                f"model.{field}: file {old}, config {new}: set --config.model.{field}={old}"
-            )
+            report.problem(f"model.{field}: file {old}, {line}")
+        elif old != new and field in report.assumed:
+            report.warn(f"model.{field}: assumed {old} of the file, {line}")
     if cfg.channels not in (1, stored.channels):
-        lines.append(f"model.channels: file {stored.channels}, config {cfg.channels}")
-    return lines
+        report.problem(f"model.channels: file {stored.channels}, config {cfg.channels}")
 
 
 def model_config(

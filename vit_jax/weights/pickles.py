@@ -198,6 +198,8 @@ class _Machine:
             if isinstance(target, dict) and isinstance(key, str):
                 if len(key) > 200:
                     raise ValueError(f"a name of {len(key)} characters")
+                if key in target:
+                    raise ValueError(f"the name {key!r} twice")
                 target[key] = value
 
     def _name(self, name: str) -> _Name:

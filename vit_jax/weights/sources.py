@@ -303,6 +303,8 @@ def _open_torch(files: list[Path], folder: Path | None, wanted: _Wanted) -> Cont
                 raise UserError(f"{name} is one model: leave out ':{wanted.tree}'")
             part, text = safetensors.read(file, name)
             header |= text
+        if twice := sorted(arrays.keys() & part.keys()):
+            raise UserError(f"{name} holds {twice[0]!r:.80}, as another part does")
         arrays |= part
     about = metadata.of_safetensors(header, where)
     own = folder is not None
