@@ -143,6 +143,9 @@ def test_a_config_that_ships_is_found_by_name(name, tmp_path, monkeypatch):
     # A file of one's own comes first.
     mine = config.from_dict(config_file.Parser().parse("digits.py"))
     assert mine == config.Config()
+    (tmp_path / "digits.py").rename(tmp_path / "mine.py")
+    for name in ("mine", "./mine", tmp_path / "mine"):
+        assert config.from_dict(config_file.Parser().parse(str(name))) == mine
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from etils import epath
 from tiny import TINY
 from trained import trained_workdir
 
-from vit_jax import config, weights
+from vit_jax import cli, config, weights
 from vit_jax import workdir as run_files
 from vit_jax.errors import UserError
 from vit_jax.evaluate import _class_names, evaluate, table
@@ -236,10 +236,12 @@ def test_vtab_table_of_workdirs(tmp_path):
 # The command ----------------------------------------------------------------------
 
 
-def test_the_command_prints_one_json_object(workdir, command):
+def test_the_command_prints_one_json_object(workdir, command, monkeypatch):
+    monkeypatch.setattr(cli, "connect", lambda: print("as Gloo does"))
     result = command(workdir, "--json", module="vit_jax.evaluate")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["test/count"] == 128
+    assert "as Gloo does" in result.stderr
 
 
 def test_mistakes_in_the_command_are_one_line(npz, tmp_path, command, monkeypatch):

@@ -186,10 +186,19 @@ def test_a_folder_is_listed_as_for_training(images, tmp_path, monkeypatch):
 
 @pytest.fixture
 def server(images):
-    """Addresses on this machine: an image, a page, something huge and something slow."""
+    """Addresses on this machine: an image, a page, something huge and something slow, one
+    that sends elsewhere and one that writes to the terminal."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
+            if "rude" in self.path:
+                self.wfile.write(b"bad\x1b[2J news\r\n\r\n")
+                return
+            if "away" in self.path:
+                self.send_response(302)
+                self.send_header("Location", "ftp://127.0.0.1:1/cat.png")
+                self.end_headers()
+                return
             kind = "text/html" if "page" in self.path else "image/png"
             self.send_response(200)
             self.send_header("Content-Type", kind)
@@ -223,18 +232,20 @@ def server(images):
 def test_addresses(checkpoint, images, server, monkeypatch):
     monkeypatch.setattr(photos, "PATIENCE", 0.5)
     monkeypatch.setattr(photos, "LARGEST", 5_000)
-    places = [f"{server}/{n}.png" for n in ("cat", "page", "huge", "slow")]
+    names = ("cat", "page", "huge", "slow", "away", "rude")
+    places = [f"{server}/{n}.png" for n in names]
     places += ["http://example.com/cat.jpg", "ftp://example.com/x"]
     good, *bad = predict.predict(checkpoint[0], places)
     (same,) = predict.predict(checkpoint[0], [str(images / "a.png")])
     assert good["image"] == places[0]
     assert good["top"][0]["class"] == same["top"][0]["class"]
-    reasons = ("is a page (text/html)", "larger than", "too slow", "use https", "")
+    reasons = ("is a page (text/html)", "larger than", "too slow", "stays on https")
+    reasons += (r"bad\x1b[2J news", "use https", "")
     for place, result, reason in zip(places[1:], bad, reasons, strict=True):
         assert result["image"] == place
         assert place in result["error"]
         assert reason in result["error"]
-        assert "\n" not in result["error"]
+        assert result["error"].isprintable()
 
 
 def test_probabilities_that_are_not_finite_are_an_error(checkpoint, images, tmp_path):

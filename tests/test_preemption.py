@@ -156,12 +156,14 @@ def test_asked_to_stop_while_saving_a_run_completes_the_checkpoint(tmp_path):
 
 
 def test_the_compilation_cache_is_in_the_home_folder_and_can_be_switched_off(tmp_path):
+    """Of every command."""
     code = (
         "import jax\n"
-        "from vit_jax import runtime\n"
-        "runtime.keep_compiled()\n"
-        "print(jax.config.jax_compilation_cache_dir)\n"
-        "jax.jit(lambda x: x + 1)(1.0)\n"
+        "from vit_jax import cli\n"
+        "def command(arguments):\n"
+        "    print(jax.config.jax_compilation_cache_dir)\n"
+        "    jax.jit(lambda x: x + 1)(1.0)\n"
+        "cli.run(command)\n"
     )
     env = {k: v for k, v in (os.environ | ENV).items() if k != CACHE} | {
         "HOME": str(tmp_path),

@@ -122,6 +122,19 @@ def test_missing_file_suggests_the_nearest(tmp_path):
     (tmp_path / "ViT-B_16.npz").write_bytes(b"")
     with pytest.raises(UserError, match=r"did you mean .*ViT-B_16"):
         weights.read(tmp_path / "ViT-B_61.npz")
+    (tmp_path / "latest.npz").symlink_to("gone.npz")
+    with pytest.raises(UserError, match=r"a link to gone.npz, which does not exist$"):
+        weights.read(tmp_path / "latest.npz")
+
+
+def test_no_source(tmp_path, monkeypatch):
+    """Not the folder where the command happens to run."""
+    save_npz(tmp_path / "x.npz", small_model()[1])
+    monkeypatch.chdir(tmp_path)
+    for read in (weights.read, weights.read_metadata):
+        with pytest.raises(UserError, match="no source is named: give"):
+            read("")
+    weights.read(".")
 
 
 def test_more_than_fits_into_memory(tmp_path, monkeypatch):

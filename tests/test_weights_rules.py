@@ -128,6 +128,11 @@ def test_load_refuses_what_would_change_arrays(files, key):
         vit_jax.load(files["token", False][0], **{key: "gap"})
 
 
+def test_load_knows_other_names_of_a_field(files):
+    with pytest.raises(UserError, match="did you mean 'image_size'"):
+        vit_jax.load(files["token", False][0], img_size=24)
+
+
 def test_load_refuses_another_head(files):
     with pytest.raises(UserError, match="head is stated as 'gap', but the arrays"):
         vit_jax.load(files["token", False][0], head="gap")
@@ -200,6 +205,13 @@ def test_zero_head_is_announced(files, tmp_path, caplog):
         vit_jax.load(save_npz(tmp_path / "x.npz", zero))
     assert "the head is all zeros" in caplog.text
     assert "load_for_finetune" in caplog.text
+
+
+def test_what_was_asked_for_is_no_warning(files, caplog):
+    with caplog.at_level(logging.INFO, "vit_jax.weights"):
+        vit_jax.load_for_finetune(files["token", True][0], 3, 24)
+    said = {r.getMessage().split(": ")[1]: r.levelname for r in caplog.records}
+    assert said == dict.fromkeys(("re-initialised", "ignored", "resized"), "INFO")
 
 
 def test_training_starts_from_a_file(files):

@@ -373,6 +373,24 @@ def test_names_of_hugging_face(tmp_path):
     assert {k.replace(".1.", ".0.") for k in ours} == theirs
 
 
+@pytest.mark.parametrize("blocks", ["layers", "encoder.layer"])
+def test_names_of_transformers_5(tmp_path, blocks):
+    """As ``model.state_dict()`` has them, not only what ``save_pretrained`` writes."""
+    folder, model, flat = hf_folder(tmp_path)
+    new = {"encoder.layer": blocks, "attention.output.dense": "attention.o_proj"}
+    new |= {"intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2"}
+    for name, letter in (("query", "q"), ("key", "k"), ("value", "v")):
+        new[f"attention.attention.{name}"] = f"attention.{letter}_proj"
+    arrays = safetensors.load_file(folder / "model.safetensors")
+    for old, name in new.items():
+        arrays = {k.replace(old, name): v for k, v in arrays.items()}
+    assert f"vit.{blocks}.1.attention.q_proj.weight" in arrays
+    safetensors.save_file(arrays, folder / "model.safetensors")
+    found = weights.read(folder)
+    assert_same(found.params, flat)
+    assert found.cfg == model.cfg
+
+
 def test_config_of_hugging_face_is_honoured(tmp_path):
     labels = {str(i): name for i, name in enumerate("vwxyz")}
     folder, _, flat = hf_folder(

@@ -66,11 +66,12 @@ def find(name: str) -> Path:
     if path.is_file():
         return path
     shipped = {p.stem: p for p in sorted(SHIPPED.glob("*.py"))}
-    if path.parent in (Path(), Path("configs")) and path.suffix in ("", ".py"):
-        if path.stem in shipped:
-            return shipped[path.stem]
-    elif path.with_suffix(".py").is_file():
-        return path.with_suffix(".py")
+    ours = path.parent in (Path(), Path("configs")) and path.suffix in ("", ".py")
+    if ours and path.stem in shipped:
+        return shipped[path.stem]
+    without_suffix = path.parent / f"{path.name}.py"
+    if without_suffix.is_file():
+        return without_suffix
     reason = "is a folder" if path.is_dir() else "does not exist"
     raise UserError(
         f"{name!r} {reason}: {config.nearest(path.stem, shipped)}give a file, or one of "

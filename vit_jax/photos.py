@@ -16,7 +16,7 @@ import numpy as np
 
 from vit_jax.data import folders, image_files, sources
 from vit_jax.data.examples import Split, Unreadable
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, one_line
 from vit_jax.weights import fetch, preprocessing
 from vit_jax.weights.contents import Metadata
 from vit_jax.weights.metadata import DEFAULT_TRANSFORMS
@@ -251,16 +251,13 @@ def _download(url: str) -> bytes:
     if isinstance(found[0], UserError):
         raise found[0]
     if isinstance(found[0], Exception):
-        reason = " ".join(str(found[0]).split()) or type(found[0]).__name__
-        raise UserError(f"{url} cannot be read: {reason}") from found[0]
+        raise UserError(f"{url} cannot be read: {one_line(found[0])}") from found[0]
     return found[0]
 
 
 def _receive(url: str, address: str) -> bytes:
     request = urllib.request.Request(address, headers={"User-Agent": "vit_jax"})
-    with urllib.request.urlopen(request, timeout=PATIENCE) as response:
-        # A redirect may have left https://, which is refused like the address itself.
-        fetch.to_https(response.geturl())
+    with fetch.opener(url).open(request, timeout=PATIENCE) as response:
         kind = response.headers.get_content_type()
         if kind.startswith("text/"):
             raise UserError(f"{url} is a page ({kind}), not an image")

@@ -110,7 +110,7 @@ def load(
       UserError: naming everything that is wrong with the file.
     """
     for key in overrides:
-        if key not in _FREE:
+        if key not in _FREE and hasattr(ModelConfig, key):
             raise UserError(
                 f"load(..., {key}=...) would change the arrays, and load never does: use "
                 f"load_for_finetune, or one of {sorted(_FREE)}"

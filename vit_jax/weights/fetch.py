@@ -275,9 +275,8 @@ class _Clock:
         )
 
         def ask() -> None:
-            opener = urllib.request.build_opener(_Redirects(self.url))
             try:
-                found.append(opener.open(request, timeout=timeout))
+                found.append(opener(self.url).open(request, timeout=timeout))
             except Exception as e:
                 found.append(e)
 
@@ -291,9 +290,12 @@ class _Clock:
         return found[0]
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect that leaves https."""
+def opener(url: str) -> urllib.request.OpenerDirector:
+    """What opens ``url`` and follows no redirect that leaves https."""
+    return urllib.request.build_opener(_Redirects(url))
 
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
     def __init__(self, url: str):
         self._url = url
 

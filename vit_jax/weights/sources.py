@@ -34,6 +34,10 @@ from vit_jax.weights.contents import (
 )
 
 _TORCH = (".bin", ".pth", ".pt")
+_SOURCES = (
+    "give a local file or folder, https://, gs://, hf://OWNER/NAME, or an id of the "
+    "catalogue (python -m vit_jax.weights list)"
+)
 _KNOWN = "Known are .npz, .safetensors, .pth, .msgpack, Hugging Face and Orbax folders"
 # First bytes of what is known -> its format, or what to say after the name of the file.
 _MAGIC: dict[bytes, str] = {
@@ -110,6 +114,8 @@ def local(source: str, weights: bool = True) -> Path:
     Raises:
       UserError: there is no such file, or it cannot be downloaded.
     """
+    if not source:
+        raise UserError(f"no source is named: {_SOURCES}")
     if not fetch.is_remote(source):
         path = Path(source).expanduser()
         if not path.exists():
@@ -411,15 +417,14 @@ def _is_orbax(path: Path) -> bool:
 
 
 def _missing(source: str) -> str:
-    folder = Path(source).expanduser().parent
-    near = []
+    path = Path(source).expanduser()
+    if path.is_symlink():
+        return f"{source} is a link to {path.readlink()}, which does not exist"
+    folder, near = path.parent, []
     if folder.is_dir():
         import difflib
 
         names = [p.name for p in folder.iterdir()]
-        near = difflib.get_close_matches(Path(source).name, names, n=2)
+        near = difflib.get_close_matches(path.name, names, n=2)
     hint = f"; did you mean {near}?" if near else ""
-    return (
-        f"{source} does not exist{hint}; give a local file or folder, https://, gs://, "
-        "hf://OWNER/NAME, or an id of the catalogue (python -m vit_jax.weights list)"
-    )
+    return f"{source} does not exist{hint}; {_SOURCES}"
