@@ -13,6 +13,7 @@ from vit_jax import models
 from vit_jax.config import ModelConfig
 from vit_jax.errors import UserError
 from vit_jax.models import published
+from vit_jax.weights import timm_config
 from vit_jax.weights.families import FAMILIES
 from vit_jax.weights.infer import guess_heads
 
@@ -109,6 +110,24 @@ def test_heads_that_no_file_states_are_those_of_its_family(family, names):
     for name, row in rows.items():
         given = (row["width"], row["mlp_dim"], known.heads, known.head_width, name)
         assert guess_heads(*given) == row["heads"]
+
+
+def test_a_file_of_timm_is_the_model_that_its_name_makes():
+    """What no array shows: config.json of the Hub often has nothing but the name."""
+    fields = (
+        "heads",
+        "map_heads",
+        "layer_norm_eps",
+        "rope",
+        "rope_grid",
+        "rope_offset",
+    )
+    for name, row in published.TIMM.items():
+        known = timm_config.known_by(name, "config.json")
+        for field in (*fields, *["gelu"] * (row.get("mlp", "gelu") == "gelu")):
+            default = getattr(ModelConfig, field)
+            expected = row.get(field, default)
+            assert known.get(field, default) == expected, (name, field)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from compiled import apply
 from safetensors import numpy as safetensors
-from weights_files import assert_same, save_npz, small_model
+from weights_files import assert_same, save_npz, save_torch, small_model
 
 from vit_jax import weights
 from vit_jax.errors import UserError
@@ -239,6 +239,18 @@ def test_pooling_of_timm(exported, tmp_path):
         weights.read(timm_folder(tmp_path, arrays, global_pool="max"))
 
 
+def test_positions_that_timm_has_not(exported, tmp_path):
+    """No table is no positions where config.json says so, else perhaps waves."""
+    arrays = {k: v for k, v in exported[3].items() if k != "pos_embed"}
+    arguments = {"num_heads": 2, "pos_embed": "none"}
+    found = weights.read(timm_folder(tmp_path, arrays, model_args=arguments))
+    assert found.cfg.positions == "none"
+    assert not found.report.warnings
+    found = weights.read(timm_folder(tmp_path, arrays))
+    assert found.cfg.positions == "sincos2d"
+    assert "the file has no position table" in found.report.warnings[0]
+
+
 @pytest.mark.parametrize(
     ("stated", "ops"),
     [
@@ -337,6 +349,28 @@ def test_parts_that_no_model_here_has(exported, tmp_path, name):
     arrays = dict(exported[3]) | {name: np.ones(16, np.float32)}
     with pytest.raises(UserError, match=f"timm has nothing like {name}"):
         weights.read(save_timm(tmp_path / "x.safetensors", arrays), heads=2)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_every_value_is_read_once(exported, tmp_path, monkeypatch, suffix):
+    """Also where three of our arrays are one of the file's."""
+    arrays, taken = exported[3], []
+    fromfile, frombuffer = np.fromfile, np.frombuffer
+
+    def counted(function):
+        def call(*args, **options):
+            taken.append(function(*args, **options))
+            return taken[-1]
+
+        return call
+
+    file = tmp_path / f"x.{suffix}"
+    save_torch(file, arrays) if suffix == "pth" else save_timm(file, arrays)
+    monkeypatch.setattr(np, "fromfile", counted(fromfile))
+    monkeypatch.setattr(np, "frombuffer", counted(frombuffer))
+    weights.read(file, heads=2)
+    expected = sum(x.nbytes for x in arrays.values())
+    assert sum(x.nbytes for x in taken) == expected
 
 
 def test_bfloat16(exported, tmp_path):

@@ -65,6 +65,8 @@ def known_by(architecture: str, where: str) -> dict[str, Any]:
     for pattern, known in _ARCHITECTURES:
         if re.search(pattern, architecture):
             model |= known
+    if heads := published.fields_of(architecture).get("heads"):
+        model["heads"] = heads
     for pattern, heads in _HEADS:
         if re.search(pattern, architecture):
             model["heads"] = heads
