@@ -179,6 +179,37 @@ def test_a_package_that_is_not_installed_is_one_line(
 
 
 @pytest.mark.process
+def test_the_core_needs_no_extra(tmp_path):
+    """Loading, predicting, embedding and converting, as README promises."""
+    code = (
+        "import sys\n"
+        "import numpy as np\n"
+        "import vit_jax\n"
+        "from vit_jax import cli\n"
+        "sys.modules |= dict.fromkeys(cli.EXTRAS)\n"  # as if none were installed
+        "from vit_jax import convert, embed, predict, weights\n"
+        "fields = dict(width=16, depth=1, mlp_dim=32, heads=2, patch=8, num_classes=3)\n"
+        "model = vit_jax.create_model('', image_size=16, **fields)\n"
+        "weights.save('x.npz', model.cfg, weights.fit.initial(model.cfg))\n"
+        "model, params = vit_jax.load('x.npz')\n"
+        "images = np.zeros((1, 16, 16, 3), np.float32)\n"
+        "assert model.apply({'params': params}, images).shape == (1, 3)\n"
+        "(found,) = predict.predict('x.npz', ['x.png'])\n"
+        "assert len(found['top']) == 3\n"
+        "assert embed.embed('x.npz', ['x.png'], 'vectors.npz').written == 1\n"
+        "convert.convert('x.npz', 'hf')\n"
+        "assert weights.read('hf').cfg.width == 16\n"
+    )
+    Image.new("RGB", (20, 16)).save(tmp_path / "x.png")
+    env = ENV | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.process
 @pytest.mark.parametrize(
     "arguments",
     [["vit_jax.weights", "list"], ["vit_jax.weights", "--help"], ["vit_jax"]],
