@@ -123,7 +123,7 @@ def test_a_file_of_timm_is_the_model_that_its_name_makes():
         "rope_offset",
     )
     for name, row in published.TIMM.items():
-        known = timm_config.known_by(name, "config.json")
+        known = timm_config.known_by(name, "config.json", row["width"])
         for field in (*fields, *["gelu"] * (row.get("mlp", "gelu") == "gelu")):
             default = getattr(ModelConfig, field)
             expected = row.get(field, default)

@@ -14,6 +14,7 @@ from weights_files import assert_same, save_npz, save_torch, small_model
 
 from vit_jax import weights
 from vit_jax.errors import UserError
+from vit_jax.models import published
 from vit_jax.weights import fit, preprocessing
 
 # Of timm.models.vision_transformer, block 0 standing for all; D 16, M 24, K 5.
@@ -237,6 +238,19 @@ def test_pooling_of_timm(exported, tmp_path):
         weights.read(timm_folder(tmp_path, arrays, global_pool="map"))
     with pytest.raises(UserError, match="unknown global_pool"):
         weights.read(timm_folder(tmp_path, arrays, global_pool="max"))
+
+
+def test_heads_of_an_architecture_are_those_of_its_width(
+    exported, tmp_path, monkeypatch
+):
+    """Where config.json gives no more than its name."""
+    folder = timm_folder(tmp_path, exported[3], architecture="vit_mine", model_args={})
+    row = {"width": 16, "heads": 2}
+    monkeypatch.setitem(published.ARCHITECTURES, "vit_mine", row)
+    assert weights.read(folder).cfg.heads == 2
+    row["width"] = 32
+    with pytest.raises(UserError, match="pass heads="):
+        weights.read(folder)
 
 
 def test_positions_that_timm_has_not(exported, tmp_path):

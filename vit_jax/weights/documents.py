@@ -23,6 +23,7 @@ def describe(
     family: Family | None,
     where: str,
     roles: Collection[str] = (),
+    width: int = 0,
 ) -> Metadata:
     """What the JSON files beside torch weights state.
 
@@ -31,13 +32,14 @@ def describe(
       family: of the weights; None: nobody has looked, so the one that is named.
       where: the folder, for messages.
       roles: which of ``roles.ROLES`` the weights have.
+      width: of their tokens.
 
     Raises:
       UserError: an entry that cannot be, or that no model here has.
     """
     values = files.get("config.json", {})
     if timm_config.is_timm(values):
-        return timm_config.read(values, f"{where}/config.json", roles)
+        return timm_config.read(values, f"{where}/config.json", roles, width)
     if values and family is None:
         kind = values.get("model_type", "vit")
         known = (f for f in FAMILIES if f.hub and kind in f.hub.kinds)
@@ -54,7 +56,7 @@ def describe(
         processor = files.get("preprocessor_config.json", {})
         return _of_transformers(values, processor, family, where)
     if values := files.get("open_clip_config.json", {}):
-        return _of_open_clip(values, f"{where}/open_clip_config.json")
+        return _of_open_clip(values, f"{where}/open_clip_config.json", width)
     return Metadata()
 
 
@@ -331,7 +333,7 @@ def _to_processor(
 # --- OpenCLIP -----------------------------------------------------------------------------
 
 
-def _of_open_clip(values: dict[str, Any], where: str) -> Metadata:
+def _of_open_clip(values: dict[str, Any], where: str, width: int) -> Metadata:
     outer = entries.field(values, "model_cfg", {}, dict, where)
     vision = entries.field(outer, "vision_cfg", {}, dict, where)
     about = entries.field(values, "preprocess_cfg", {}, dict, where)
@@ -343,7 +345,7 @@ def _of_open_clip(values: dict[str, Any], where: str) -> Metadata:
     )
     model: dict[str, Any] = {"gelu": "quick" if outer.get("quick_gelu") else "exact"}
     if tower := vision.get("timm_model_name"):
-        model = timm_config.known_by(str(tower), where)
+        model = timm_config.known_by(str(tower), where, width)
         if pool := vision.get("timm_pool"):
             model["head"] = config.choose(
                 f"timm_pool in {where}", str(pool), timm_config.POOLS

@@ -52,8 +52,9 @@ _HEADS = (
 )
 
 
-def known_by(architecture: str, where: str) -> dict[str, Any]:
-    """What the name of an architecture of timm says about its model.
+def known_by(architecture: str, where: str, width: int = 0) -> dict[str, Any]:
+    """What the name of an architecture of timm says about its model of this width, which
+    may be another than the published one.
 
     Raises:
       UserError: it has a part that no model here has.
@@ -65,8 +66,9 @@ def known_by(architecture: str, where: str) -> dict[str, Any]:
     for pattern, known in _ARCHITECTURES:
         if re.search(pattern, architecture):
             model |= known
-    if heads := published.fields_of(architecture).get("heads"):
-        model["heads"] = heads
+    row = published.fields_of(architecture)
+    if width and row.get("width") == width:
+        model["heads"] = row["heads"]
     for pattern, heads in _HEADS:
         if re.search(pattern, architecture):
             model["heads"] = heads
@@ -87,10 +89,12 @@ _ARGUMENTS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
 )
 
 
-def read(values: dict[str, Any], where: str, roles: Collection[str] = ()) -> Metadata:
+def read(
+    values: dict[str, Any], where: str, roles: Collection[str] = (), width: int = 0
+) -> Metadata:
     """Fields of ``ModelConfig``, class names and preprocessing.
 
-    ``roles``: which of ``roles.ROLES`` the weights have.
+    ``roles``: which of ``roles.ROLES`` the weights have; ``width``: of their tokens.
 
     Raises:
       UserError: an entry that cannot be, or that no model here has.
@@ -104,7 +108,7 @@ def read(values: dict[str, Any], where: str, roles: Collection[str] = ()) -> Met
     given = lambda key, default, convert: entries.field(
         arguments, key, default, convert, where
     )
-    model = known_by(architecture, where)
+    model = known_by(architecture, where, width)
     if "embed_dim" in arguments:
         model.pop("heads", 0)  # of the published width
     for key, ours, convert in _ARGUMENTS:

@@ -123,7 +123,7 @@ def describe(contents: Contents) -> tuple[Metadata, recognise.Found]:
             about, transforms=about.transforms or metadata.DEFAULT_TRANSFORMS
         ), found
     about = documents.describe(
-        contents.files, found.family, contents.where, found.names
+        contents.files, found.family, contents.where, found.names, found.width
     )
     return about, found
 
