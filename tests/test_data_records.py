@@ -116,6 +116,8 @@ def test_training_on_any_number_of_labels(multilabel, tmp_path):
         loss="sigmoid",
         batch=8,
         steps=100,
+        eval__every=100,
+        checkpoint__every=0,
         optim__learning_rate=1e-2,
         optim__weight_decay=0.0,
     )

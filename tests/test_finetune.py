@@ -3,9 +3,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -23,18 +20,6 @@ from vit_jax.workdir import read_metrics
 ROOT = Path(__file__).parent.parent
 CLASSES = {"sand": (1.0, 0.8, 0.5), "sea": (0.4, 0.7, 1.0), "wood": (0.7, 1.0, 0.5)}
 SIZE = 16  # pixels of the photos and of the fine-tuned model
-
-
-def process(*arguments, module="vit_jax.main"):
-    """As ``command``, in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def finetune(command, photos, pretrained, workdir, *more):
@@ -79,11 +64,11 @@ def released(tmp_path_factory):
     return path
 
 
-@pytest.mark.process
+@pytest.mark.heavy
 def test_from_npz_to_npz(photos, released, tmp_path, command):
     """What predict says of the exported file is as right as the model was in memory."""
     run = tmp_path / "run"
-    done = finetune(process, photos, released, run)
+    done = finetune(command, photos, released, run)
     assert done.returncode == 0, done.stderr
     accuracy = [m for m in read_metrics(str(run)) if "test/accuracy" in m][-1]
     assert accuracy["step"] == 40
