@@ -239,7 +239,7 @@ def test_what_is_no_file_is_left_out(tmp_path):
     ("name", "message"),
     [
         ("x.heic", "holds no images, only 1 .heic: convert"),
-        ("", "holds no images with"),
+        ("", "holds no images: remove it"),
     ],
 )
 def test_a_class_without_images(tmp_path, name, message):
@@ -362,7 +362,7 @@ BAD_MANIFESTS = {
     "two spellings of a split": (
         "m.csv",
         "image,label,split\na.jpg,x,train\na.jpg,x,Train \n",
-        r"line 2: the splits 'Train ' and 'train' differ only in capitals",
+        r"line 2: the splits 'Train' and 'train' differ only in capitals",
     ),
     "fraction": (
         "m.jsonl",
@@ -396,6 +396,11 @@ BAD_MANIFESTS = {
         r"line 1 has the columns",
     ),
     "deep": ("m.jsonl", "[" * 100_000, r"line 1: not JSON"),
+    "labels in an object": (
+        "m.jsonl",
+        '{"image": "a.jpg", "labels": {"x": 1}}',
+        r"line 1: the label {'x': 1} is neither",
+    ),
     "many digits": ("m.jsonl", "1" * 5000, r"line 1: not JSON"),
 }
 # Those whose message does not begin with a line.

@@ -79,9 +79,11 @@ def test_images_in_a_plain_column(kind, name, tmp_path):
     assert pairs(tmp_path) == named("012")
 
 
-def test_several_labels(tmp_path):
-    schema = hub_schema(label=pa.list_(pa.int64()))
-    labels = [[0, 2], [], [1], None, [-1]]
+@pytest.mark.parametrize("kind", [pa.int64(), pa.uint8()])
+def test_several_labels(kind, tmp_path):
+    schema = hub_schema(label=pa.list_(kind))
+    ignored = [-1 if kind == pa.int64() else None]
+    labels = [[0, 2], [], [1], None, ignored]
     file = write_parquet(tmp_path / "x.parquet", rows(labels), schema, 2)
     info = data.describe(config(file))
     assert (info.num_classes, info.multilabel) == (3, True)
@@ -193,7 +195,7 @@ WRONG = {
     ),
     "a file missing": (
         lambda p: write_parquet(p / "train-00000-of-00002.parquet", rows([0])).parent,
-        r"holds 1 shards .* there are 2",
+        r"data set holds 1 shards .* there are 2",
     ),
     "nothing there": (lambda p: (p / "a.txt").write_text("") or p, r"has no .parquet files"),
 }  # fmt: skip
@@ -228,7 +230,7 @@ configs:
 - config_name: small
   data_files:
   - {split: train, path: data/a*.parquet}
-  - {split: validation, path: [data/b0.parquet]}
+  - {split: validation, path: [data/b0.parquet, 0]}
 - config_name: large
   data_files: data/*.parquet
 license: mit

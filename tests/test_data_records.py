@@ -614,6 +614,26 @@ def test_unknown_format(written, tmp_path):
         write_records.write(written["photos"], str(tmp_path), format="csv")
 
 
+@pytest.mark.parametrize(
+    ("source", "split", "message"),
+    [
+        (
+            "photos",
+            "nope",
+            r"the split 'nope' is asked for, but .* has \['test', 'train'\]",
+        ),
+        (
+            "synthetic:",
+            "",
+            "'synthetic' makes its images while .*: there are none to read",
+        ),
+    ],
+)
+def test_what_cannot_be_written(written, tmp_path, source, split, message):
+    with pytest.raises(UserError, match=message):
+        write_records.write(written.get(source, source), str(tmp_path), split=split)
+
+
 @pytest.mark.heavy
 def test_cifar_and_mnist_as_folders_and_as_records(shared, tmp_path):
     """A sample of both sets, as they come and rewritten: the same labels per epoch."""

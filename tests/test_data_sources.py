@@ -94,6 +94,36 @@ def test_jsonl_manifest_with_numbers(tmp_path):
     assert data.describe(cfg) == data.DataInfo(2, ("0", "1"), 8, 2, False)
 
 
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("Train", "Test"), ("training", "validation"), ("train ", "val")],
+)
+def test_splits_of_a_table_are_found_as_those_of_folders(tmp_path, train, test):
+    rows = ["image,label,split"]
+    for i in range(6):
+        (tmp_path / f"{i}.jpg").write_bytes(encoded(picture(i)))
+        rows.append(f"{i}.jpg,{'ab'[i % 2]},{test if i < 2 else train}")
+    (tmp_path / "set.csv").write_text("\n".join(rows))
+    cfg = DataConfig(source="folder", path=str(tmp_path / "set.csv"))
+    assert data.describe(cfg) == data.DataInfo(2, ("a", "b"), 4, 2, False)
+
+
+def test_class_and_split_0_of_a_jsonl_table(tmp_path):
+    """Are no missing ones."""
+    lines = []
+    for i in range(4):
+        (tmp_path / f"{i}.jpg").write_bytes(encoded(picture(i)))
+        row = {"image": f"{i}.jpg", "labels": i % 2, "split": i // 2}
+        lines.append(json.dumps(row))
+    (tmp_path / "set.jsonl").write_text("\n".join(lines))
+    cfg = DataConfig(
+        source="folder", path=str(tmp_path / "set.jsonl"), image_size=8,
+        train_split="0", test_split="1",
+    )  # fmt: skip
+    (batch,) = data.eval_batches(cfg, batch=2)
+    np.testing.assert_array_equal(batch["label"], [[1, 0], [0, 1]])
+
+
 def test_test_labels_in_a_text_file(tmp_path):
     write_folder(tmp_path, {"cat": 2, "dog": 2}, ("train",))
     (tmp_path / "val").mkdir()
@@ -106,6 +136,9 @@ def test_test_labels_in_a_text_file(tmp_path):
     assert data.describe(cfg).num_test == 3
     batch = next(data.eval_batches(cfg, batch=3))
     np.testing.assert_array_equal(batch["label"], [1, 0, 0])
+    (tmp_path / "val.txt").write_text("a caption" * 999)
+    with pytest.raises(UserError, match=r"line 1: 'a caption.* is not of the form"):
+        data.describe(cfg)
 
 
 def test_subset_and_holdout():
@@ -203,6 +236,10 @@ def test_labels_out_of_range_are_refused(tmp_path):
     ("changes", "message"),
     [
         ({"subset": 1e6}, r"data.subset is 1000000.0"),
+        (
+            {"subset": 1e-6},
+            r"config.data.subset is 1e-06, which makes 0 examples of 1438",
+        ),
         ({"holdout": 1.5}, r"data.holdout between 0 and 1"),
         ({"num_classes": 3}, r"data.num_classes is 3, but digits has 10"),
     ],

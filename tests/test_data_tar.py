@@ -79,6 +79,13 @@ def test_images_meet_the_labels_of_their_keys(tmp_path):
     assert split.name_of(5) == f"{tmp_path}/train-001.tar, {long}é.jpg"
 
 
+def test_what_is_no_label_matters_only_where_no_other_counts(tmp_path):
+    """Captions may be empty or anything, and so may be the text of no image."""
+    members = {"README.txt": b"\xe9", "a.jpg": IMAGES[0], "a.cls": b"0"}
+    members |= {"a.json": b"[1]", "a.txt": b""}
+    assert pairs(write_tar(tmp_path / "x.tar", members)) == [(IMAGES[0], "0")]
+
+
 def test_members_out_of_order_are_said(tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     members = {"a.jpg": IMAGES[0], "b.jpg": IMAGES[1], "a.cls": b"0", "b.cls": b"1"}
@@ -134,9 +141,9 @@ WRONG = {
         of({"c.jpg": IMAGES[2], "c.json": b'{"label": [1, 2]}'}),
         r"c.json: the label \[1, 2\] is neither",
     ),
-    "broken json": (of({"c.json": b"{"}), r"c.json cannot be read"),
-    "bytes for a label": (of({"c.cls": b"\xff"}), r"c.cls cannot be read"),
-    "endless label": (of({"c.txt": b"x" * 2**21}), r"2,097,152 bytes is too long"),
+    "broken json": (of({"c.jpg": IMAGES[2], "c.json": b"{"}), r"c.json cannot be read"),
+    "bytes for a label": (of({"b.cls": b"\xff"}), r"b.cls cannot be read"),
+    "endless label": (of({"b.cls": b"x" * 2**21}), r"2,097,152 bytes is too long"),
     "two images": (of({"a.png": IMAGES[2]}), r"'a.jpg' and 'a.png', of the same key"),
     "negative": (of({"b.cls": b"-3"}), r"b.jpg: label -3 is out of range"),
     "half a member": (lambda p: cut(of({})(p), 900), r"x.tar is cut short: 'a.jpg' ends"),

@@ -236,6 +236,15 @@ def test_crops_of_more_than_there_is_are_refused(op, noise):
         )
 
 
+def test_a_line_of_pixels_does_not_become_gigabytes():
+    line = tf.zeros((1, 2000, 3), tf.uint8)
+    assert transforms.resize_small(line, None, size=100).shape == (100, 200_000, 3)
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match="resize_small: too narrow"
+    ):
+        transforms.resize_small(line, None, size=200)
+
+
 def test_fused_decoding_equals_decoding_and_cutting():
     data = tf.constant(encoded(picture(0, 120, 160)))
     window = tf.constant([16, 32, 64, 48])

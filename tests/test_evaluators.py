@@ -271,6 +271,7 @@ def test_bad_entries_are_refused_before_the_first_evaluation(entries, message):
         ("knn", {"k": (100,)}, "k is .100,.: choose at most the 37 training examples"),
         ("knn", {"train_split": "several"}, "several labels per image"),
         ("per_class", {"split": "several"}, "several"),
+        ("per_class", {"split": "unknown"}, "no example .* has a label"),
         ("knn", {"train_split": "empty"}, "has no examples"),
     ],
 )  # fmt: skip
@@ -278,9 +279,36 @@ def test_bad_input_has_one_message(name, options, message):
     splits = {
         "train": (X, Y), "test": (X, Y), "empty": (X[:0], Y[:0]),
         "unlabelled": (X, np.zeros((37, K))), "several": (X, EYE[Y]),
+        "unknown": (X, np.full(37, -1)),
     }  # fmt: skip
     with pytest.raises(UserError, match=message):
         EVALUATORS[name].measure(context(splits, EYE), **options)
+
+
+def test_a_test_split_without_labels_has_no_accuracy_of_features(monkeypatch):
+    fake = context({"train": (X, Y), "test": (X, Y)}, EYE)
+    read = type(fake.predictor).batches
+
+    def batches(self, cfg, split, batch):
+        for found in read(self, cfg, split, batch):
+            yield found | {"mask": found["mask"] * (split == "train")}
+
+    monkeypatch.setattr(type(fake.predictor), "batches", batches)
+    with pytest.raises(
+        UserError, match="no example of the split 'test' .* has a label"
+    ):
+        EVALUATORS["knn"].measure(fake, k=(3,))
+
+
+@pytest.mark.parametrize("name", ["accuracy", "per_class", "real"])
+def test_classes_in_another_order_are_refused(named, name):
+    """Also of the data that only an evaluator reads."""
+    named(classes=("b", "a"))
+    fake = context({"test": (X, Y % 2)}, EYE[:, :2], class_names=("a", "b"))
+    with pytest.raises(
+        UserError, match="another order: class 0 is 'b' there and 'a' in"
+    ):
+        EVALUATORS[name].measure(fake, data={"path": "other"})
 
 
 @pytest.mark.heavy
@@ -532,6 +560,16 @@ def test_bad_label_maps(tmp_path, named, name, option, value, message):
     path = write(tmp_path / "map.json", value)
     with pytest.raises(UserError, match=message):
         EVALUATORS[name].measure(fake, **{option: path})
+
+
+def test_several_labels_are_no_class_of_a_label_map(tmp_path, named):
+    named()
+    fake = context({"test": (X, EYE[Y])}, EYE)
+    with pytest.raises(UserError, match="imagenet_v2 counts one label per image"):
+        EVALUATORS["imagenet_v2"].measure(fake)
+    path = write(tmp_path / "map.json", {"class1": [1]})
+    with pytest.raises(UserError, match="objectnet counts one label per image"):
+        EVALUATORS["objectnet"].measure(fake, mapping=path)
 
 
 def test_unreadable_label_maps(tmp_path, named):

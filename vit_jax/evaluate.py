@@ -101,12 +101,6 @@ def _class_names(
 ) -> tuple[str, ...]:
     """Names of the model's outputs: its own, else those of the data if there are as
     many."""
-    if own and own != of_data and sorted(own) == sorted(of_data):
-        i = next(i for i, (a, b) in enumerate(zip(own, of_data, strict=True)) if a != b)
-        raise UserError(
-            f"the data set has the classes of the checkpoint in another order: class {i} is "
-            f"{of_data[i]!r} there and {own[i]!r} in the checkpoint, so no number would be right"
-        )
     if own:
         return own
     return of_data if len(of_data) == count else tuple(map(str, range(count)))

@@ -228,10 +228,10 @@ def subset(cfg: DataConfig, split: Split) -> np.ndarray:
     and independent of the seed of the run."""
     total = len(split)
     count = round(cfg.subset * total) if cfg.subset < 1 else int(cfg.subset)
-    if cfg.subset < 0 or not 0 < count <= total:
+    if not 0 < count <= total:
         raise UserError(
-            f"data.subset is {cfg.subset}: it must be a share below 1 or a number of "
-            f"examples up to {total}"
+            f"config.data.subset is {cfg.subset}, which makes {count} examples of {total}: "
+            "set it to a share below 1 or a number of examples that there are"
         )
     if not cfg.subset_balanced:
         return np.sort(order.permutation(np.arange(count), total, _FIXED))

@@ -239,11 +239,12 @@ def _images(
         images = [f for f, s in zip(found, suffixes, strict=True) if s in EXTENSIONS]
         kinds.update(suffixes)
         if not images:
-            others = _counted(collections.Counter(suffixes))
+            others, rest = _counted(collections.Counter(suffixes)), ": "
+            if others:
+                rest = f", only {others}: convert them to one of the extensions "
+                rest += f"{', '.join(EXTENSIONS)}, or "
             raise UserError(
-                f"class folder {root / name} holds no images"
-                + (f", only {others}: convert them to one of " if others else " with ")
-                + f"the extensions {', '.join(EXTENSIONS)}, or remove it"
+                f"class folder {root / name} holds no images{rest}remove it"
             )
         paths += images
         labels += [indices[name]] * len(images)

@@ -151,7 +151,7 @@ def _patterns(config: Mapping[str, Any]) -> dict[str, list[str]]:
     files = config.get("data_files") or ()
     if isinstance(files, str) or (files and isinstance(files[0], str)):
         files = [{"split": splits.TRAIN[0], "path": files}]
-    listed = lambda path: [path] if isinstance(path, str) else list(path)
+    listed = lambda path: [path] if isinstance(path, str) else [*map(str, path)]
     return {str(f["split"]): listed(f["path"]) for f in files}
 
 

@@ -67,19 +67,19 @@ def load(cfg: DataConfig, file: Path) -> Dataset:
     _check_splits(file, parts)
 
     def part(knob: str, name: str) -> Split:
-        if name not in parts:
-            if "" in parts:
-                raise UserError(
-                    f"config.data.{knob} is {name!r}, but {file} has no column 'split'"
-                )
+        found = splits.meant(name, parts)
+        if not found and "" in parts:
+            wish = splits.wish(knob, name)
+            raise UserError(f"{wish}, but {file} has no column 'split'")
+        if not found:
             raise splits.missing(knob, name, file, sorted(parts))
-        return labelled(parts[name], indices, file)
+        return labelled(parts[found[0]], indices, file)
 
     is_default = cfg.train_split == DataConfig.train_split
     train_name = "" if is_default and "" in parts else cfg.train_split
     test_name = cfg.test_split
     if test_name == DataConfig.test_split:
-        test_name = next((n for n in splits.TEST if n in parts), "")
+        test_name = next(iter(splits.meant(test_name, parts)), "")
     train = part("train_split", train_name)
     test = part("test_split", test_name) if test_name else None
     _report(file, parts, indices)
@@ -108,7 +108,7 @@ def read_list(file: Path, places: Sequence[Path]) -> list[Line]:
             continue
         where = f"{file}, line {number}"
         for path, label in _readings(text.strip()):
-            image = next((p for p in (d / path for d in places) if p.is_file()), None)
+            image = next(filter(os.path.isfile, (d / path for d in places)), None)
             if image is not None:
                 found.append(Line(str(image), (classes.nfc(label),), where))
                 break
@@ -245,8 +245,8 @@ def _line(row: dict[str, Any], file: Path, where: str) -> Line:
     value = row[column]
     if isinstance(value, list):
         labels = value
-    elif column == "labels":
-        labels = [v for v in str(value or "").split("|") if v.strip()]
+    elif column == "labels" and isinstance(value, str | None):
+        labels = [v for v in (value or "").split("|") if v.strip()]
     else:
         labels = [value]
     return Line(
@@ -254,7 +254,7 @@ def _line(row: dict[str, Any], file: Path, where: str) -> Line:
         tuple(classes.text(v, where) for v in labels),
         where,
         column == "labels" or isinstance(value, list),
-        str(row.get("split") or ""),
+        "" if row.get("split") is None else str(row["split"]).strip(),
     )
 
 
@@ -273,10 +273,10 @@ def _check_splits(file: Path, parts: Mapping[str, list[Line]]) -> None:
         )
     seen: dict[str, str] = {}
     for name in sorted(parts):
-        if (other := seen.setdefault(splits.plain(name.strip()), name)) != name:
+        if (other := seen.setdefault(splits.plain(name), name)) != name:
             raise UserError(
                 f"{parts[name][0].where}: the splits {other!r} and {name!r} differ only "
-                "in capitals or spaces: write them alike"
+                "in capitals: write them alike"
             )
 
 

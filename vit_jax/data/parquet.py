@@ -241,7 +241,7 @@ def _look(
     if columns.several:
         lists = [[IGNORED] if x is None else x for x in labels.to_pylist()]
         counts = np.array([len(x) for x in lists], np.int64)
-        labels = pa.array([v for x in lists for v in x], labels.type.value_type)
+        labels = pa.array([v for x in lists for v in x], pa.int64())
     if pa.types.is_dictionary(labels.type):
         labels = labels.dictionary_decode()
     if not pa.types.is_integer(labels.type):

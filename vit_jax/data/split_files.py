@@ -113,7 +113,7 @@ def check_whole(files: Sequence[str], total: re.Pattern[str] = _OF) -> None:
     totals = {int(m[1]) for f in files if (m := total.search(os.path.basename(f)))}
     if totals and totals != {len(files)}:
         raise UserError(
-            f"{os.path.dirname(files[0])} holds {len(files)} shards such as "
+            f"{os.path.dirname(files[0]) or 'the data set'} holds {len(files)} shards such as "
             f"{os.path.basename(files[0])}, but their names say that there are "
             f"{' or '.join(str(t) for t in sorted(totals))}: copy those that are "
             "missing, or remove what is left of another set"

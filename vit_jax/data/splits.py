@@ -38,14 +38,22 @@ def with_test(cfg: DataConfig, train: Split, test: Split | None) -> tuple[Split,
 
 
 def missing(knob: str, name: str, where: object, have: Sequence[str]) -> UserError:
-    """``config.data.KNOB`` names a split that there is not."""
+    """``knob`` names a split that there is not."""
     rest = ""
-    if knob in ("train_split", "test_split"):
+    if knob in _KNOBS:
         default = getattr(DataConfig, knob)
         rest = f"; only the default, {default!r}, stands for whichever there is"
-    return UserError(
-        f"config.data.{knob} is {name!r}, but {where} has {some(have)}{rest}"
-    )
+    return UserError(f"{wish(knob, name)}, but {where} has {some(have)}{rest}")
+
+
+def wish(knob: str, name: str) -> str:
+    """For messages: what asks for a split; not only the config does."""
+    if knob in _KNOBS:
+        return f"config.data.{knob} is {name!r}"
+    return f"the split {name!r} is asked for"
+
+
+_KNOBS = ("train_split", "test_split")
 
 
 def some(names: Sequence[str]) -> str:

@@ -182,7 +182,8 @@ def webdataset(
       UserError: an image has no label or two, or a label several images.
     """
     seen: dict[tuple[str, str], Member] = {}  # (key, "" of the image or ending)
-    labels: dict[tuple[str, str], str] = {}
+    # Why one cannot be read matters only where none counts before it.
+    labels: dict[tuple[str, str], str | UserError] = {}
     last, apart = "", []
     for member in found:
         name = member[0]
@@ -200,7 +201,11 @@ def webdataset(
             apart.append(key)
         seen[key, what], last = member, key
         if what:
-            label = _label(what, _content(file, stream, *member[1:]), f"{file}, {name}")
+            try:
+                content = _content(file, stream, *member[1:])
+                label = _label(what, content, f"{file}, {name}")
+            except UserError as e:
+                label = e
             labels.update({(key, what): label} if label else {})
     if apart:
         log.warning(
@@ -219,7 +224,10 @@ def webdataset(
             '.cls, .txt or .json (with "label" or "cls") and holds its class'
         )
     for key, member in images.items():
-        yield *member, next(labels[key, w] for w in LABELS if (key, w) in labels)
+        label = next(labels[key, w] for w in LABELS if (key, w) in labels)
+        if isinstance(label, UserError):
+            raise label
+        yield *member, label
 
 
 def archive(

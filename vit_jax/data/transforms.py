@@ -31,6 +31,8 @@ Method = Literal[
 Shares = tuple[Annotated[float, Range(0, 1, above=True)], Share]  # (lowest, highest)
 Ratios = tuple[Above0, Above0]  # (lowest, highest) width / height
 
+_LARGEST = 2**25  # pixels, which take half a gigabyte
+
 DEFAULT_TRAIN = ({"op": "inception_crop"}, {"op": "flip"})
 DEFAULT_EVAL = ({"op": "resize"},)
 
@@ -114,7 +116,8 @@ def resize_small(
     method: Method = "area",
     antialias: bool = False,
 ) -> Image:
-    """Resized so that the shorter side has ``size`` pixels; aspect ratio kept."""
+    """Resized so that the shorter side has ``size`` pixels; aspect ratio kept. An image
+    so narrow that it would get more than ``_LARGEST`` pixels counts as unreadable."""
     del seed
     image = decode(image)
     height, width = tf.shape(image)[0], tf.shape(image)[1]
@@ -125,9 +128,11 @@ def resize_small(
             size, tf.cast(tf.round(tf.cast(side, tf.float32) * factor), tf.int32)
         )
 
-    return resize_to(
-        image, (scaled(height), scaled(width)), method=method, antialias=antialias
-    )
+    sides = scaled(height), scaled(width)
+    few = tf.reduce_prod(tf.cast(sides, tf.int64)) <= _LARGEST
+    check = tf.debugging.Assert(few, ["resize_small: too narrow, it would get", *sides])
+    with tf.control_dependencies([check]):
+        return resize_to(image, sides, method=method, antialias=antialias)
 
 
 def random_crop(image: Image, seed: Seed, *, size: Positive) -> Image:

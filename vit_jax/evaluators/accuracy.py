@@ -38,11 +38,24 @@ def classified(context: Context, data: Mapping[str, Any] | None) -> DataConfig:
     classes.
 
     Raises:
-      UserError: the model has no classes, or another number of them.
+      UserError: the model has no classes, another number of them, or another order.
     """
     config = context.data(data)
     check_classes(context, config)
+    check_order(context, config)
     return config
+
+
+def check_order(context: Context, data: DataConfig) -> None:
+    """Raises UserError where the data has the names of the outputs in another order."""
+    own, of_data = context.class_names, context.describe(data).class_names
+    if own != of_data and sorted(own) == sorted(of_data):
+        i = next(i for i, (a, b) in enumerate(zip(own, of_data, strict=True)) if a != b)
+        raise UserError(
+            f"the data set {name_of(data)!r} has the classes of the model in another order: "
+            f"class {i} is {of_data[i]!r} there and {own[i]!r} in the model, so no number "
+            "would be right"
+        )
 
 
 def check_classes(context: Context, data: DataConfig) -> None:
@@ -61,6 +74,15 @@ def check_classes(context: Context, data: DataConfig) -> None:
         raise UserError(
             f"the data set {name_of(data)!r} has {count} classes and the model {outputs}: choose "
             "the evaluators 'fewshot', 'knn' or 'linear_probe', which bring their own classifier"
+        )
+
+
+def check_single(label: jax.Array, evaluator: str) -> None:
+    """Raises UserError where images have several labels."""
+    if label.ndim != 1:
+        raise UserError(
+            f"{evaluator} counts one label per image, but the data has several: use the "
+            "evaluator 'accuracy'"
         )
 
 

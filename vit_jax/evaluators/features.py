@@ -100,6 +100,11 @@ def score(
 
     sums = context.sum(step, data, split, output="pre_logits")
     count = int(sums.pop("count"))
+    if not count:
+        raise UserError(
+            f"no example of the split {split!r} of {name_of(data)!r} has a label, so "
+            "there is no accuracy"
+        )
     return {n: np.float64(v) / count for n, v in sums.items()}, count
 
 

@@ -22,6 +22,8 @@ from vit_jax.data import sources
 from vit_jax.errors import UserError
 from vit_jax.evaluators.accuracy import (
     check_classes,
+    check_order,
+    check_single,
     hits,
     labelled,
     likeliest,
@@ -58,6 +60,7 @@ def real(
       UserError: the file has not one list per image, or names a class the model lacks.
     """
     config = context.data(data)
+    check_order(context, config)
     k = len(context.class_names)
     files = _file_names(config, split)
     lists = _by_position(labels, files, name_of(config), context.class_names)
@@ -166,6 +169,7 @@ def _real(
 def _one_to_one_sums(
     logits: jax.Array, label: jax.Array, mask: jax.Array, *, to_model: jax.Array
 ) -> dict[str, jax.Array]:
+    check_single(label, "imagenet_v2")
     label = jnp.where(label < 0, -1, to_model[label])
     return top_sums(hits(likeliest(logits), label), labelled(label, mask))
 
@@ -180,6 +184,7 @@ def _many_to_one_sums(
     restrict: bool,
 ) -> dict[str, jax.Array]:
     """``to_set`` (K,): class of the test set for each class of the model, or -1."""
+    check_single(label, "objectnet")
     if restrict:
         logits = jnp.where((to_set < 0)[None], -jnp.inf, logits)
     known = (to_set[None] == label[:, None]).any(1)

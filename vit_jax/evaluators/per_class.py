@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.errors import UserError
-from vit_jax.evaluators.accuracy import classified, labelled
+from vit_jax.evaluators.accuracy import check_single, classified, labelled
 from vit_jax.evaluators.context import Context
 
 # A confusion matrix of 21,843 classes would take 2 GB.
@@ -40,16 +40,14 @@ def per_class(
     def step(
         logits: jax.Array, label: jax.Array, mask: jax.Array
     ) -> dict[str, jax.Array]:
-        if label.ndim != 1:
-            raise UserError(
-                "per_class counts one label per image, but the data has several: use the "
-                "evaluator 'accuracy'"
-            )
+        check_single(label, "per_class")
         return {"confusion": count_confusion(logits, label, mask)}
 
     matrix = np.asarray(context.sum(step, config, split)["confusion"], np.int64)
     count = matrix.sum(1)
     has = count > 0
+    if not has.any():
+        raise UserError("no example of the evaluated split has a label to count")
     accuracy = np.diag(matrix)[has] / count[has]
     table = {
         names[c]: {"accuracy": matrix[c, c] / count[c], "count": int(count[c])}
