@@ -295,7 +295,7 @@ def test_a_test_split_without_labels_has_no_accuracy_of_features(monkeypatch):
 
     monkeypatch.setattr(type(fake.predictor), "batches", batches)
     with pytest.raises(
-        UserError, match="no example of the split 'test' .* has a label"
+        UserError, match=r"no example of the split 'test' .* has a label"
     ):
         EVALUATORS["knn"].measure(fake, k=(3,))
 
@@ -570,6 +570,15 @@ def test_several_labels_are_no_class_of_a_label_map(tmp_path, named):
     path = write(tmp_path / "map.json", {"class1": [1]})
     with pytest.raises(UserError, match="objectnet counts one label per image"):
         EVALUATORS["objectnet"].measure(fake, mapping=path)
+
+
+@pytest.mark.parametrize("labels", [{"1.png": [1]}, [[1]] * 37])
+def test_real_labels_of_images_of_the_same_name(tmp_path, named, labels):
+    named(["1.png"] * 37)
+    fake = context({"test": (X, Y)}, EYE)
+    path = write(tmp_path / "real.json", labels)
+    with pytest.raises(UserError, match=r"several images called '1.png'"):
+        EVALUATORS["real"].measure(fake, labels=path)
 
 
 def test_unreadable_label_maps(tmp_path, named):

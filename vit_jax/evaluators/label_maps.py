@@ -6,6 +6,7 @@ B batch, K classes of the model, C classes of the test set. All of them take a f
 says what the labels mean; nothing is downloaded.
 """
 
+import collections
 import functools
 import json
 import os
@@ -209,6 +210,12 @@ def _by_position(
 ) -> list[list[int]]:
     """The labels of each example, as classes of the model."""
     labels = _read_json(path)
+    twice = [n for n, count in collections.Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(
+            f"{where!r} has several images called {twice[0]!r}: which labels of {path} are "
+            "whose cannot be told"
+        )
     if isinstance(labels, dict):
         missing = [n for n in names if n not in labels]
         if missing:
