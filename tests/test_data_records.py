@@ -625,7 +625,7 @@ def test_unknown_format(written, tmp_path):
         (
             "synthetic:",
             "",
-            "'synthetic' makes its images while .*: there are none to read",
+            "'synthetic' are made while .*: there are none to read",
         ),
     ],
 )

@@ -109,7 +109,7 @@ def _is_list(file: Path) -> bool:
 def solution(file: Path, folder: Path) -> list[tuple[str, str, str]]:
     """(image, WordNet number, where it stands) of the lines of LOC_val_solution.csv."""
     try:
-        with open(file, newline="", encoding="utf-8") as stream:
+        with open(file, newline="", encoding="utf-8-sig") as stream:
             rows = list(csv.DictReader(stream))
         return [
             (
@@ -142,7 +142,7 @@ def named(classes: Sequence[str], folder: Path) -> tuple[str, ...]:
     file = next((f for n in _NAMES if (f := _above(folder, n))), None)
     if file is None:
         return tuple(classes)
-    text = file.read_text(encoding="utf-8", errors="replace")
+    text = file.read_text(encoding="utf-8-sig", errors="replace")
     lines = [line.split(None, 1) for line in text.splitlines()]
     words = {line[0]: line[1].strip() for line in lines if len(line) == 2}
     return class_names(classes, words)

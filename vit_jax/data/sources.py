@@ -51,10 +51,19 @@ def load(cfg: DataConfig) -> Dataset:
 
 def named(place: str, **options: Any) -> DataConfig | None:
     """What "KIND:PATH" names, such as ``tar:shards/`` or ``tfds:cifar10``; None where it
-    is not of that form."""
+    is not of that form.
+
+    Raises:
+      UserError: the source has no images that could be read.
+    """
     kind, _, rest = place.partition(":")
     if kind not in SOURCES:
         return None
+    if kind == "synthetic":
+        raise UserError(
+            "the images of 'synthetic' are made while a model is trained or evaluated: "
+            "there are none to read"
+        )
     where = "name" if kind == "tfds" else "path"
     found: dict[str, Any] = {"source": kind, where: rest, **options}
     return DataConfig(**found)
