@@ -255,6 +255,14 @@ def test_configurations(tmp_path):
     info = data.describe(config(tmp_path, name="small", test_split="test"))
     assert (info.num_train, info.num_test) == (2, 1)
     assert data.describe(config(tmp_path, name="large")).num_train == 3
+    for pattern in ("./data/a*.parquet", "**/data/a*.parquet"):
+        found = CONFIGS.replace("data/a*.parquet", f'"{pattern}"')
+        (tmp_path / "README.md").write_text(found)
+        assert data.describe(config(tmp_path, name="small")).num_train == 2
+    found = CONFIGS.replace("small", "small\n  default: true")
+    (tmp_path / "README.md").write_text(found)
+    for name in ("small", "default"):
+        assert data.describe(config(tmp_path, name=name)).num_train == 2
     with pytest.raises(UserError, match=r"config.data.name.*'smal'"):
         data.describe(config(tmp_path, name="smal"))
     (tmp_path / "README.md").write_text("---\nconfigs: {\n---")

@@ -156,7 +156,7 @@ class DataConfig:
     # config.pretrained names has it.
     image_size: Count = 224
     # A sub-folder, a value of the column "split", or a split expression of tfds. Sub-folders
-    # are also found as Train/ or imagenet_train/.
+    # are also found as Train/ or imagenet_train/, values as Train or training.
     train_split: str = "train"
     # "test" falls back to "val" or "validation", then to the held-out share below; "": that
     # share. folder: also a text file of lines "image label", such as "val.txt".

@@ -128,22 +128,30 @@ def _described(readme: str, names: Sequence[str]) -> dict[str, dict[str, list[st
     match = re.match(r"---\r?\n(.*?)\r?\n---", readme, re.DOTALL)
     try:
         about = yaml.safe_load(match[1]) if match else {}
-        configs = {
-            "default" if c.get("default") else str(c["config_name"]): _patterns(c)
-            for c in about.get("configs") or ()
-        }
+        listed = about.get("configs") or ()
+        configs = {str(c["config_name"]): _patterns(c) for c in listed}
+        default = next((c for c in listed if c.get("default")), None)
+        configs |= {"default": _patterns(default)} if default else {}
     except (yaml.YAMLError, AttributeError, KeyError, TypeError) as e:
         log.warning("the README.md cannot be understood: %s", type(e).__name__)
         return {}
     found = {
         config: {
-            split: [n for n in names if any(fnmatch.fnmatch(n, p) for p in patterns)]
+            split: [n for n in names if any(_matches(n, p) for p in patterns)]
             for split, patterns in of_splits.items()
         }
         for config, of_splits in configs.items()
     }
     whole = {c: {s: f for s, f in found[c].items() if f} for c in found}
     return {c: of_splits for c, of_splits in whole.items() if of_splits}
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """As on the Hub, where "**/" also stands for no folder."""
+    pattern = pattern.removeprefix("./")
+    return fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(
+        name, pattern.replace("**/", "")
+    )
 
 
 def _patterns(config: Mapping[str, Any]) -> dict[str, list[str]]:
