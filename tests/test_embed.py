@@ -11,7 +11,7 @@ from data_files import write_folder, write_parquets, write_tars
 from PIL import Image
 from weights_files import small_model
 
-from vit_jax import embed, models, weights
+from vit_jax import embed, models, photos, weights
 from vit_jax.config import DataConfig
 from vit_jax.data import sources, write_records
 from vit_jax.errors import UserError
@@ -220,3 +220,21 @@ def test_sources_of_data_give_the_vectors_of_their_images(
                 np.testing.assert_allclose(vector, expected[content], atol=1e-5)
     with pytest.raises(UserError, match=r"'tset'"):
         embed.embed(checkpoint[0], [f"tar:{places['tar']}"], "y.npz", split="tset")
+
+
+def test_splits_of_sources(tmp_path):
+    """Also of a set that has no training images, or no files."""
+    names = lambda place, split: photos.OfDatasets([place], split).names
+    folder = write_folder(tmp_path / "photos", {"a": 3, "b": 2}, ("val",))
+    tars = write_tars(folder, tmp_path / "tar")
+    for place in (f"folder:{folder}", f"tar:{tars}"):
+        assert len(names(place, "val")) == len(names(place, "test")) == 5
+    with pytest.raises(UserError, match=r"is 'train', but \S+ has \['val'\]$"):
+        names(f"tar:{tars}", "train")
+    train, test = (set(names("digits:", split)) for split in ("train", "test"))
+    assert train.isdisjoint(test)
+    assert len(train | test) == 1797
+    with pytest.raises(UserError, match="unknown split 'val'"):
+        names("digits:", "val")
+    with pytest.raises(UserError, match="synthetic images are for training only"):
+        names("synthetic:", "train")

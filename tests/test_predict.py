@@ -184,10 +184,23 @@ def test_a_folder_is_listed_as_for_training(images, tmp_path, monkeypatch):
         photos.find([str(folder)])
 
 
+def test_lists(images, tmp_path):
+    """With the mark that some editors begin a file with; within each other, but not in a
+    circle."""
+    (tmp_path / "x.txt").write_text(f"{images / 'a.png'}\r\ny.txt\r\n", "utf-8-sig")
+    (tmp_path / "y.txt").write_text("b.png")
+    found = [str(images / "a.png"), str(tmp_path / "b.png")]
+    assert photos.find([str(tmp_path / "x.txt")]) == found
+    (tmp_path / "y.txt").write_text("x.txt\nx.txt")
+    with pytest.raises(UserError, match=r"list .*x.txt names itself"):
+        photos.find([str(tmp_path / "x.txt")])
+
+
 @pytest.fixture
 def server(images):
-    """Addresses on this machine: an image, a page, something huge and something slow, one
-    that sends elsewhere and one that writes to the terminal."""
+    """Addresses on this machine: an image with its type and without, a page, something
+    huge and something slow, one that sends elsewhere and one that writes to the terminal.
+    """
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -201,7 +214,8 @@ def server(images):
                 return
             kind = "text/html" if "page" in self.path else "image/png"
             self.send_response(200)
-            self.send_header("Content-Type", kind)
+            if "untyped" not in self.path:
+                self.send_header("Content-Type", kind)
             self.end_headers()
             with contextlib.suppress(OSError):
                 if "slow" in self.path:
@@ -232,16 +246,17 @@ def server(images):
 def test_addresses(checkpoint, images, server, monkeypatch):
     monkeypatch.setattr(photos, "PATIENCE", 0.5)
     monkeypatch.setattr(photos, "LARGEST", 5_000)
-    names = ("cat", "page", "huge", "slow", "away", "rude")
+    names = ("untyped", "cat", "page", "huge", "slow", "away", "rude")
     places = [f"{server}/{n}.png" for n in names]
     places += ["http://example.com/cat.jpg", "ftp://example.com/x"]
-    good, *bad = predict.predict(checkpoint[0], places)
+    untyped, good, *bad = predict.predict(checkpoint[0], places)
     (same,) = predict.predict(checkpoint[0], [str(images / "a.png")])
-    assert good["image"] == places[0]
+    assert untyped["top"] == good["top"]
+    assert good["image"] == places[1]
     assert good["top"][0]["class"] == same["top"][0]["class"]
     reasons = ("is a page (text/html)", "larger than", "too slow", "stays on https")
     reasons += (r"bad\x1b[2J news", "use https", "")
-    for place, result, reason in zip(places[1:], bad, reasons, strict=True):
+    for place, result, reason in zip(places[2:], bad, reasons, strict=True):
         assert result["image"] == place
         assert place in result["error"]
         assert reason in result["error"]

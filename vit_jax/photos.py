@@ -3,6 +3,7 @@
 order."""
 
 import collections
+import dataclasses
 import itertools
 import re
 import threading
@@ -27,16 +28,20 @@ LARGEST = 64 << 20
 THREADS = 4
 
 
-def find(places: Iterable[str], knob: str = "") -> list[str]:
+def find(
+    places: Iterable[str], knob: str = "", within: Sequence[Path] = ()
+) -> list[str]:
     """The images that ``places`` name, in order.
 
     Args:
       places: image files; folders, with all image files below them; ``.txt`` files with
         one of these per line, relative to their own folder; ``https://`` addresses.
       knob: what named them, for messages.
+      within: the lists that hold them.
 
     Raises:
-      UserError: there is no image at all, or a list or a folder cannot be read.
+      UserError: there is no image at all, a list or a folder cannot be read, or a list
+        leads back to itself.
     """
     places = list(places)
     found: list[str] = []
@@ -48,7 +53,9 @@ def find(places: Iterable[str], knob: str = "") -> list[str]:
             inside = folders.files(path)
             found += sorted(f for f in inside if f.lower().endswith(folders.EXTENSIONS))
         elif path.suffix == ".txt" and path.is_file():
-            found += find(_lines(path), knob)
+            if (file := path.resolve()) in within:
+                raise UserError(f"the list {path} names itself, or a list that does")
+            found += find(_lines(path), knob, (*within, file))
         else:  # where there is no such file, ``read`` says so
             found.append(str(path))
     if not found:
@@ -65,7 +72,7 @@ def is_address(place: str) -> bool:
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"the list {path} cannot be read as text: {e}") from e
     relative = lambda x: x if is_address(x) else str(path.parent / Path(x).expanduser())
@@ -127,13 +134,21 @@ class OfDatasets:
         self._held: dict[str, tuple[Split, int]] = {}
         files = []
         for place in places:
-            # A test split of its own, so that none is held out.
-            cfg = sources.named(place, test_split="train", access="random")
+            # It is the test split as well, so that none of it is held out.
+            cfg = sources.named(
+                place, train_split=split, test_split=split, access="random"
+            )
             if cfg is None:
                 files.append(place)
                 continue
+            if cfg.source == "tfds":
+                cfg = dataclasses.replace(cfg, train_split="train", test_split="train")
             dataset = sources.load(cfg)
-            found = dataset.splits(split) if dataset.splits else dataset.train
+            found = (
+                dataset.splits(split)
+                if dataset.splits
+                else sources.evaluation_split(cfg, dataset, split)
+            )
             names = [found.name_of(i) for i in range(len(found))]
             self._held.update((name, (found, i)) for i, name in enumerate(names))
             self.names += names
@@ -258,7 +273,8 @@ def _download(url: str) -> bytes:
 def _receive(url: str, address: str) -> bytes:
     request = urllib.request.Request(address, headers={"User-Agent": "vit_jax"})
     with fetch.opener(url).open(request, timeout=PATIENCE) as response:
-        kind = response.headers.get_content_type()
+        # Not ``get_content_type``, for which silence is text.
+        kind = response.headers.get("Content-Type", "").partition(";")[0].strip()
         if kind.startswith("text/"):
             raise UserError(f"{url} is a page ({kind}), not an image")
         content = response.read(LARGEST + 1)

@@ -40,8 +40,8 @@ def with_test(cfg: DataConfig, train: Split, test: Split | None) -> tuple[Split,
 def missing(knob: str, name: str, where: object, have: Sequence[str]) -> UserError:
     """``knob`` names a split that there is not."""
     rest = ""
-    if knob in _KNOBS:
-        default = getattr(DataConfig, knob)
+    default = getattr(DataConfig, knob, name)
+    if name != default:
         rest = f"; only the default, {default!r}, stands for whichever there is"
     return UserError(f"{wish(knob, name)}, but {where} has {some(have)}{rest}")
 
