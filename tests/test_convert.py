@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exports: names of the releases, the same bits on every way round, metadata."""
 
+import dataclasses
 import functools
 import json
 import subprocess
@@ -84,6 +85,14 @@ def test_there_and_back_through_timm(tmp_path, fields):
     same_bits(file, tmp_path / "end.npz")
     found = weights.read(tmp_path / "end.npz", layers=model.cfg.layers)
     assert found.cfg == model.cfg
+
+
+@pytest.mark.parametrize("mlp", ["swiglu", "geglu"])
+def test_gated_mlps_of_no_family_through_timm(tmp_path, mlp):
+    file, _, _ = start(tmp_path, mlp=mlp)
+    convert.convert(str(file), str(tmp_path / "m.safetensors"))
+    convert.convert(str(tmp_path / "m.safetensors"), str(tmp_path / "end.npz"))
+    same_bits(file, tmp_path / "end.npz")
 
 
 def test_official_loader_reads_it(tmp_path):
@@ -180,7 +189,8 @@ def test_workdir_to_npz(tmp_path):
 
     model, flat = small_model(layers="scan", dropout=0.1)
     cfg = Config(
-        model=model.cfg,
+        # The head reads the class token, which the switch may say as well.
+        model=dataclasses.replace(model.cfg, class_token=True),
         data=DataConfig(image_size=16, eval_transforms=NAMES.transforms),
     )
     workdir = tmp_path / "run"
@@ -309,6 +319,17 @@ def test_own_format_of_a_family(command, tmp_path, case, dest):
     assert all(any(t.endswith(name) for t in theirs) for name in ours)
     a, b = weights.read(source), weights.read(tmp_path / dest)
     assert a.cfg == b.cfg
+    a, b = fit.flatten(a.params), fit.flatten(b.params)
+    assert all(np.array_equal(a[name], b[name]) for name in a.keys() | b.keys())
+
+
+def test_a_family_in_the_names_of_timm(tmp_path):
+    """Whose arrays have other axes than the same ones of the family."""
+    source = f"{FAMILIES / 'orig_openai_clip_a' / 'model.safetensors'}:heads=3"
+    convert.convert(source, str(tmp_path / "x.safetensors"))
+    a, b = weights.read(source), weights.read(tmp_path / "x.safetensors")
+    assert a.cfg == b.cfg
+    assert a.metadata.transforms == b.metadata.transforms
     a, b = fit.flatten(a.params), fit.flatten(b.params)
     assert all(np.array_equal(a[name], b[name]) for name in a.keys() | b.keys())
 

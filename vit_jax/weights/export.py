@@ -109,10 +109,12 @@ class _Layout:
         flat: dict[str, np.ndarray],
         about: Metadata,
     ):
-        self.family, self.about = family, about
+        own = about.family == family.name
+        # Of another family only what has nothing to do with its names travels along.
+        travels = dataclasses.replace(about, arrays=(), family=family.name)
+        self.family, self.about = family, about if own else travels
         self.reasons: list[str] = []
         self.itself = False  # whether reading would find this family
-        own = about.family == family.name
         present = frozenset(about.arrays if own else _usual(family, cfg))
         if family.hub and family.hub.kinds[0] in ("vit", "deit"):
             # Their classes have a mask token only if the caller asks for it.
@@ -233,8 +235,6 @@ def _torch(
 def _write(path: Path, layout: _Layout) -> list[str]:
     """A folder, if the family is one of ``transformers`` or the path has no suffix."""
     family, about = layout.family, layout.about
-    if about.family != family.name:
-        about = dataclasses.replace(about, arrays=(), family=family.name)
     header, files, notes = {}, layout.files, []
     if not family.hub:
         stored = metadata.to_dict(layout.cfg, about)
@@ -300,6 +300,8 @@ def _gated(
     family: Family, names: dict[str, str], present: frozenset[str]
 ) -> dict[str, str]:
     """The spelling of a gated MLP: gate and value apart, or in one array."""
+    if "up" not in family.names:  # of parallel blocks, where none is gated
+        return names
     up, down = (family.names[role].split("|") for role in ("up", "down"))
     weights_in = [name for name in up if name.endswith("weights_in")]
     if weights_in and not present:

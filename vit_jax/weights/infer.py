@@ -166,8 +166,6 @@ def _normal(fields: dict[str, Any]) -> dict[str, Any]:
     fields = dict(fields)
     if all(x == 0.5 for x in (*fields["image_mean"], *fields["image_std"])):
         fields |= {"image_mean": (), "image_std": ()}
-    if fields["head"] in ("token", "token_gap", "masked_patch"):
-        fields["class_token"] = False
     if fields["map_heads"] == fields["heads"] or fields["head"] != "map":
         fields["map_heads"] = 0
     if fields["map_mlp_dim"] == fields["mlp_dim"]:
@@ -336,7 +334,10 @@ def _head(arrays: dict[str, Array], facts: Facts) -> None:
     head = facts.settle(
         "head", possible[0] if len(possible) == 1 else None, possible[0]
     )
-    facts.settle("class_token", "cls" in arrays and head in ("gap", "none", "map"))
+    if head in ("gap", "none", "map"):
+        facts.settle("class_token", "cls" in arrays)
+    else:  # it has the token, whatever the switch says
+        facts.settled["class_token"] = False
 
 
 def _positions(arrays: dict[str, Array], facts: Facts) -> None:
