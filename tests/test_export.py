@@ -29,6 +29,7 @@ MODELS = {
     "token": {},
     "map": {"head": "map"},
     "registers": {"registers": 3, "gelu": "exact"},
+    "axial": {"axial": True, "head": "gap"},
     "hybrid": {"resnet": (1, 1), "resnet_width": 1, "patch": 1, "image_size": (64, 64)},
 }
 TRANSFORMS = (

@@ -340,6 +340,18 @@ def test_any_size_and_number_of_channels():
     )
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"rope": "pe"}, {"rope": "dinov3"}, {"axial": True, "head": "gap"}],
+    ids=str,
+)
+def test_no_images_give_no_logits(fields):
+    model = tiny(**fields)
+    outputs = lambda x: model.apply(model.init(jax.random.key(0), x), x[:0])
+    shapes = jax.eval_shape(outputs, jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32))
+    assert shapes.shape == (0, TINY.num_classes)
+
+
 def test_images_that_do_not_fit_the_model(basic):
     model, params, _ = basic
     apply = lambda *shape: jax.eval_shape(

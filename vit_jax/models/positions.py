@@ -158,8 +158,8 @@ def rotate(cfg: ModelConfig, x: jax.Array, cos: jax.Array, sin: jax.Array) -> ja
 
     "dinov3" pairs the two halves of D_h, the others entries next to each other.
     """
-    halves = cfg.rope == "dinov3"
-    shape = (*x.shape[:-1], 2, -1) if halves else (*x.shape[:-1], -1, 2)
+    halves, pairs = cfg.rope == "dinov3", x.shape[-1] // 2
+    shape = (*x.shape[:-1], *((2, pairs) if halves else (pairs, 2)))
     axis = -2 if halves else -1
     a, b = jnp.moveaxis(x.reshape(shape).astype(jnp.float32), axis, 0)
     turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis)

@@ -32,7 +32,7 @@ class ResNet(nn.Module):
         """Logits, and {"tokens": (B, S, D) last feature map, "pre_logits": (B, D)}."""
         del train  # nothing differs
         x = features(self.cfg, standardize(self.cfg, images))
-        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+        tokens = jax.lax.collapse(x, 1, 3)
         logits, y = heads.classify(self.cfg, tokens.mean(axis=1))
         return logits, {"tokens": tokens, "pre_logits": y}
 

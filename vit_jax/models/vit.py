@@ -72,7 +72,7 @@ class ViT(nn.Module):
         embed = nn.Conv(
             c.width, patch, patch, padding="VALID", dtype=c.dtype, name="embedding"
         )
-        x = embed(x).reshape(x.shape[0], -1, c.width)  # x_p E, (B, N, D)
+        x = jax.lax.collapse(embed(x), 1, 3)  # x_p E, (B, N, D)
         if c.patch_norm:
             x = norm(c, "embedding_norm")(x)
 
@@ -251,10 +251,11 @@ def _along(
         return z.swapaxes(1, 2) if lines == "columns" else z
 
     def attend_along(y: jax.Array, _: jax.Array, turn: Any) -> jax.Array:
-        y = turned(y.reshape(len(y), *grid, -1))
-        z = y.reshape(-1, *y.shape[2:])
+        # How many images there are may be a symbol, which ``len`` cannot give.
+        y = turned(y.reshape(y.shape[0], *grid, y.shape[-1]))
+        z = jax.lax.collapse(y, 0, 2)
         z = turned(attend(z, z, turn).reshape(y.shape))
-        return z.reshape(len(z), -1, z.shape[-1])
+        return jax.lax.collapse(z, 1, 3)
 
     return attend_along
 
