@@ -306,6 +306,15 @@ def test_impossible_sizes_are_refused_by_field(fields, message):
         tiny(**fields)
 
 
+def test_create_model_takes_the_numbers_of_numpy():
+    fields = {"num_classes": np.int64(3), "dropout": np.float64(0.5)}
+    cfg = vit_jax.create_model("ViT-Ti/16", image_size=np.int32(32), **fields).cfg
+    assert (cfg.num_classes, cfg.dropout, cfg.image_size) == (3, 0.5, (32, 32))
+    assert type(cfg.num_classes) is type(cfg.image_size[0]) is int
+    with pytest.raises(UserError, match=r"image_size\[0\] is 32.0 of type float"):
+        vit_jax.create_model("ViT-Ti/16", image_size=32.0)
+
+
 def test_create_model_names_unknown_fields():
     with pytest.raises(UserError, match=r"unknown key .*widht.*did you mean 'width'"):
         vit_jax.create_model("ViT-B/16", widht=3)

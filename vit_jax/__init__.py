@@ -38,7 +38,7 @@ def create_model(name: str, **fields: Any) -> "ViT | ResNet":
 
     known = models.published.fields_of(name)
     fields = {"name": "" if known else name, **known, **fields}
-    if isinstance(fields.get("image_size"), int):
+    if not hasattr(fields.get("image_size", ()), "__iter__"):
         fields["image_size"] = (fields["image_size"],) * 2
     return models.create(config.from_dict({"model": fields}).model)
 

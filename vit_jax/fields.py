@@ -146,6 +146,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     """``value`` as the field's type; JSON and ConfigDict turn tuples into lists, which
     is undone here."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if getattr(value, "shape", None) == ():  # one number of numpy's
+        value = value.item()
     if hint is Any:
         return _plain(value)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
