@@ -8,7 +8,14 @@ import pytest
 from ml_collections import ConfigDict
 
 from vit_jax import config
-from vit_jax.config import Config, DataConfig, ModelConfig, Positive, Share
+from vit_jax.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    Positive,
+    Share,
+)
 from vit_jax.errors import UserError
 
 
@@ -25,6 +32,12 @@ def test_json_round_trip_is_exact():
 def test_config_dict_round_trip_is_exact():
     cfg = Config(model=ModelConfig(resnet=(2, 2)), steps=7)
     assert config.from_dict(dict(ConfigDict(config.to_dict(cfg)).items())) == cfg
+
+
+def test_a_whole_number_in_a_file_can_be_overridden_by_a_fraction():
+    """The command line takes the type of what is there."""
+    values = config.config_dict(Config(optim=OptimConfig(warmup=10_000)))
+    assert type(values.optim.warmup) is float
 
 
 def test_a_config_is_frozen():

@@ -81,6 +81,13 @@ def test_linear_decays_to_its_end_after_the_warmup(t, expected):
     assert lr(cfg, 100_000, t) == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "rsqrt", "constant"])
+def test_a_run_without_an_end_in_sight_has_a_rate(schedule):
+    """Beyond what an int32 holds."""
+    cfg = OptimConfig(schedule=schedule, learning_rate=1.0, timescale=2**40)
+    assert lr(cfg, 2**40, 10) == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize(
     ("t", "expected"),
     [

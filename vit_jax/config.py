@@ -356,7 +356,8 @@ def read(path: Any) -> Config:
 
 def config_dict(cfg: Config) -> ConfigDict:
     """What a config file returns: the form in which the command line can override it."""
-    return ConfigDict(to_dict(cfg))
+    # A whole number in a field of fractions would make its flag refuse a fraction.
+    return ConfigDict(to_dict(checked(cfg)))
 
 
 def to_json(cfg: Any) -> str:

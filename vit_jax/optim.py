@@ -98,16 +98,17 @@ def trainable(cfg: OptimConfig, params: Any) -> Any:
 def create_schedule(cfg: OptimConfig, steps: int) -> Schedule:
     """Learning rate at step t: the decay clock starts when the linear warm-up ends."""
     shape = choose("config.optim.schedule", cfg.schedule, SCHEDULES)
-    warmup = warmup_steps(cfg, steps)
+    # As floats: JAX takes no int that an int32 cannot hold.
+    warmup, end = float(warmup_steps(cfg, steps)), float(steps)
 
     def schedule(step: Any) -> jax.Array:
         t = jnp.asarray(step, jnp.float32)
         past = jnp.maximum(t - warmup, 0.0)
-        lr = shape(cfg, past, jnp.clip(past / max(steps - warmup, 1), 0.0, 1.0))
+        lr = shape(cfg, past, jnp.clip(past / max(end - warmup, 1.0), 0.0, 1.0))
         if warmup:
             lr = lr * jnp.minimum(1.0, t / warmup)
         if cfg.cooldown:
-            lr = lr * jnp.clip((steps - t) / cfg.cooldown, 0.0, 1.0)
+            lr = lr * jnp.clip((end - t) / float(cfg.cooldown), 0.0, 1.0)
         return lr
 
     return schedule
@@ -200,7 +201,7 @@ def _cosine(cfg: OptimConfig, past: jax.Array, share: jax.Array) -> jax.Array:
 
 
 def _rsqrt(cfg: OptimConfig, past: jax.Array, share: jax.Array) -> jax.Array:
-    return cfg.learning_rate / jnp.sqrt(1 + past / cfg.timescale)
+    return cfg.learning_rate / jnp.sqrt(1 + past / float(cfg.timescale))
 
 
 def _constant(cfg: OptimConfig, past: jax.Array, share: jax.Array) -> jax.Array:
