@@ -128,6 +128,14 @@ def test_a_half_written_checkpoint_is_ignored_and_removed(tmp_path):
     assert not partial.exists()
 
 
+@pytest.mark.parametrize("name", ["007", "²", "٧"])
+def test_a_folder_that_is_not_named_like_a_step_is_none(name, tmp_path):
+    save(tmp_path, {5: make_state(5.0)})
+    root = tmp_path / "checkpoints"
+    shutil.copytree(root / "5", root / name)
+    assert checkpoint.steps(str(tmp_path)) == [5]
+
+
 def flip(path, where=0.5):
     data = bytearray(path.read_bytes())
     data[int(where * (len(data) - 1))] ^= 0x10

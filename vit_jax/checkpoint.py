@@ -15,6 +15,7 @@ import contextlib
 import json
 import logging
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -399,9 +400,9 @@ def _named(tree: Any) -> dict[str, Any]:
 
 def _steps(root: epath.Path) -> list[int]:
     complete = ocp.utils.is_checkpoint_finalized
-    return sorted(
-        int(p.name) for p in root.iterdir() if p.name.isdigit() and complete(p)
-    )
+    # Written as steps are: "007" would be looked for as 7.
+    named = [p for p in root.iterdir() if re.fullmatch("0|[1-9][0-9]*", p.name)]
+    return sorted(int(p.name) for p in named if complete(p))
 
 
 def _remove(path: epath.Path) -> None:
