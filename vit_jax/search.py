@@ -46,12 +46,15 @@ def search(
       tell: is given a line before each candidate.
 
     Raises:
-      UserError: whatever ``plan`` raises, or a limit below 1.
+      UserError: what ``plan`` raises of the config as it is; a limit below 1; no time.
     """
     if limit < 1:
         raise UserError(f"--search_limit={limit}: it must be at least 1")
+    if not minutes > 0:
+        raise UserError(f"--search_minutes={minutes:g}: it must be above 0")
     start, plans = time.monotonic(), []
     queue = list(first(cfg, devices))
+    own = key(queue[-1], devices)
     seen: set[tuple[Any, ...]] = set()
     while len(plans) < limit and time.monotonic() - start < 60 * minutes:
         plans.sort(key=lambda pair: rank(pair[1]))
@@ -66,7 +69,13 @@ def search(
             (fastest, p), *_ = plans
             best = f"; best so far {' '.join(text(fastest).split())}: {result(p)}"
         tell(f"[{len(plans) + 1}/{limit}, {spent:.0f} min] {text(candidate)}{best}")
-        plans.append((candidate, plan(candidate)))
+        try:
+            plans.append((candidate, plan(candidate)))
+        except UserError as e:
+            # Such as a pattern of config.optim that means a block of a loop.
+            if key(candidate, devices) == own:
+                raise
+            tell(f"left out: {e}")
     return sorted(plans, key=lambda pair: rank(pair[1]))
 
 
@@ -93,7 +102,8 @@ def neighbours(cfg: Config, plan: Plan, devices: Sequence[Any]) -> Iterator[Conf
     ]
     if plan["fits"]:
         if cfg.accumulate > 1:
-            yield change(accumulate=cfg.accumulate // 2)
+            fewer = range(cfg.accumulate // 2, 0, -1)
+            yield change(accumulate=next(n for n in fewer if cfg.accumulate % n == 0))
         yield blocks[0]
         yield from meshes(cfg)
         yield from others
