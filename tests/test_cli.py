@@ -314,6 +314,11 @@ def test_an_unknown_benchmark_is_one_line(command, monkeypatch):
     assert "unknown --what 'speed'" in line
 
 
+@pytest.mark.parametrize("flag", ["--rounds=0", "--round_steps=-1"])
+def test_a_benchmark_of_nothing_is_one_line(flag, command):
+    assert flag in command(flag, module="vit_jax.benchmark").error
+
+
 @pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="about glibc")
 def test_freed_memory_is_kept():

@@ -236,5 +236,5 @@ def test_splits_of_sources(tmp_path):
     assert len(train | test) == 1797
     with pytest.raises(UserError, match="unknown split 'val'"):
         names("digits:", "val")
-    with pytest.raises(UserError, match="synthetic images are for training only"):
+    with pytest.raises(UserError, match="there are none to read"):
         names("synthetic:", "train")

@@ -12,9 +12,9 @@ import pytest
 from fake_context import context
 
 from vit_jax import evaluators
-from vit_jax.config import Config, DataConfig, EvalConfig
+from vit_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig
 from vit_jax.errors import UserError
-from vit_jax.evaluators import EVALUATORS
+from vit_jax.evaluators import EVALUATORS, check_run
 from vit_jax.evaluators.context import _add, _start
 
 RNG = np.random.default_rng(0)
@@ -347,6 +347,18 @@ def test_masked_patch_models_have_no_accuracy():
         EVALUATORS["accuracy"].measure(
             context({"test": (X, Y)}, EYE, cfg=Config(loss="masked_patch"))
         )
+    # And a run says so before it trains.
+    with pytest.raises(UserError, match="choose the evaluators 'fewshot'"):
+        check_run(Config(loss="masked_patch"))
+
+
+@pytest.mark.parametrize(
+    ("metric", "entries"), [("test/loss", ()), ("acc", ({"type": "knn"},))]
+)
+def test_a_best_metric_that_nothing_measures_is_refused(metric, entries):
+    best, measured = CheckpointConfig(keep_best=metric), EvalConfig(evaluators=entries)
+    with pytest.raises(UserError, match=f"keep_best='{metric}' is not among"):
+        check_run(Config(checkpoint=best, eval=measured))
 
 
 def test_unwritable_folder(tmp_path):

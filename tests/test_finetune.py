@@ -12,7 +12,7 @@ from compiled import init
 from PIL import Image
 from tiny import TINY
 
-from vit_jax import config, models, program, train, weights
+from vit_jax import config, hardware, models, program, tpu, train, weights
 from vit_jax.config import ModelConfig
 from vit_jax.errors import UserError
 from vit_jax.workdir import read_metrics
@@ -85,6 +85,30 @@ def test_from_npz_to_npz(photos, released, tmp_path, command):
     right = [s["top"][0]["class"] == Path(s["image"]).parent.name for s in said]
     assert len(said) == accuracy["test/count"] == 120
     assert np.mean(right) == pytest.approx(accuracy["test/accuracy"])
+
+
+@pytest.mark.parametrize("module", ["vit_jax.plan", "vit_jax.benchmark"])
+def test_what_is_planned_and_timed_is_what_is_trained(
+    module, released, command, monkeypatch
+):
+    """The architecture and the image size of the file."""
+
+    def build(cfg, *_, **__):
+        raise UserError(f"width {cfg.model.width}, {cfg.data.image_size} pixels")
+
+    target = tpu.Topology("v5e:2x4", hardware.CHIPS["v5e"], jax.devices())
+    monkeypatch.setattr(program, "build", build)
+    monkeypatch.setattr(tpu, "topology", lambda *_: target)
+    done = command(
+        "--config=digits",
+        f"--config.pretrained={released}",
+        "--config.data.image_size=0",
+        *(f"--config.model.{k}=0" for k in ("width", "depth", "mlp_dim", "heads")),
+        *("--config.model.patch=0", "--config.data.source=synthetic"),
+        *("--config.data.num_classes=5", "--config.model.name=ViT-B/16"),
+        module=module,
+    )
+    assert done.stderr.endswith("error: width 16, 8 pixels\n")
 
 
 @pytest.mark.heavy

@@ -3,6 +3,7 @@
 better one."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -335,6 +336,36 @@ def test_the_search_takes_micro_batches_where_nothing_fits(needed):
 def test_micro_batches_that_are_not_needed_are_taken_back():
     pairs, *_ = found(replace(BIG, accumulate=4), POD, lambda c: (c.accumulate, 1.0))
     assert pairs[0][0].accumulate == 1
+
+
+def test_fewer_micro_batches_divide_the_batch_as_well():
+    _, tried, _ = found(replace(BIG, accumulate=15), POD, lambda c: (c.accumulate, 1.0))
+    assert {key[-2] for key in tried} == {15, 5, 1}
+
+
+def test_a_candidate_that_is_refused_is_left_out():
+    """Such as a stack of blocks, of which config.optim.freeze means the first one."""
+
+    def plan_of(c):
+        if c.model.layers == "scan":
+            raise UserError("matches no parameter")
+        fits = {"fits": True, "step_ms": 1.0, "peak_hbm_gib": 1.0}
+        return fits | {"attention": "xla"}
+
+    told = []
+    go = functools.partial(
+        search.search, devices=POD, plan=plan_of, limit=3, minutes=1, tell=told.append
+    )
+    assert {c.model.layers for c, _ in go(BIG)} == {"loop"}
+    assert "left out: matches no parameter" in told
+    with pytest.raises(UserError, match="matches no parameter"):
+        go(replace(BIG, model__layers="scan"))
+
+
+@pytest.mark.parametrize("minutes", [0, -1, math.nan])
+def test_a_search_needs_time(minutes):
+    with pytest.raises(UserError, match=r"--search_minutes=.*: it must be above 0"):
+        search.search(BIG, POD, lambda c: {}, limit=1, minutes=minutes, tell=str)
 
 
 @pytest.mark.heavy

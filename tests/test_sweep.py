@@ -227,12 +227,38 @@ def test_bad_sweeps_are_refused(cfg, words):
         sweep.check(Config(sweep=cfg), "w")
     with pytest.raises(UserError, match="--workdir is missing"):
         sweep.check(Config(), "")
+    with pytest.raises(UserError, match="give a local folder"):
+        sweep.check(Config(), "file:///w")
 
 
 def test_a_metric_that_no_run_has_is_refused_with_those_there_are(command_line):
     cfg = Config(steps=7, sweep=SweepConfig(metric="test/acuracy"))
     with pytest.raises(UserError, match="test/accuracy"):
         command_line(Runs(peak), cfg)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"optim__clip": 0.5}, "optim.clip: 0.0 -> 0.5"),
+        ({"steps": 3}, "steps: 7 -> 3"),
+        ({"sweep__holdout": 0.5}, "data.holdout: 0.1 -> 0.5"),
+        ({"model__width": 8}, "model.width: 0 -> 8"),
+        ({"log_every": 9, "eval__every": 1, "sweep__seeds": 1, "data__path": "x"}, ""),
+    ],
+)
+def test_a_finished_run_of_another_config_is_no_result(change, words, command_line):
+    """As a run leaves it, with what the data decides filled in."""
+    command_line(Runs(peak))
+    for run in sweep.selection_runs(CFG, str(command_line.workdir)):
+        left = config.replace(run.configured(CFG), model__num_classes=10)
+        (Path(run.workdir) / "config.json").write_text(config.to_json(left))
+    changed = config.replace(CFG, **change)
+    if not words:
+        assert command_line(Runs(peak), changed) == 0
+        return
+    with pytest.raises(UserError, match=re.escape(words)):
+        command_line(Runs(peak), changed)
 
 
 @pytest.mark.heavy

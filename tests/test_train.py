@@ -438,6 +438,24 @@ def test_a_profile_of_steps_that_never_come_is_refused(tmp_path):
         train.train(cfg, str(tmp_path))
 
 
+@pytest.mark.parametrize("scheme", ["file", "http", "az"])
+def test_a_workdir_of_an_unknown_kind_is_refused(scheme):
+    with pytest.raises(UserError, match="give a local folder or a gs:// address"):
+        train.train(TINY, f"{scheme}://tmp/run")
+
+
+def test_the_last_lines_can_be_typed_as_they_are(capsys, tmp_path, monkeypatch):
+    """Whatever the shell would make of a name, and with one where it is not given."""
+    saved: Any = SimpleNamespace(latest=0, path=str)
+    (tmp_path / "my run").mkdir()
+    monkeypatch.chdir(tmp_path / "my run")
+    for workdir in ("/tmp/a b", "."):
+        train._say_end(train.Result(1, {}, False), TINY, workdir, saved)
+    said = capsys.readouterr().out
+    assert "vit_jax.predict '/tmp/a b' IMAGE" in said
+    assert "--logdir_spec 'my run:.'" in said
+
+
 def test_a_workdir_that_cannot_be_written(program, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--workdir=.*cannot be written"):

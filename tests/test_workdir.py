@@ -103,6 +103,7 @@ def test_a_damaged_description_of_the_data_is_written_anew(saved, info, text):
 def test_damaged_lines_are_left_out(tmp_path):
     lines = [b'{"step": 1, "train/loss": 1.5}', b"\xff\xfe{", b"[1]", b"7", b'{"a": 1}']
     lines += [b'{"step": "2"}', b"\0\0\0", b'{"step": 3, "test/loss": null}']
+    lines[0] = b'{"step": 1, "train/loss": 1.5, "note": "mine", "list": [1]}'
     lines += [b'{"step": 4, "train/l']  # killed while writing
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
     first, last = read_metrics(str(tmp_path))

@@ -192,9 +192,14 @@ def utilisation(flops: float) -> dict[str, float]:
 def define_flags() -> None:
     flags.DEFINE_string("what", "train", "Comma-separated: train, infer, data.")
     flags.DEFINE_bool("json", False, "Print one JSON object instead of lines.")
-    flags.DEFINE_integer("rounds", 5, "Alternating rounds; the median is reported.")
     flags.DEFINE_integer(
-        "round_steps", 0, "Steps per round; 0: as many as take seconds, at least 10."
+        "rounds", 5, "Alternating rounds; the median is reported.", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "round_steps",
+        0,
+        "Steps per round; 0: as many as take seconds, at least 10.",
+        lower_bound=0,
     )
     cli.define_config_flag()
     cli.define_process_flags()
@@ -207,6 +212,7 @@ def main(argv: list[str]) -> None:
     runs = {what: config.choose("--what", what, WHAT) for what in f.what.split(",")}
     with cli.only_json(f.json):
         cli.connect()
+        cfg = training.adopted(cfg)
         results: dict[str, Any] = {
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "model": cfg.model.name or "ViT",

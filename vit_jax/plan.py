@@ -30,6 +30,7 @@ from vit_jax import (
     search,
     sharding,
     tpu,
+    train,
     vtab_tasks,
 )  # fmt: skip
 from vit_jax.config import Config, DataConfig, ModelConfig, choose
@@ -344,6 +345,7 @@ def main(argv: list[str]) -> None:
     tell = functools.partial(print, file=sys.stderr, flush=True)
     target = tpu.topology(f.topology, f.slices)
     with cli.only_json(f.json):
+        cfg = train.adopted(cfg)
         if f.search:
             best, *others = _search(cfg, target, tell)
             best |= {"tried": others}

@@ -42,7 +42,7 @@ from vit_jax import (
 from vit_jax.config import Config
 from vit_jax.errors import PREEMPTED, Diverged, UserError
 from vit_jax.scales import COMPUTE, Row, Scale, Study
-from vit_jax.workdir import is_evaluation, read_metrics, write_whole
+from vit_jax.workdir import check_place, is_evaluation, read_metrics, write_whole
 
 if __name__ == "__main__":
     cli.need("matplotlib")
@@ -72,6 +72,7 @@ class Folder:
 
     def __init__(self, name: str, study: Study, scale: Scale, out: str):
         self.name, self.study, self.scale = name, study, scale
+        check_place("--out", out)
         self.path = Path(os.path.expanduser(out))
         self._claim()
 

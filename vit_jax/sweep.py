@@ -9,7 +9,7 @@ part of the training set; then ``config.sweep.seeds`` runs on the whole training
 with the best one. Their mean and standard deviation on the test set are reported and
 written to ``DIR/sweep.json``. Every run is what the plain command that ``--list`` prints
 does, in a workdir of its own under DIR, so runs may also be started elsewhere. Start the
-sweep again to continue: finished runs are recognised by their metrics.
+sweep again to continue: finished runs are recognised by their metrics and config.
 """
 
 import json
@@ -28,7 +28,10 @@ from vit_jax import cli, config, evaluators, train
 from vit_jax.config import Config
 from vit_jax.errors import PREEMPTED, Diverged, UserError
 from vit_jax.progress import say
-from vit_jax.workdir import is_evaluation, read_metrics
+from vit_jax.workdir import check_place, is_evaluation, may_change, read_metrics
+
+# What a run that goes on may change, and one that is finished was decided by.
+_DECIDES = ("steps", "optim.", "data.eval_transforms", "data.test_split")
 
 
 class Run(NamedTuple):
@@ -96,7 +99,32 @@ def result(cfg: Config, run: Run) -> float | None:
             f"config.sweep.metric={cfg.sweep.metric!r} is not among the metrics of "
             f"{run.workdir}: choose one of {names}"
         )
+    if found:
+        _check_same_run(cfg, run)
     return found[-1] if found else None
+
+
+def _check_same_run(cfg: Config, run: Run) -> None:
+    """UserError if the result of a run is one of another config."""
+    stored = epath.Path(run.workdir) / "config.json"
+    if not stored.exists():
+        return
+    wanted = run.configured(cfg)
+    given = config.difference(wanted, Config())
+    other = [
+        f"{k}: {old!r} -> {new!r}"
+        for k, (old, new) in config.difference(config.read(stored), wanted).items()
+        if not may_change(k) or k.startswith(_DECIDES)
+        # What the config leaves to the data and the checkpoint is filled in.
+        if k in given or not k.startswith("model.")
+        if (k, new) != ("data.image_size", 0)
+        if not (k == "model.name" and cfg.pretrained)
+    ]
+    if other:
+        raise UserError(
+            f"{run.workdir} holds a finished run with another config "
+            f"({'; '.join(other)}): give the same values, or another --workdir"
+        )
 
 
 def best(results: dict[float, float], metric: str) -> float:
@@ -126,6 +154,7 @@ def check(cfg: Config, workdir: str) -> None:
         raise UserError(
             "--workdir is missing: give the folder that the sweep writes to"
         )
+    check_place("--workdir", workdir)
     if not cfg.sweep.learning_rates:
         raise UserError("config.sweep.learning_rates=() is empty: give one or more")
     if len(set(cfg.sweep.learning_rates)) < len(cfg.sweep.learning_rates):

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,14 @@ from vit_jax.preemption import Preemption
 from vit_jax.program import Batch, Metrics, Program, State, build
 from vit_jax.progress import Bar, number, phase, say
 from vit_jax.trackers import Trackers
-from vit_jax.workdir import METRICS, Claim, MetricsWriter, is_evaluation, read_metrics
+from vit_jax.workdir import (
+    METRICS,
+    Claim,
+    MetricsWriter,
+    check_place,
+    is_evaluation,
+    read_metrics,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +58,7 @@ def train(
       UserError: bad config, data or workdir, or a loss that stayed non-finite.
     """
     workdir = os.path.expanduser(workdir)  # the shell leaves --workdir=~/run as it is
+    check_place("--workdir", workdir)
     with phase("devices"):
         devices = list(devices or jax.devices())
     say(
@@ -61,6 +70,7 @@ def train(
             cfg = adopted(cfg, workdir)
             info = data.describe(cfg.data)
         program = build(cfg, devices, info)
+        evaluators.check_run(cfg)
         cfg = program.cfg
         for hint in program.hints:
             say(f"hint         {hint}")
@@ -342,19 +352,20 @@ _OWN = (
 )  # fmt: skip
 
 
-def adopted(cfg: Config, workdir: str) -> Config:
+def adopted(cfg: Config, workdir: str = "") -> Config:
     """The config with the architecture of the file that it starts from, unless it sets
     a size itself.
 
-    A run that is continued keeps the one it has, and does not need the file any more.
+    A run that ``workdir`` holds keeps the one it has, and does not need the file any
+    more.
     """
     sizes = ("width", "depth", "mlp_dim", "heads", "patch")
     chosen = any(getattr(cfg.model, size) for size in sizes)
     if not cfg.pretrained or (chosen and cfg.data.image_size):
         return cfg
     before = epath.Path(workdir) / "config.json"
-    old = config.read(before) if before.exists() else cfg
-    if before.exists() and old.pretrained == cfg.pretrained:
+    old = config.read(before) if workdir and before.exists() else None
+    if old and old.pretrained == cfg.pretrained:
         stored = old.model
     else:
         stored = weights.model_config(cfg.pretrained)
@@ -410,9 +421,11 @@ def _say_end(
     say(f"checkpoint       {path}")
     say(f"numbers          {epath.Path(workdir) / METRICS}")
     # --logdir_spec gives the run a name where --logdir would show it as ".".
-    say(f"curves           tensorboard --logdir_spec {epath.Path(workdir).name}:{workdir}")  # fmt: skip
-    say(f"predict          python -m vit_jax.predict {workdir} IMAGE...")
-    say(f"convert          python -m vit_jax.convert {workdir} model.npz")
+    name = epath.Path(workdir).name or os.path.basename(os.path.abspath(workdir))
+    curves, quoted = shlex.quote(f"{name}:{workdir}"), shlex.quote(workdir)
+    say(f"curves           tensorboard --logdir_spec {curves}")
+    say(f"predict          python -m vit_jax.predict {quoted} IMAGE...")
+    say(f"convert          python -m vit_jax.convert {quoted} model.npz")
 
 
 def _shapes(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,6 +54,12 @@ def stored_config(source: str) -> Config | None:
     return config.read(folder / "config.json")
 
 
+def check_place(flag: str, folder: str) -> None:
+    """UserError if a folder to write to is neither local nor in a bucket."""
+    if "://" in folder and not folder.startswith(("gs://", "s3://")):
+        raise UserError(f"{flag}={folder}: give a local folder or a gs:// address")
+
+
 class Claim:
     """The workdir of a run, for this process alone while the context is open.
 
@@ -129,7 +135,7 @@ class Claim:
             return
         changes = config.difference(config.read(stored), self._cfg)
         lines = {k: f"{k}: {old!r} -> {new!r}" for k, (old, new) in changes.items()}
-        fatal = [line for k, line in lines.items() if not _may_change(k)]
+        fatal = [line for k, line in lines.items() if not may_change(k)]
         fatal += self._other_examples()
         if fatal:
             raise UserError(
@@ -172,7 +178,8 @@ class Claim:
         }
 
 
-def _may_change(field: str) -> bool:
+def may_change(field: str) -> bool:
+    """Whether a run may be resumed with another value of a field of the config."""
     section = field.split(".")[0] + "."
     return field in _MAY_CHANGE or section in _MAY_CHANGE
 
@@ -257,15 +264,18 @@ def write_whole(path: epath.Path, text: str) -> None:
 
 
 def read_metrics(workdir: str) -> list[dict[str, float]]:
-    """The lines of ``metrics.jsonl``, null as NaN; damaged ones are left out, such as
-    the last one of a process that was killed."""
+    """The numbers in the lines of ``metrics.jsonl``, null as NaN; damaged lines are left
+    out, such as the last one of a process that was killed."""
     path = epath.Path(workdir) / METRICS
     found = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             row = json.loads(line)
             if isinstance(row, dict) and isinstance(row.get("step"), int):
-                found.append({k: math.nan if v is None else v for k, v in row.items()})
+                row = {k: math.nan if v is None else v for k, v in row.items()}
+                found.append(
+                    {k: v for k, v in row.items() if isinstance(v, int | float)}
+                )
     return found
 
 

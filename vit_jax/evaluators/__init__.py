@@ -24,27 +24,31 @@ from vit_jax.evaluators import (
 )
 from vit_jax.evaluators.context import Context, changed
 
-__all__ = ["EVALUATORS", "Context", "check", "lower_is_better", "prefix", "run"]
+__all__ = [
+    "EVALUATORS", "Context", "check", "check_run", "lower_is_better", "prefix", "run",
+]  # fmt: skip
 
 
 class Evaluator(NamedTuple):
-    """What measures, and which of its numbers are better when they are lower."""
+    """What measures, which of its numbers are better when they are lower, and whether
+    it takes the outputs of the model as classes."""
 
     measure: Callable[..., dict[str, float]]
     lower_is_better: tuple[str, ...] = ()
+    of_classes: bool = True
 
 
 EVALUATORS: dict[str, Evaluator] = {
     "accuracy": Evaluator(accuracy.accuracy, ("loss",)),
     "calibration": Evaluator(calibration.calibration, ("ece", "mce", "brier")),
-    "fewshot": Evaluator(fewshot.fewshot),
+    "fewshot": Evaluator(fewshot.fewshot, of_classes=False),
     "imagenet_v2": Evaluator(label_maps.imagenet_v2),
-    "knn": Evaluator(knn.knn),
-    "linear_probe": Evaluator(linear_probe.linear_probe),
+    "knn": Evaluator(knn.knn, of_classes=False),
+    "linear_probe": Evaluator(linear_probe.linear_probe, of_classes=False),
     "objectnet": Evaluator(label_maps.objectnet),
     "per_class": Evaluator(per_class.per_class),
     "real": Evaluator(label_maps.real),
-    "vtab": Evaluator(vtab.vtab),
+    "vtab": Evaluator(vtab.vtab, of_classes=False),
 }
 
 
@@ -106,3 +110,21 @@ def check(cfg: Config) -> list[dict[str, Any]]:
             )
         seen.add(prefix(entry))
     return result
+
+
+def check_run(cfg: Config) -> None:
+    """Refuses, before anything is trained, what the first evaluation would.
+
+    Raises:
+      UserError: evaluators of classes where the loss trains none, or a best checkpoint
+        by what none of them measures.
+    """
+    entries = cfg.eval.evaluators
+    if any(EVALUATORS[entry["type"]].of_classes for entry in entries):
+        accuracy.check_loss(cfg)
+    best, groups = cfg.checkpoint.keep_best, [f"{prefix(entry)}/" for entry in entries]
+    if best and not best.startswith(tuple(groups)):
+        raise UserError(
+            f"config.checkpoint.keep_best={best!r} is not among what is measured: the "
+            f"metrics of config.eval.evaluators begin with {' or '.join(groups) or '-'}"
+        )

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax import objectives
-from vit_jax.config import DataConfig
+from vit_jax.config import Config, DataConfig
 from vit_jax.errors import UserError
 from vit_jax.evaluators.context import Context, name_of
 
@@ -64,11 +64,7 @@ def check_classes(context: Context, data: DataConfig) -> None:
     Raises:
       UserError: the model has no classes, or another number of them.
     """
-    if not objectives.of(context.cfg).reads_labels:
-        raise UserError(
-            f"config.loss={context.cfg.loss!r} trains no classes: choose the evaluators "
-            "'fewshot', 'knn' or 'linear_probe' in config.eval.evaluators"
-        )
+    check_loss(context.cfg)
     count, outputs = context.describe(data).num_classes, len(context.class_names)
     if count != outputs:
         raise UserError(
@@ -83,6 +79,15 @@ def check_single(label: jax.Array, evaluator: str) -> None:
         raise UserError(
             f"{evaluator} counts one label per image, but the data has several: use the "
             "evaluator 'accuracy'"
+        )
+
+
+def check_loss(cfg: Config) -> None:
+    """UserError if the loss of a run trains no classes."""
+    if not objectives.of(cfg).reads_labels:
+        raise UserError(
+            f"config.loss={cfg.loss!r} trains no classes: choose the evaluators "
+            "'fewshot', 'knn' or 'linear_probe' in config.eval.evaluators"
         )
 
 
