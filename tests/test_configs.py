@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from vit_jax import config, data, models, recipes, vtab_tasks
+from vit_jax import config, config_file, data, models, recipes, vtab_tasks
 from vit_jax.data.tensorflow_cpu import tf
 from vit_jax.errors import UserError
 from vit_jax.program import build
@@ -85,6 +85,11 @@ def test_every_argument_gives_a_config_that_fits(name):
 def test_an_unknown_argument_is_refused_by_name(name):
     with pytest.raises(UserError, match="choose one of"):
         load(name, "nonsense")
+
+
+def test_an_argument_to_a_config_that_takes_none():
+    with pytest.raises(UserError, match="takes no argument: leave out ':foo'"):
+        config_file.Parser().parse("digits:foo")
 
 
 @pytest.mark.heavy

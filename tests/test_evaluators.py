@@ -230,6 +230,10 @@ def test_a_metric_says_whether_lower_is_better():
         ),
         (({"type": "accuracy"},) * 2, "another 'prefix'"),
         (({"type": "knn", "prefix": 5},), "evaluators.0..prefix is 5: .* a string"),
+        (
+            ({"type": "knn", "prefix": "train"},),
+            "prefix is 'train': .* training writes",
+        ),
         (({"type": 5},), "unknown config.eval.evaluators.0. type '5'"),
         (({"type": "accuracy", "data": 5},), "evaluators.0..data is 5.* group of keys"),
         (

@@ -2,6 +2,7 @@
 """Config files: found by path or by name, run, and overridden from the command line."""
 
 import dataclasses
+import inspect
 import os
 import re
 import traceback
@@ -37,6 +38,8 @@ class Parser(flags.ArgumentParser):
             exec(compile(source, str(path), "exec"), names)
             if "get_config" not in names:
                 raise UserError("it defines no function get_config()")
+            if options and not inspect.signature(names["get_config"]).parameters:
+                raise UserError(f"it takes no argument: leave out ':{options[0]}'")
             values = names["get_config"](*options)
         except UserError:
             raise

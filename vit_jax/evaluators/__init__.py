@@ -98,9 +98,11 @@ def check(cfg: Config) -> list[dict[str, Any]]:
         given = {k: v for k, v in entry.items() if k not in ("type", "prefix")}
         options = arguments(measure, given, knob)
         changed(cfg.data, options.get("data"))
-        if not isinstance(entry.get("prefix", ""), str):
+        own = entry.get("prefix", "")
+        if not isinstance(own, str) or own == "train" or own.startswith("train/"):
             raise UserError(
-                f"{knob}.prefix is {entry['prefix']!r}: it must be a string"
+                f"{knob}.prefix is {own!r}: it must be a string, and not 'train', under "
+                "which training writes"
             )
         result.append(options)
         if prefix(entry) in seen:
