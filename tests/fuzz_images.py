@@ -5,7 +5,7 @@
 
 Every file either gives pixels or is refused in one line; anything else (another
 exception, more memory or time than the bounds below) is printed with its number and
-counts as a failure. Memory is what each file adds to the process (Linux tells). The
+counts as a failure. Memory is what each reading adds to the process (Linux tells). The
 numbers of a run follow from its seed.
 """
 
@@ -28,7 +28,7 @@ from vit_jax.data import image_files, transforms
 from vit_jax.data.tensorflow_cpu import tf
 
 MIB = 2**20
-SECONDS = 30  # at most, for one file in all three ways
+SECONDS = 30  # at most, for one file in one way
 
 
 def bound(size: int) -> int:
@@ -205,23 +205,22 @@ def run(count: int, seed: int) -> tuple[collections.Counter[str], list[str], int
             read(data)
     highest = 0
     for number, (name, data) in enumerate(mutations(count, seed)):
-        memory, started = Memory(), time.monotonic()
-        outcomes = []
         for way, read in readers.items():
+            memory, started = Memory(), time.monotonic()
             try:
                 read(data)
-                outcomes.append(f"{way} read")
+                tally[f"{way} read"] += 1
             except REFUSALS:
-                outcomes.append(f"{way} refused")
+                tally[f"{way} refused"] += 1
             except Exception as e:  # a traceback, for a user
-                outcomes.append(f"{way} FAILED")
+                tally[f"{way} FAILED"] += 1
                 failures.append(f"{number} ({name}), {way}: {type(e).__name__}: {e}")
-        tally.update(outcomes)
-        if (taken := memory.taken()) > bound(len(data)):
-            failures.append(f"{number} ({name}): {taken / MIB:.0f} MiB of memory")
-        highest = max(highest, taken)
-        if (seconds := time.monotonic() - started) > SECONDS:
-            failures.append(f"{number} ({name}): {seconds:.0f} s")
+            taken, seconds = memory.taken(), time.monotonic() - started
+            if taken > bound(len(data)):
+                failures.append(f"{number} ({name}), {way}: {taken / MIB:.0f} MiB")
+            if seconds > SECONDS:
+                failures.append(f"{number} ({name}), {way}: {seconds:.0f} s")
+            highest = max(highest, taken)
     return tally, failures, highest
 
 

@@ -177,6 +177,22 @@ def test_damaged_exif_leaves_an_image_as_it_is():
         np.testing.assert_allclose(decode(tf.constant(stored)), as_rgb(PLAIN), atol=4)
 
 
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (40, 60), (333, 17)])
+def test_sides_of_webp_files_are_told_before_they_are_opened(
+    height, width, monkeypatch
+):
+    rgb = picture(3, height, width)
+    files = [
+        encoded(rgb, "WEBP"),
+        encoded(rgb, "WEBP", lossless=True),
+        encoded(half_transparent(rgb), "WEBP"),
+        encoded(rgb, "WEBP", icc_profile=bytes(100)),
+    ]
+    monkeypatch.delattr(image_files, "opened")
+    for file in files:
+        assert image_files.header(file) == (height, width, 1, 0)
+
+
 def test_sizes_that_a_file_cannot_hold_are_refused():
     side = int((image_files.MEMORY / 8) ** 0.5)
     assert image_files.header(png_header(side, side))[:2] == (side, side)

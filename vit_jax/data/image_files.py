@@ -68,7 +68,9 @@ def header(data: bytes) -> tuple[int, int, int, int]:
         frames = ((k, s) for k, s, e in segments if k in _FRAMES and e - s > 5)
         kind, start = next(frames, (0, 0))
         height, width = struct.unpack_from(">HH", data, start + 1) if start else (0, 0)
-    else:
+    elif data.startswith(b"RIFF"):
+        height, width = _webp_sides(data)
+    if not data.startswith((_PNG, _JPEG)) and not height * width:
         with opened(io.BytesIO(data)) as image:
             width, height = image.size
     orientation = _orientation(data)
@@ -175,7 +177,7 @@ def _halvings(
     # is grey or has a palette; frames of other formats are drawn on a canvas and copied.
     jpeg, png = start.startswith(_JPEG), start.startswith(_PNG)
     few = png and start[25:26] in b"\x00\x03"
-    each = 4 if few else 8 if jpeg or png else 20
+    each = 4 if few else 8 if jpeg or png else 24
     coefficients = 6 if progressive else 0  # which are held at once
     limit, memory = MEMORY + 3 * size, 0.0
     for halvings in range(4 if jpeg else 1):
@@ -255,6 +257,25 @@ def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         kind, length = struct.unpack_from("<4sI", data, at)
         yield kind, at + 8, at + 8 + length
         at += 8 + length + length % 2
+
+
+def _webp_sides(data: bytes) -> tuple[int, int]:
+    """(height, width), which Pillow tells when it has taken memory for the pixels."""
+    for kind, start, end in _webp_chunks(data):
+        body = data[start : min(end, start + 10)]
+        if len(body) < 5:
+            break
+        if kind == b"VP8X":
+            return int.from_bytes(body[7:], "little") + 1, (
+                int.from_bytes(body[4:7], "little") + 1
+            )
+        if kind == b"VP8L":
+            sides = int.from_bytes(body[1:5], "little")
+            return (sides >> 14) % 2**14 + 1, sides % 2**14 + 1
+        if kind == b"VP8 " and len(body) == 10:
+            width, height = struct.unpack_from("<HH", body, 6)
+            return height % 2**14, width % 2**14
+    return 0, 0
 
 
 _MARKER = re.compile(rb"\xff([\x02-\xcf\xda-\xfe])")  # of segments that have a length
