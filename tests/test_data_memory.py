@@ -24,8 +24,8 @@ def test_a_decoded_split_takes_its_pixels_and_no_more():
 @needs_linux
 @pytest.mark.heavy
 def test_large_images_are_decoded_one_by_one():
-    """Also where a round of 7.7 MB each would be a quarter of the limit."""
-    _check_peak(side=1600, count=60)
+    """Also where a round of 7.7 MB each would be a fifth of the limit."""
+    _check_peak(side=1600, count=75)
 
 
 def _check_peak(*, side: int, count: int) -> None:

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 _SAMPLES = 32  # images that tell whether it is worth trying
 _AT_A_TIME = 8 * graph.THREADS  # images decoded before they are stored, at most
-_BESIDE = 0.05  # of the limit that those may take
+_BESIDE = 0.02  # of the limit that those may take
 
 
 class Cached:
