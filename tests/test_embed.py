@@ -43,6 +43,11 @@ def pixels(path):
     return np.asarray(Image.open(path), np.float32)[None] / 127.5 - 1
 
 
+def arrays(path):
+    with np.load(path) as found:
+        return dict(found)
+
+
 @pytest.mark.heavy
 def test_vectors_are_what_the_head_reads(checkpoint, folder, tmp_path):
     source, model, params = checkpoint
@@ -50,7 +55,7 @@ def test_vectors_are_what_the_head_reads(checkpoint, folder, tmp_path):
     assert done.written == 7
     assert len(done.failed) == 1
     assert "3b.jpg" in done.failed[0]
-    found = np.load(tmp_path / "x.npz")
+    found = arrays(tmp_path / "x.npz")
     assert found["path"].tolist() == [str(folder / f"{i}.png") for i in range(7)]
     for path, vector in zip(found["path"], found["vector"], strict=True):
         _, out = apply(model, params, pixels(path), method="forward")
@@ -73,7 +78,7 @@ def test_layers_and_poolings(checkpoint, folder, tmp_path, layers, monkeypatch):
     for layer, pooling in ((0, "none"), (0, "mean"), (0, "class"), (depth, "none")):
         out = str(tmp_path / f"{layer}{pooling}.npz")
         embed.embed(source, places, out, layer=layer, pooling=pooling, batch=1)
-        found[layer, pooling] = np.load(out)["vector"][0]
+        found[layer, pooling] = arrays(out)["vector"][0]
     _, out = apply(model, params, pixels(places[0]), method="forward")
     tokens = np.asarray(out["tokens"])[0]
     grid = models.token_grid(model.cfg, model.cfg.image_size)
@@ -123,7 +128,7 @@ def test_a_kill_loses_and_repeats_nothing(checkpoint, folder, tmp_path, monkeypa
     done = embed.embed(*arguments, out, batch=1)
     assert len(read) == 8 - 4, "finished parts were computed again"
     assert len(done.failed) == 1
-    got, want = np.load(out), np.load(tmp_path / "whole.npz")
+    got, want = arrays(out), arrays(tmp_path / "whole.npz")
     np.testing.assert_array_equal(got["path"], want["path"])
     np.testing.assert_array_equal(got["vector"], want["vector"])
 
@@ -138,7 +143,7 @@ def test_parquet_holds_the_same(checkpoint, folder, tmp_path):
             pooling="none",
             batch=1,
         )
-    want = np.load(tmp_path / "x.npz")
+    want = arrays(tmp_path / "x.npz")
     columns = parquet.read_table(tmp_path / "x.parquet").to_pydict()
     assert columns["path"] == want["path"].tolist()
     for vector, shape, expected in zip(
