@@ -25,7 +25,7 @@ from etils import epath
 from vit_jax import checkpoint, config
 from vit_jax.config import Config
 from vit_jax.data import DataInfo
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, one_line
 from vit_jax.progress import say
 
 METRICS = "metrics.jsonl"
@@ -238,7 +238,7 @@ class MetricsWriter:
         except Exception as e:  # on gs:// an error class of tensorflow's or gcsfs's own
             if _is_local(self._path) and not isinstance(e, OSError):
                 raise
-            why = getattr(e, "strerror", None) or " ".join(str(e).split())[:300]
+            why = getattr(e, "strerror", None) or one_line(e)
             _LOG.warning("%s has no line of step %d: %s", self._path, step, why)
 
     def _append(self, path: epath.Path, more: bytes) -> None:
