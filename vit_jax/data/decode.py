@@ -67,8 +67,7 @@ def decode_crop(image: Image, place: Callable[[Any], Any], *, target: int) -> Im
         begin = tf.concat([window[:2], [0]], 0)
         return tf.slice(pixels, begin, tf.concat([window[2:], [3]], 0))
 
-    def fused() -> Image:
-        header = _header(image)
+    def fused(header: Any) -> Image:
         window = place(_upright_shape(header))
         is_turned = header[2] > 1
         window = tf.cond(
@@ -86,10 +85,11 @@ def decode_crop(image: Image, place: Callable[[Any], Any], *, target: int) -> Im
 
     if image.dtype != tf.string:
         return _rgb(full())
-    quick = _is_whole_jpeg(image)
-    if not target:
-        quick &= _header(image)[3] == 0
-    return _rgb(tf.cond(quick, fused, full))
+    whole = _is_whole_jpeg(image)
+    if target:
+        return _rgb(tf.cond(whole, lambda: fused(_header(image)), full))
+    header = _header(image)
+    return _rgb(tf.cond(whole & (header[3] == 0), lambda: fused(header), full))
 
 
 def resize_to(
